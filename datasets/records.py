@@ -1,0 +1,58 @@
+"""Plain records that every data set returns. Paths are absolute; labels are small integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Image(NamedTuple):
+    """An image file and, where the data set has them, its attribute labels."""
+
+    path: str
+    attributes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """A caption with its image (aerial, or the only one) and its pair (ground) of one identity."""
+
+    pid: int  # 0-based and contiguous over the training set
+    caption: str
+    image: Image
+    pair: Image | None
+    entry: str  # where it stands, for messages: "AG-ReID/agtext_train.json, sample 17"
+
+
+@dataclass
+class Split:
+    """Captions (queries) and images (gallery) of a val or test set.
+
+    Parallel lists: `caption_pids[i]` and `caption_sources[i]` belong to `captions[i]`;
+    `image_pids[j]`, `image_sources[j]`, `images[j]` and `pairs[j]` to image j. `pairs` is empty
+    for data sets of one view. Sources are indices into `sources`.
+    """
+
+    sources: list[str]
+    captions: list[str] = field(default_factory=list)
+    caption_pids: list[int] = field(default_factory=list)
+    caption_sources: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    pairs: list[Image] = field(default_factory=list)
+    image_pids: list[int] = field(default_factory=list)
+    image_sources: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Data:
+    """A data set read from disk and checked."""
+
+    name: str
+    train: list[TrainSample]
+    splits: dict[str, Split]  # "val", "test"
+    attribute_names: tuple[str, ...] = ()
+    views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, with two, of `pair`
+
+    @property
+    def num_identities(self) -> int:
+        return 1 + max(sample.pid for sample in self.train)

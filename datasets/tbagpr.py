@@ -1,0 +1,265 @@
+"""Reader of TBAGPR: two sources of aerial-ground pairs with captions, and one attribute file.
+
+    TBAGPR/attrs.json                                  [{image key: [g, a, l, w, h, n, t]}, ...]
+    TBAGPR/AG-ReID/agtext_{train,val,test}.json        + image folders
+    TBAGPR/G2APS-AG/g2aps_{train,val,test}.json        + image folders
+
+The sources are joined: identities of the second are shifted by the number of the first's.
+Everything is checked while it is read; a UserError names the file, the entry and the mend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets.records import Data, Image, Split, TrainSample
+from utils.errors import UserError
+
+# Name and number of classes, in the order of the labels in attrs.json.
+ATTRIBUTES = {
+    "gender": 2, "age": 3, "light": 2, "weight": 3, "height": 3, "angle": 3, "altitude": 2,
+}  # fmt: skip
+VOTED = 5  # the first five are voted per identity; angle and altitude stay the image's own
+
+
+@dataclass(frozen=True)
+class Source:
+    folder: str
+    json: str  # with {} for the split
+    key: Callable[[str, str], str]  # (folder, file) -> image key in attrs.json
+
+
+SOURCES = (
+    Source(
+        "AG-ReID",
+        "agtext_{}.json",
+        lambda folder, file: f"{os.path.basename(folder)}_{file[:-4]}",
+    ),
+    Source("G2APS-AG", "g2aps_{}.json", lambda folder, file: f"{folder}/{file}"[-22:]),
+)
+SPLIT_LISTS = ("image_pids", "img_paths", "pair_img_paths", "caption_pids", "captions")
+
+
+def read_tbagpr(
+    root: str | Path,
+    name: str = "AGDataAttr",
+    attributes: bool = True,
+    sources: Sequence[Source] = SOURCES,
+) -> Data:
+    """Read all splits. `attributes=False` leaves attrs.json alone. Raises UserError."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"--root_dir {root}: no such folder; it must hold {_wanted(sources)}")
+    missing = [s.folder for s in sources if not (root / s.folder).is_dir()]
+    if missing:
+        raise UserError(
+            f"--root_dir {root}: folder {missing[0]} is missing; expected {_wanted(sources)}"
+        )
+    labels = _read_attributes(root / "attrs.json") if attributes else None
+    reader = _Reader(root, labels)
+    train: list[TrainSample] = []
+    splits = {split: Split([s.folder for s in sources]) for split in ("val", "test")}
+    for index, source in enumerate(sources):
+        offset = 1 + max((s.pid for s in train), default=-1)
+        train += reader.train(source, offset)
+        for split, joined in splits.items():
+            offset = 1 + max(joined.image_pids + joined.caption_pids, default=-1)
+            reader.split(source, split, index, offset, joined)
+    if labels is not None:
+        train = _vote_train(train)
+        for joined in splits.values():
+            _vote_split(joined)
+    return Data(name, train, splits, tuple(ATTRIBUTES) if attributes else ())
+
+
+def vote(labels: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, ...]]:
+    """Most frequent label of each voted attribute per identity; of equals, the first met.
+
+    Takes (pid, labels of one image) in voting order.
+    """
+    counters: dict[int, list[Counter]] = {}
+    for pid, values in labels:
+        per_attribute = counters.setdefault(pid, [Counter() for _ in range(VOTED)])
+        for counter, value in zip(per_attribute, values, strict=False):
+            counter[value] += 1
+    # Counter.most_common keeps the order of first meeting among equals.
+    return {p: tuple(c.most_common(1)[0][0] for c in counter) for p, counter in counters.items()}
+
+
+class _Reader:
+    def __init__(self, root: Path, labels: dict[str, tuple[int, ...]] | None) -> None:
+        self.root, self.labels = root, labels
+        self._folders: dict[str, set[str]] = {}  # one listing per folder beats a stat per image
+
+    def train(self, source: Source, offset: int) -> list[TrainSample]:
+        where = f"{source.folder}/{source.json.format('train')}"
+        rows = _read_json(self.root / where)
+        if not isinstance(rows, list) or not rows:
+            raise UserError(f"{where}: expected a list of samples")
+        samples = []
+        for i, row in enumerate(rows):
+            entry = f"{where}, sample {i}"
+            if not isinstance(row, list) or len(row) != 5:
+                raise UserError(
+                    f"{entry}: expected [pid, image_id, [folder, file], [folder, file], caption]"
+                )
+            pid, _, image, pair, caption = row
+            samples.append(
+                TrainSample(
+                    offset + _pid(pid, entry),
+                    _caption(caption, entry),
+                    self._image(source, image, entry),
+                    self._image(source, pair, entry),
+                    entry,
+                )
+            )
+        seen = {s.pid - offset for s in samples}
+        if len(seen) != 1 + max(seen):
+            gap = min(set(range(max(seen))) - seen)
+            raise UserError(
+                f"{where}: identities must be 0-based and contiguous; {gap} is missing "
+                f"below {max(seen)}"
+            )
+        return samples
+
+    def split(self, source: Source, split: str, index: int, offset: int, joined: Split) -> None:
+        where = f"{source.folder}/{source.json.format(split)}"
+        lists = _read_json(self.root / where)
+        if not isinstance(lists, dict):
+            raise UserError(f"{where}: expected an object of lists: {', '.join(SPLIT_LISTS)}")
+        for key in SPLIT_LISTS:
+            if not isinstance(lists.get(key), list):
+                raise UserError(f"{where}: the list '{key}' is missing")
+        for keys in (SPLIT_LISTS[:3], SPLIT_LISTS[3:]):
+            lengths = [len(lists[key]) for key in keys]
+            if len(set(lengths)) != 1:
+                raise UserError(f"{where}: lists of different lengths: {dict(zip(keys, lengths))}")  # noqa: B905
+            if not lengths[0]:
+                raise UserError(f"{where}: '{keys[0]}' is empty")
+        rows = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
+        for i, (pid, image, pair) in enumerate(rows):
+            entry = f"{where}, image {i}"
+            joined.image_pids.append(offset + _pid(pid, entry))
+            joined.images.append(self._image(source, image, entry))
+            joined.pairs.append(self._image(source, pair, entry))
+            joined.image_sources.append(index)
+        rows = zip(lists["caption_pids"], lists["captions"], strict=True)
+        for i, (pid, caption) in enumerate(rows):
+            entry = f"{where}, caption {i}"
+            joined.caption_pids.append(offset + _pid(pid, entry))
+            joined.captions.append(_caption(caption, entry))
+            joined.caption_sources.append(index)
+
+    def _image(self, source: Source, path: Any, entry: str) -> Image:
+        if not (
+            isinstance(path, list) and len(path) == 2 and all(isinstance(p, str) for p in path)
+        ):
+            raise UserError(f"{entry}: expected an image as [folder, file], got {path!r}")
+        folder, file = path
+        relative = f"{source.folder}/{folder}/{file}"
+        if ".." in relative.split("/") or os.path.isabs(folder) or os.path.isabs(file):
+            raise UserError(f"{entry}: image path {relative} leaves the data set's folder")
+        full = self.root / relative
+        names = self._folders.get(str(full.parent))
+        if names is None:
+            try:
+                names = set(os.listdir(full.parent))
+            except OSError:
+                names = set()
+            self._folders[str(full.parent)] = names
+        if full.name not in names:
+            raise UserError(f"{entry}: image {relative} is missing in {self.root}")
+        if self.labels is None:
+            return Image(str(full))
+        key = source.key(folder, file)
+        if key not in self.labels:
+            raise UserError(f"attrs.json: no attributes for image '{key}' ({entry})")
+        return Image(str(full), self.labels[key])
+
+
+def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
+    views = [(s.pid, s.image.attributes) for s in train] + [
+        (s.pid, s.pair.attributes) for s in train
+    ]
+    voted = vote(views)
+
+    def with_vote(pid: int, image: Image) -> Image:
+        return Image(image.path, voted[pid] + image.attributes[VOTED:])
+
+    return [
+        TrainSample(s.pid, s.caption, with_vote(s.pid, s.image), with_vote(s.pid, s.pair), s.entry)
+        for s in train
+    ]
+
+
+def _vote_split(split: Split) -> None:
+    pids = split.image_pids
+    views = [
+        (pid, image.attributes)
+        for images in (split.images, split.pairs)
+        for pid, image in zip(pids, images, strict=True)
+    ]
+    voted = vote(views)
+    for images in (split.images, split.pairs):
+        images[:] = [
+            Image(image.path, voted[pid] + image.attributes[VOTED:])
+            for pid, image in zip(pids, images, strict=True)
+        ]
+
+
+def _read_attributes(path: Path) -> dict[str, tuple[int, ...]]:
+    rows = _read_json(path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of {{image key: labels}}")
+    labels = {}
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or len(row) != 1:
+            raise UserError(
+                f"{path}, entry {i}: expected one {{image key: labels}}, got {row!r:.80}"
+            )
+        ((key, values),) = row.items()
+        if not isinstance(values, list) or len(values) != len(ATTRIBUTES):
+            raise UserError(
+                f"{path}, entry {i} ('{key}'): expected {len(ATTRIBUTES)} labels "
+                f"({', '.join(ATTRIBUTES)}), got {values!r:.80}"
+            )
+        for value, (attribute, classes) in zip(values, ATTRIBUTES.items(), strict=True):
+            if type(value) is not int or not 0 <= value < classes:
+                raise UserError(
+                    f"{path}, entry {i} ('{key}'): {attribute} is {value!r}; "
+                    f"it must be 0 to {classes - 1}"
+                )
+        labels[key] = tuple(values)
+    return labels
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: malformed JSON: {error}") from None
+
+
+def _pid(value: Any, entry: str) -> int:
+    if type(value) is not int or value < 0:
+        raise UserError(f"{entry}: identity must be a whole number of at least 0, got {value!r}")
+    return value
+
+
+def _caption(value: Any, entry: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{entry}: the caption is {'empty' if value == '' else repr(value)}")
+    return value
+
+
+def _wanted(sources: Sequence[Source]) -> str:
+    return ", ".join(f"{s.folder}/{s.json.format('train')}" for s in sources)

@@ -1,0 +1,290 @@
+"""CLIP as the backbone: built, loaded and adapted to pedestrian images through open_clip.
+
+Shapes: B images or captions, L tokens of the longest caption, N image patches, D joint space.
+
+    backbone = load_backbone("ViT-B/16", image_size=(384, 128))
+    image_BD, image_tokens = backbone.encode_images(images)      # images [B, 3, 384, 128]
+    text_BD, text_tokens = backbone.encode_captions(caption_ids)  # ids [B, L], zeros behind the end
+
+Weights keep OpenAI's names, so a checkpoint of this project, of IRRA and of CLIP look alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
+from torch import Tensor, nn
+
+from utils.checkpoint import read_weights
+from utils.errors import UserError, suggest
+
+OPENAI_MODELS = {
+    name: name.replace("/", "-").replace("@", "-")
+    for name in (
+        "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
+        "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
+    )
+}  # fmt: skip
+OPENAI_MODELS["ViT-L/14@336px"] = "ViT-L-14-336"  # open_clip's name of it
+WEIGHTS_CACHE = Path("~/.cache/clip")  # where OpenAI's CLIP, IRRA and open_clip keep them too
+
+
+@dataclass(frozen=True)
+class BackboneSizes:
+    """What the shapes of a CLIP state dict say about its architecture."""
+
+    embed_dim: int
+    vision_layers: int | tuple[int, ...]  # four numbers: a ResNet
+    vision_width: int
+    vision_patch_size: int | None
+    text_width: int
+    text_layers: int
+    vocab_size: int = 49408
+    context_length: int = 77
+
+    @property
+    def is_resnet(self) -> bool:
+        return isinstance(self.vision_layers, tuple)
+
+
+class Backbone(open_clip.CLIP):
+    """CLIP with QuickGELU for images of any height and width and any patch stride.
+
+    The image feature is the projected class token (ResNet: the attention-pooled one), the text
+    feature the projected token at the end-of-text position, which has the largest id.
+
+    Args:
+        sizes: the architecture.
+        image_size: height and width, pixels.
+        stride: step between patches, pixels; None means the patch size. ResNets have none.
+        half: keep the weights of linear, convolution and attention layers in half precision.
+    """
+
+    def __init__(
+        self,
+        sizes: BackboneSizes,
+        image_size: tuple[int, int],
+        stride: int | None = None,
+        half: bool = False,
+    ) -> None:
+        vision = CLIPVisionCfg(
+            layers=sizes.vision_layers,
+            width=sizes.vision_width,
+            patch_size=sizes.vision_patch_size,
+            # open_clip's ResNet takes squares only; its position embedding is remade below.
+            image_size=224 if sizes.is_resnet else image_size,
+            head_width=64,
+        )
+        text = CLIPTextCfg(
+            context_length=sizes.context_length,
+            vocab_size=sizes.vocab_size,
+            width=sizes.text_width,
+            heads=sizes.text_width // 64,
+            layers=sizes.text_layers,
+        )
+        cast = torch.float16 if half else None
+        super().__init__(sizes.embed_dim, vision, text, quick_gelu=True, cast_dtype=cast)
+        self.sizes = sizes
+        self.image_size = image_size
+        # The temperature is fixed (SPEC of the paper: 0.02) and belongs to the losses.
+        self.logit_scale = None
+        self._adapt_vision(stride)
+        if half:
+            open_clip.model.convert_weights_to_fp16(self)
+
+    def _adapt_vision(self, stride: int | None) -> None:
+        """Set the patch grid for the image size and stride, and its position embedding's shape."""
+        height, width = self.image_size
+        if self.sizes.is_resnet:
+            if stride is not None:
+                raise UserError("--stride_size: a ResNet has no patches; leave it out")
+            if height % 32 or width % 32:
+                raise UserError(f"--img_size {height} {width}: a ResNet needs multiples of 32")
+            self.grid = (height // 32, width // 32)
+            pool = self.visual.attnpool
+            pool.positional_embedding = _position_embedding(self.grid, pool.q_proj.in_features)
+            return
+        patch = self.sizes.vision_patch_size
+        stride = stride or patch
+        if stride > patch:
+            raise UserError(f"--stride_size {stride} exceeds the patch size {patch}: pixels lost")
+        if min(height, width) < patch:
+            raise UserError(f"--img_size {height} {width} is smaller than a patch of {patch}")
+        self.grid = ((height - patch) // stride + 1, (width - patch) // stride + 1)
+        self.visual.conv1.stride = (stride, stride)
+        self.visual.grid_size = self.grid
+        self.visual.positional_embedding = _position_embedding(self.grid, self.sizes.vision_width)
+        self.visual.output_tokens = True
+
+    def reset_from_scratch(self) -> None:
+        """Initial values for training from scratch: open_clip's, and CLIP's for the text tower."""
+        width, layers = self.sizes.text_width, self.sizes.text_layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for transformer in (self.transformer, getattr(self.visual, "transformer", None)):
+            if transformer is None:
+                continue
+            width, layers = transformer.width, transformer.layers
+            for block in transformer.resblocks:
+                nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.text_projection, std=self.sizes.text_width**-0.5)
+
+    def encode_images(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Image features [B, D] and projected tokens [B, 1 + N, D], the class token first.
+
+        For a ResNet the tokens are the pooled feature alone, [B, 1, D].
+        """
+        images = images_BCHW.to(self.visual.conv1.weight.dtype)
+        if self.sizes.is_resnet:
+            pooled_BD = self.visual(images)
+            return pooled_BD, pooled_BD[:, None]
+        pooled_BD, patches = self.visual(images)  # patches come normalised but not projected
+        tokens_BND = torch.cat([pooled_BD[:, None], patches @ self.visual.proj], dim=1)
+        return pooled_BD, tokens_BND
+
+    def encode_captions(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Text features [B, D] and projected tokens [B, L, D].
+
+        Attention is causal, so what stands behind the end-of-text token changes nothing: L may be
+        the longest caption of the batch instead of the full context.
+        """
+        length = ids_BL.shape[1]
+        dtype = self.transformer.get_cast_dtype()
+        x = self.token_embedding(ids_BL).to(dtype) + self.positional_embedding[:length].to(dtype)
+        x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
+        tokens_BLD = self.ln_final(x) @ self.text_projection
+        rows = torch.arange(len(ids_BL), device=ids_BL.device)
+        return tokens_BLD[rows, ids_BL.argmax(dim=-1)], tokens_BLD
+
+
+def load_backbone(
+    choice: str,
+    image_size: tuple[int, int],
+    stride: int | None = None,
+    scratch: BackboneSizes | None = None,
+    half: bool = False,
+) -> Backbone:
+    """A backbone with pretrained weights, or from scratch.
+
+    Args:
+        choice: an OpenAI name ("ViT-B/16"), the path of a file (OpenAI archive, state dict or
+            safetensors), or "scratch".
+        scratch: the sizes for "scratch".
+
+    Raises UserError for an unknown name, weights that cannot be fetched or read, and state dicts
+    that are no CLIP.
+    """
+    if choice == "scratch":
+        backbone = Backbone(scratch, image_size, stride, half)
+        backbone.reset_from_scratch()
+        return backbone
+    path = _download(choice) if choice in OPENAI_MODELS else Path(choice)
+    if not path.is_file():
+        raise UserError(
+            f"--pretrain_choice {choice}: neither a file nor one of "
+            f"{', '.join(OPENAI_MODELS)}, scratch.{suggest(choice, OPENAI_MODELS)}"
+        )
+    weights = read_weights(path)
+    sizes = sizes_of(weights, str(path))
+    backbone = Backbone(sizes, image_size, stride, half)
+    weights = resize_positions(weights, backbone)
+    own = backbone.state_dict()
+    counters = {n for n in own if n.endswith("num_batches_tracked")}  # old archives lack them
+    missing = sorted(set(own) - set(weights) - counters)
+    wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    if missing or wrong:
+        raise UserError(
+            f"{path}: not a whole CLIP: "
+            + (f"{len(missing)} entries missing (first: {missing[0]})" if missing else "")
+            + (f" shape of {wrong[0]} is {tuple(weights[wrong[0]].shape)}" if wrong else "")
+        )
+    backbone.load_state_dict({n: weights[n] for n in own if n in weights}, strict=False)
+    return backbone
+
+
+def sizes_of(weights: dict[str, Tensor], where: str) -> BackboneSizes:
+    """Read the architecture off the shapes of a state dict. Raises UserError if it is no CLIP."""
+
+    def layers(prefix: str) -> int:
+        depth = prefix.count(".") + 1
+        return len({n.split(".")[depth] for n in weights if n.startswith(prefix + ".")})
+
+    try:
+        resnet = "visual.layer1.0.conv1.weight" in weights
+        conv1 = weights["visual.layer1.0.conv1.weight" if resnet else "visual.conv1.weight"]
+        return BackboneSizes(
+            embed_dim=weights["text_projection"].shape[1],
+            vision_layers=tuple(layers(f"visual.layer{i}") for i in (1, 2, 3, 4))
+            if resnet
+            else layers("visual.transformer.resblocks"),
+            vision_width=conv1.shape[0],
+            vision_patch_size=None if resnet else conv1.shape[-1],
+            text_width=weights["ln_final.weight"].shape[0],
+            text_layers=layers("transformer.resblocks"),
+            vocab_size=weights["token_embedding.weight"].shape[0],
+            context_length=weights["positional_embedding"].shape[0],
+        )
+    except (KeyError, IndexError) as error:
+        found = ", ".join(sorted(weights)[:3])
+        raise UserError(
+            f"{where}: no CLIP weights in OpenAI's naming: {error} is missing (found: {found}, ...)"
+        ) from None
+
+
+def position_name(sizes: BackboneSizes) -> str:
+    """Name of the image position embedding in a state dict."""
+    tower = "visual.attnpool" if sizes.is_resnet else "visual"
+    return f"{tower}.positional_embedding"
+
+
+def resize_positions(weights: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """Fit the image position embedding of `weights` to the backbone's grid.
+
+    Bilinear with `align_corners=False`, the class token's kept, as the reference does. The grid
+    that the weights come from is square (CLIP), or as tall as three times its width (384x128).
+    """
+    name = position_name(backbone.sizes)
+    source = weights.get(name)
+    rows, columns = backbone.grid
+    if source is None or source.shape[0] == 1 + rows * columns:
+        return weights
+    old = _grid_of(source.shape[0] - 1, name)
+    grid = source[1:].float().T.reshape(1, -1, *old)
+    grid = F.interpolate(grid, size=backbone.grid, mode="bilinear", align_corners=False)
+    resized = torch.cat([source[:1].float(), grid[0].flatten(1).T])
+    return {**weights, name: resized.to(source.dtype)}
+
+
+def _grid_of(count: int, name: str) -> tuple[int, int]:
+    for ratio in (1, 3, 2):
+        columns = round((count / ratio) ** 0.5)
+        if columns * columns * ratio == count:
+            return columns * ratio, columns
+    raise UserError(f"{name}: {count} patches are no grid of 1:1, 3:1 or 2:1; cannot be resized")
+
+
+def _position_embedding(grid: tuple[int, int], width: int) -> nn.Parameter:
+    return nn.Parameter(width**-0.5 * torch.randn(1 + grid[0] * grid[1], width))
+
+
+def _download(name: str) -> Path:
+    url = get_pretrained_url(OPENAI_MODELS[name], "openai")
+    target = WEIGHTS_CACHE.expanduser() / url.rsplit("/", 1)[-1]
+    try:
+        # open_clip verifies the SHA-256 that stands in the address, also of a file already there.
+        return Path(download_pretrained_from_url(url, cache_dir=str(target.parent)))
+    except Exception as error:
+        raise UserError(
+            f"--pretrain_choice {name}: the weights are not at {target} and could not be "
+            f"downloaded ({error}). Without a network: fetch {url} elsewhere and put it there, or "
+            "give --pretrain_choice the path of a file."
+        ) from None

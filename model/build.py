@@ -1,0 +1,291 @@
+"""AEAFIRM: the features of a batch once, then each named loss.
+
+model = build_model(args, loss_names, num_classes)
+losses = model(batch)                # {"supkl": ..., "match2": ...}, weighted
+image_BD = model.encode_image(images)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from prettytable import PrettyTable
+from torch import Tensor, nn
+
+from model.aea import FeatureQueue
+from model.backbone import Backbone, BackboneSizes, load_backbone, resize_positions, sizes_of
+from model.firm import SentenceTable, match_logits, predict_attributes, read_attributes
+from model.losses import LOSSES, Step
+from model.mlm import cross_modal_parts, masked_token_logits
+from utils.errors import UserError
+
+PREFIX = "base_model."  # of the backbone's weights in a checkpoint
+
+
+class AEAFIRM(nn.Module):
+    """A CLIP backbone with the heads that its losses need.
+
+    Args:
+        backbone: gives features and tokens of images and captions.
+        loss_names: rows of `losses.LOSSES`.
+        num_classes: training identities, for `id`.
+        temperature: of all similarities; fixed.
+        slack: AEA's extra target weight of the direct pair.
+        queue_size: slots of AEA's queue; used if `queue` is named.
+        sentences: FIRM's sentence table; needed if `match2` is named.
+        weights: factor of a loss by name; 1 where absent.
+        cmt_depth: layers of the cross-modal transformer of `mlm`.
+        seed: of FIRM's draws.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        loss_names: Sequence[str] = (),
+        *,
+        num_classes: int = 0,
+        temperature: float = 0.02,
+        slack: float = 0.15,
+        queue_size: int = 0,
+        sentences: SentenceTable | None = None,
+        weights: dict[str, float] | None = None,
+        cmt_depth: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.base_model = backbone
+        self.loss_names = tuple(loss_names)
+        self.scale = 1 / temperature
+        self.slack = slack
+        self.weights = weights or {}
+        self.generator = torch.Generator().manual_seed(seed)  # FIRM's draws; saved in checkpoints
+        dim = backbone.sizes.embed_dim
+        self.queue = FeatureQueue(queue_size, dim) if "queue" in loss_names else None
+        if "match2" in loss_names:
+            self.sentences = sentences
+            self.fusion = "dot" if "dot" in loss_names else "cat"
+            self.atr_matching_head = nn.Linear(dim if self.fusion == "dot" else 2 * dim, 2)
+        if "id" in loss_names:
+            self.classifier = nn.Linear(dim, num_classes)
+            nn.init.normal_(self.classifier.weight, std=0.001)
+            nn.init.zeros_(self.classifier.bias)
+        if "mlm" in loss_names:
+            for name, part in cross_modal_parts(dim, cmt_depth, backbone.sizes.vocab_size).items():
+                self.add_module(name, part)
+
+    def encode_image(self, images_BCHW: Tensor) -> Tensor:
+        """Unnormalised image features [B, D], float32."""
+        return self.base_model.encode_images(images_BCHW)[0].float()
+
+    def encode_text(self, ids_BL: Tensor) -> Tensor:
+        """Unnormalised text features [B, D], float32."""
+        return self.base_model.encode_captions(ids_BL)[0].float()
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted losses of a training batch, by name.
+
+        batch: `images` [B, 3, H, W] and `caption_ids` [B, L], `pids` [B]; with two views
+        `pair_images`; for `match2` `attributes` and `pair_attributes` [B, A]; for `mlm`
+        `masked_ids` and `masked_labels` [B, L].
+        """
+        two_views = "pair_images" in batch
+        images = batch["images"]
+        if two_views:  # one encoder call for both
+            images = torch.cat([images, batch["pair_images"]])
+        image_VD, tokens_VND = self.base_model.encode_images(images)
+        text_BD = self.base_model.encode_captions(batch["caption_ids"])[0]
+        sentence_SD = masked_XT = masked_labels_X = None
+        if "match2" in self.loss_names:
+            sentence_SD = self.base_model.encode_captions(self.sentences.ids)[0].float()
+        if "mlm" in self.loss_names:
+            tokens_BND = torch.cat(tokens_VND.chunk(2), dim=1) if two_views else tokens_VND
+            text_BLD = self.base_model.encode_captions(batch["masked_ids"])[1]
+            masked_XT, masked_labels_X = masked_token_logits(
+                self, text_BLD, tokens_BND, batch["masked_labels"]
+            )
+            masked_XT = masked_XT.float()
+        views = image_VD.float().split(len(text_BD))
+        with torch.autocast(text_BD.device.type, enabled=False):  # loss mathematics in float32
+            step = Step(
+                text_BD=text_BD.float(),
+                image_BD=views[0],
+                pair_BD=views[1] if two_views else None,
+                pids_B=batch["pids"],
+                scale=self.scale,
+                heads=self,
+                batch=batch,
+                sentence_SD=sentence_SD,
+                masked_XT=masked_XT,
+                masked_labels_X=masked_labels_X,
+                queue=self.queue,
+                slack=self.slack,
+            )
+            losses = {
+                name: self.weights.get(name, 1.0) * LOSSES[name].compute(step)
+                for name in self.loss_names
+                if LOSSES[name].compute
+            }
+        if self.queue is not None:
+            self.queue.push(step.unit["text"], step.unit["image"], step.pids_B)
+        return losses
+
+    def classify(self, feature_BD: Tensor) -> Tensor:
+        """Identity logits [B, C], float32."""
+        head = self.classifier
+        return F.linear(feature_BD, head.weight.float(), head.bias.float())
+
+    def match(self, sentence_SD: Tensor, image_VD: Tensor) -> Tensor:
+        """The matching head's two outputs for every image and sentence, [V, S, 2], float32."""
+        head = self.atr_matching_head
+        weight, bias = head.weight.float(), head.bias.float()
+        return match_logits(sentence_SD, image_VD, weight, bias, self.fusion)
+
+    def predict_attributes(self, image_VD: Tensor) -> Tensor:
+        """FIRM's class of each attribute, [V, A]: whose sentences match the image best."""
+        sentence_SD = self.encode_text(self.sentences.ids)
+        return predict_attributes(self.match(sentence_SD, image_VD), self.sentences)
+
+
+def build_sentences(args: argparse.Namespace) -> SentenceTable:
+    """FIRM's sentence table from `--attributes_file`, tokenized and cut to the longest."""
+    attributes = read_attributes(args.attributes_file)
+    texts = [text for a in attributes for group in a.sentences for text in group]
+    ids_SL = open_clip.tokenize(texts, context_length=args.text_length)
+    ids_SL = ids_SL[:, : int((ids_SL != 0).sum(dim=1).max())]
+    return SentenceTable(
+        [[len(group) for group in a.sentences] for a in attributes], ids_SL, args.negatives
+    )
+
+
+def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None = None) -> Backbone:
+    """The backbone that the options describe.
+
+    Args:
+        weights: a state dict in OpenAI's naming whose shapes give the architecture instead of
+            `--pretrain_choice`, as for a checkpoint; the values are not loaded here.
+    """
+    image_size, half = tuple(args.img_size), args.precision == "half"
+    if weights is not None:
+        backbone = Backbone(sizes_of(weights, "checkpoint"), image_size, args.stride_size, half)
+    else:
+        scratch = BackboneSizes(
+            embed_dim=args.embed_dim,
+            vision_layers=args.vision_layers,
+            vision_width=args.vision_width,
+            vision_patch_size=args.vision_patch_size,
+            text_width=args.text_width,
+            text_layers=args.text_layers,
+            vocab_size=args.vocab_size,
+        )
+        backbone = load_backbone(args.pretrain_choice, image_size, args.stride_size, scratch, half)
+    sizes = backbone.sizes
+    if sizes.vocab_size != args.vocab_size:
+        raise UserError(f"--vocab_size {args.vocab_size}: the weights have {sizes.vocab_size}")
+    if sizes.context_length < args.text_length:
+        raise UserError(
+            f"--text_length {args.text_length}: the weights have positions for "
+            f"{sizes.context_length} tokens"
+        )
+    return backbone
+
+
+def build_model(
+    args: argparse.Namespace,
+    loss_names: Sequence[str],
+    num_classes: int,
+    weights: dict[str, Tensor] | None = None,
+) -> AEAFIRM:
+    """The model that the options describe, on the CPU.
+
+    Args:
+        loss_names: checked names (`losses.parse_loss_names`).
+        num_classes: training identities.
+        weights: see `build_backbone`.
+    """
+    torch.manual_seed(args.seed)
+    model = AEAFIRM(
+        build_backbone(args, weights),
+        loss_names,
+        num_classes=num_classes,
+        temperature=args.temperature,
+        slack=args.slack,
+        queue_size=args.queue_batches * args.batch_size,
+        sentences=build_sentences(args) if "match2" in loss_names else None,
+        weights={
+            "match2": args.match_loss_weight,
+            "id": args.id_loss_weight,
+            "mlm": args.mlm_loss_weight,
+        },
+        cmt_depth=args.cmt_depth,
+        seed=args.seed,
+    )
+    if args.precision == "half":
+        open_clip.model.convert_weights_to_fp16(model)
+    return model
+
+
+def build_evaluation_model(
+    args: argparse.Namespace, weights: dict[str, Tensor], where: str
+) -> AEAFIRM:
+    """The model of a checkpoint: backbone, and FIRM's head if it was trained.
+
+    The architecture is read off the weights, so no pretrained file is needed. Raises UserError if
+    the weights do not fit the options.
+    """
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
+    names = ("match2", "dot", "cat") if "atr_matching_head.weight" in weights else ()
+    names = [name for name in args.loss_names.split("+") if name in names]
+    if not clip:
+        raise UserError(
+            f"{where}: no weights named {PREFIX}*; is this a checkpoint of this family?"
+        )
+    model = build_model(args, names, num_classes=0, weights=clip)
+    wanted = model.state_dict()
+    for name, value in wanted.items():
+        if name not in weights:
+            raise UserError(f"{where}: {name} is missing")
+        if weights[name].shape != value.shape:
+            raise UserError(
+                f"{where}: {name} has the shape {tuple(weights[name].shape)}, the options of the "
+                f"run make it {tuple(value.shape)}; configs.yaml and checkpoint must be of one run"
+            )
+    model.load_state_dict({name: weights[name] for name in wanted})
+    return model
+
+
+def load_fitting(model: AEAFIRM, weights: dict[str, Tensor], where: str) -> str:
+    """Load every weight whose name and shape fit (`--finetune`); returns a report to log.
+
+    Position embeddings of another image size or stride are resized. Raises UserError if no weight
+    of the backbone fits.
+    """
+    own = model.state_dict()
+    clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
+    clip = resize_positions(clip, model.base_model)
+    source = {**weights, **{PREFIX + n: v for n, v in clip.items()}}
+    resized = [n for n, v in source.items() if n in weights and v.shape != weights[n].shape]
+    fitting = {n: v for n, v in source.items() if n in own and v.shape == own[n].shape}
+    if not any(n.startswith(PREFIX) for n in fitting):
+        raise UserError(
+            f"--finetune {where}: nothing fits: none of its {len(weights)} weights has the name "
+            f"and shape of one of the backbone's (found {', '.join(sorted(weights)[:3])}, ...)"
+        )
+    model.load_state_dict(fitting, strict=False)
+    other = [n for n in source if n in own and n not in fitting]
+    groups = {
+        "loaded": [n for n in fitting if n not in resized],
+        "resized": [n for n in resized if n in fitting],
+        "skipped, other shape": other,
+        "skipped, unknown here": [n for n in source if n not in own],
+        "left as initialised": [n for n in own if n not in fitting],
+    }
+    table = PrettyTable(["finetune", "weights", "such as"])
+    table.align = "l"
+    for what, names in groups.items():
+        table.add_row([what, len(names), names[0] if names else ""])
+    return f"{where}\n{table.get_string()}"

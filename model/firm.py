@@ -1,0 +1,164 @@
+"""FIRM, fine-grained representation mining: do an image and an attribute sentence match?
+
+Shapes: V images (both views of a batch), A attributes, S sentences of all attributes, D joint
+space. `labels_VA` holds the class of every attribute of every image.
+
+For each image and attribute one sentence of its true class is the positive and one sentence of
+another class the negative; a linear head with two outputs decides match or no match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A name and, in label order, the classes with their sentences."""
+
+    name: str
+    classes: tuple[str, ...]
+    sentences: tuple[tuple[str, ...], ...]
+
+
+def read_attributes(path: str | Path) -> list[Attribute]:
+    """Read `configs/attributes.yaml`. Raises UserError naming the entry that is wrong."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: expected a list of attributes")
+    attributes = []
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}: attribute {number}"
+        if not isinstance(entry, dict) or set(entry) != {"attribute", "classes"}:
+            raise UserError(f"{where}: expected the keys 'attribute' and 'classes'")
+        classes = entry["classes"]
+        if not isinstance(classes, dict) or len(classes) < 2:
+            raise UserError(f"{where} ({entry['attribute']}): needs two classes or more")
+        for name, sentences in classes.items():
+            if not (
+                isinstance(sentences, list)
+                and sentences
+                and all(isinstance(s, str) and s.strip() for s in sentences)
+            ):
+                raise UserError(f"{where} ({entry['attribute']}): class {name} has no sentences")
+        attributes.append(
+            Attribute(
+                str(entry["attribute"]),
+                tuple(map(str, classes)),
+                tuple(map(tuple, classes.values())),
+            )
+        )
+    return attributes
+
+
+class SentenceTable(nn.Module):
+    """The sentences' tokens and where each class's sentences lie among them.
+
+    Args:
+        classes: for each attribute, for each class, how many sentences it has.
+        ids_SL: token ids of all sentences, attribute by attribute and class by class.
+        negatives: the negative's class, "next" ((class + 1) mod n) or "random" (any other).
+    """
+
+    def __init__(
+        self, classes: Sequence[Sequence[int]], ids_SL: Tensor, negatives: str = "next"
+    ) -> None:
+        super().__init__()
+        total = sum(map(sum, classes))
+        if total != len(ids_SL):
+            raise ValueError(f"{total} sentences are counted, {len(ids_SL)} given")
+        self.negatives = negatives
+        most = max(map(len, classes))
+        first, count, start = [], [], 0
+        for counts in classes:
+            starts = []
+            for n in counts:
+                starts.append(start)
+                start += n
+            padding = [0] * (most - len(counts))
+            first.append(starts + padding)
+            count.append([*counts, *padding])
+        # Not persistent: the sentences come from configs/, not from a checkpoint.
+        for name, value in (("ids", ids_SL), ("first", first), ("count", count)):
+            self.register_buffer(name, torch.as_tensor(value), persistent=False)
+        self.register_buffer("classes", torch.tensor([len(c) for c in classes]), persistent=False)
+
+    def draw(self, labels_VA: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Indices [V, A] of a positive and of a negative sentence, uniform within their class."""
+        shape, device = labels_VA.shape, generator.device
+        u = torch.rand((3, *shape), generator=generator, device=device).to(labels_VA.device)
+        if self.negatives == "random":
+            # 1 .. n-1 steps ahead: any class but the own, each equally likely.
+            step_VA = 1 + (u[2] * (self.classes - 1)).long()
+        else:
+            step_VA = 1
+        other_VA = (labels_VA + step_VA) % self.classes
+        return self._pick(labels_VA, u[0]), self._pick(other_VA, u[1])
+
+    def _pick(self, class_VA: Tensor, u_VA: Tensor) -> Tensor:
+        columns = torch.arange(len(self.classes), device=class_VA.device)
+        first_VA, count_VA = self.first[columns, class_VA], self.count[columns, class_VA]
+        return first_VA + (u_VA * count_VA).long()
+
+    def class_scores(self, scores_VS: Tensor) -> list[Tensor]:
+        """Mean score of each class's sentences: for each attribute a tensor [V, classes]."""
+        return [
+            torch.stack(
+                [
+                    scores_VS[:, f : f + c].mean(dim=1)
+                    for f, c in zip(first[:n], count[:n], strict=True)
+                ],
+                dim=1,
+            )
+            for first, count, n in zip(
+                self.first.tolist(), self.count.tolist(), self.classes.tolist(), strict=True
+            )
+        ]
+
+
+def match_logits(
+    sentence_SD: Tensor, image_VD: Tensor, weight: Tensor, bias: Tensor, fusion: str
+) -> Tensor:
+    """The head's two outputs for every image with every sentence, [V, S, 2], without fused pairs.
+
+    Features are unnormalised. The head is linear, so the elementwise product (`dot`, weight
+    [2, D]) needs one matrix product with the sentences scaled by the weights, and the
+    concatenation sentence-image (`cat`, weight [2, 2D]) one product for each half.
+    """
+    if fusion == "dot":
+        scaled_SKD = sentence_SD[:, None] * weight
+        flat = image_VD @ scaled_SKD.flatten(0, 1).T
+        return flat.view(len(image_VD), len(sentence_SD), 2) + bias
+    for_sentence, for_image = weight.chunk(2, dim=1)
+    return (image_VD @ for_image.T)[:, None] + (sentence_SD @ for_sentence.T)[None] + bias
+
+
+def match_loss(logits_VS2: Tensor, positive_VA: Tensor, negative_VA: Tensor) -> Tensor:
+    """Cross-entropy of positives to 1 plus of negatives to 0, each a mean over images x attributes."""
+
+    def cross_entropy(index_VA: Tensor, label: int) -> Tensor:
+        chosen = logits_VS2.gather(1, index_VA[..., None].expand(-1, -1, 2))
+        return -chosen.log_softmax(dim=-1)[..., label].mean()
+
+    return cross_entropy(positive_VA, 1) + cross_entropy(negative_VA, 0)
+
+
+def predict_attributes(logits_VS2: Tensor, table: SentenceTable) -> Tensor:
+    """Class of each attribute, [V, A]: the one whose sentences match best on average."""
+    match_VS = F.log_softmax(logits_VS2, dim=-1)[..., 1]
+    return torch.stack([s.argmax(dim=1) for s in table.class_scores(match_VS)], dim=1)

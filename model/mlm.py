@@ -1,0 +1,58 @@
+"""IRRA's cross-modal head: masked words are guessed from the image.
+
+Shapes: B samples, L caption tokens, N image tokens, D joint space, T vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from open_clip.transformer import QuickGELU, Transformer
+from torch import Tensor, nn
+
+
+def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Module]:
+    """The head's parts under IRRA's names, initialised as there."""
+    heads = max(1, dim // 64)
+    transformer = Transformer(dim, depth, heads, act_layer=QuickGELU)
+    attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+    classifier = OrderedDict(
+        dense=nn.Linear(dim, dim),
+        gelu=QuickGELU(),
+        ln=nn.LayerNorm(dim),
+        fc=nn.Linear(dim, vocab_size),
+    )
+    out_std = dim**-0.5 * (2 * depth) ** -0.5
+    for block in transformer.resblocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * dim) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+    nn.init.normal_(attention.in_proj_weight, std=dim**-0.5)
+    nn.init.normal_(attention.out_proj.weight, std=out_std)
+    nn.init.normal_(classifier["dense"].weight, std=(2 * dim) ** -0.5)
+    nn.init.normal_(classifier["fc"].weight, std=out_std)
+    return {
+        "cross_attn": attention,
+        "cross_modal_transformer": transformer,
+        "ln_pre_t": nn.LayerNorm(dim),
+        "ln_pre_i": nn.LayerNorm(dim),
+        "ln_post": nn.LayerNorm(dim),
+        "mlm_head": nn.Sequential(classifier),
+    }
+
+
+def masked_token_logits(
+    parts: nn.Module, text_BLD: Tensor, image_BND: Tensor, labels_BL: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Vocabulary logits [X, T] and labels [X] of the X masked tokens (label not 0).
+
+    Masked caption tokens attend to the image tokens through one cross-attention layer and a
+    transformer (IRRA, sec. 3.2); a dense-QuickGELU-LayerNorm-linear classifier follows, for the
+    masked tokens alone: the others carry no loss.
+    """
+    image_BND = parts.ln_pre_i(image_BND)
+    x_BLD = parts.cross_attn(parts.ln_pre_t(text_BLD), image_BND, image_BND, need_weights=False)[0]
+    x_BLD = parts.ln_post(parts.cross_modal_transformer(x_BLD))
+    masked_BL = labels_BL != 0
+    return parts.mlm_head(x_BLD[masked_BL]), labels_BL[masked_BL]

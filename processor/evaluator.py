@@ -1,0 +1,154 @@
+"""Features of a split, then its metrics: per gallery, and FIRM's accuracy per attribute."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from prettytable import PrettyTable
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets.build import caption_batches, image_loader
+from datasets.records import Data
+from model.build import AEAFIRM
+from utils.devices import autocast
+from utils.metrics import Retrieval, retrieval
+
+
+@dataclass
+class Features:
+    """Unnormalised features, float32, on the CPU: captions [Q, D] and images [G, D] of each view."""
+
+    captions: Tensor
+    views: dict[str, Tensor]
+
+
+class Evaluator:
+    """Evaluates a model on one split; keeps its loaders between epochs.
+
+    Args:
+        data: the data set.
+        split: "val" or "test".
+        views: which views to encode; the first is the paper's gallery (aerial).
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        split: str,
+        args: argparse.Namespace,
+        device: torch.device,
+        views: tuple[str, ...] | None = None,
+    ) -> None:
+        self.split, self.args, self.device = data.splits[split], args, device
+        self.name = split
+        self.attribute_names = data.attribute_names
+        images = dict(zip(data.views, (self.split.images, self.split.pairs), strict=False))
+        self.images = {view: images[view] for view in views or data.views}
+        self.loaders = {view: image_loader(x, args, device) for view, x in self.images.items()}
+        self.captions = list(caption_batches(self.split.captions, args))
+
+    @torch.no_grad()
+    def encode(self, model: AEAFIRM) -> Features:
+        """Features of all captions and images, in order."""
+        was_training = model.training
+        model.eval()
+        steps = len(self.captions) + sum(map(len, self.loaders.values()))
+        bar = tqdm(total=steps, desc=f"encode {self.name}", leave=False, disable=None)
+
+        def run(encode, batches) -> Tensor:
+            rows = []
+            for batch in batches:
+                with autocast(self.args.precision, self.device):
+                    rows.append(encode(batch.to(self.device, non_blocking=True)))
+                bar.update()
+            return torch.cat(rows).cpu()
+
+        with bar:
+            features = Features(
+                run(model.encode_text, self.captions),
+                {view: run(model.encode_image, loader) for view, loader in self.loaders.items()},
+            )
+        model.train(was_training)
+        return features
+
+    def evaluate(self, model: AEAFIRM) -> Retrieval:
+        """All captions against the first view's images: the paper's figures."""
+        return self.galleries(self.encode(model))[next(iter(self.images))]
+
+    def galleries(self, features: Features) -> dict[str, Retrieval]:
+        """Metrics on every gallery there is.
+
+        Each view, all views together, and the first view of each source with that source's
+        captions. A gallery in which no caption has a match is left out.
+        """
+        split = self.split
+        caption_pids, image_pids = torch.tensor(split.caption_pids), torch.tensor(split.image_pids)
+        sets = {
+            view: (features.captions, images, caption_pids, image_pids)
+            for view, images in features.views.items()
+        }
+        count = len(features.views)
+        if count > 1:
+            together = torch.cat(list(features.views.values()))
+            name = " + ".join(features.views)
+            sets[name] = (features.captions, together, caption_pids, image_pids.repeat(count))
+        if count > 1 and len(split.sources) > 1:
+            view, images = next(iter(features.views.items()))
+            from_q, from_g = (torch.tensor(x) for x in (split.caption_sources, split.image_sources))
+            for i, source in enumerate(split.sources):
+                q, g = from_q == i, from_g == i
+                sets[f"{view}, {source}"] = (
+                    features.captions[q], images[g], caption_pids[q], image_pids[g]
+                )  # fmt: skip
+        return {
+            name: retrieval(*tensors)
+            for name, tensors in sets.items()
+            if torch.isin(tensors[2], tensors[3]).any()
+        }
+
+    @torch.no_grad()
+    def attribute_accuracy(self, model: AEAFIRM, features: Features) -> dict[str, dict[str, float]]:
+        """Percent of images whose attribute FIRM's head names rightly: {attribute: {view: %}}.
+
+        The labels are those of training: five voted per identity, angle and altitude per image.
+        """
+        model.eval()
+        table: dict[str, dict[str, float]] = {name: {} for name in self.attribute_names}
+        for view, feature_GD in features.views.items():
+            labels_GA = torch.tensor([image.attributes for image in self.images[view]])
+            guess_GA = model.predict_attributes(feature_GD.to(self.device)).cpu()
+            accuracy_A = 100 * (guess_GA == labels_GA).double().mean(dim=0)
+            for name, value in zip(self.attribute_names, accuracy_A.tolist(), strict=True):
+                table[name][view] = value
+        return table
+
+
+def gallery_table(galleries: dict[str, Retrieval]) -> str:
+    """The galleries' figures in percent, a row each."""
+    table = PrettyTable(["gallery", "queries", "images", "R@1", "R@5", "R@10", "mAP", "mINP"])
+    table.align = "r"
+    table.align["gallery"] = "l"
+    for name, r in galleries.items():
+        shown = [f"{value:.2f}" for value in r.percentages().values()]
+        table.add_row([name, r.queries, r.gallery, *shown])
+    lines = [table.get_string()]
+    lines += [
+        f"{name}: {r.unmatched} captions have no image of their identity and are left out"
+        for name, r in galleries.items()
+        if r.unmatched
+    ]
+    return "\n".join(lines)
+
+
+def attribute_table(accuracy: dict[str, dict[str, float]]) -> str:
+    """Accuracy in percent, an attribute a row, a view a column."""
+    views = list(next(iter(accuracy.values())))
+    table = PrettyTable(["attribute", *views])
+    table.align = "r"
+    table.align["attribute"] = "l"
+    for name, row in accuracy.items():
+        table.add_row([name, *(f"{row[view]:.2f}" for view in views)])
+    return table.get_string()

@@ -1,0 +1,191 @@
+"""A training run: epochs of steps, an evaluation, a checkpoint; read it top to bottom.
+
+The run's folder receives train_log.txt, TensorBoard events, best.pth (weights of the epoch with
+the highest R@1) and last.pth (everything that `--resume` needs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from model.build import AEAFIRM
+from processor.evaluator import Evaluator
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.devices import autocast
+from utils.errors import UserError
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        model: on its device.
+        loader: training batches; its sampler's generator is part of the checkpoint.
+        evaluator: of the split that chooses best.pth.
+        run_dir: receives all files.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: AEAFIRM,
+        loader: DataLoader,
+        evaluator: Evaluator,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        device: torch.device,
+        run_dir: Path,
+        logger: logging.Logger,
+    ) -> None:
+        self.args, self.model, self.loader, self.evaluator = args, model, loader, evaluator
+        self.optimizer, self.scheduler, self.device = optimizer, scheduler, device
+        self.run_dir, self.log = run_dir, logger
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        self.epoch = 0  # epochs done
+        self.best: dict[str, Any] = {"R@1": -1.0, "epoch": 0}
+
+    def train(self) -> dict[str, Any]:
+        """Run the remaining epochs. Returns the best epoch's figures, with `epoch`."""
+        args = self.args
+        steps = len(self.loader)
+        self.writer = SummaryWriter(self.run_dir)
+        bar = tqdm(
+            total=args.num_epoch * steps,
+            initial=self.epoch * steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,  # no bar where stderr is no terminal; the log has every figure
+        )
+        with self.writer, bar:
+            while self.epoch < args.num_epoch:
+                started = time.perf_counter()
+                line = self._train_epoch(bar)
+                self.epoch += 1
+                self.scheduler.step()
+                if self.epoch % args.eval_period == 0 or self.epoch == args.num_epoch:
+                    line += self._evaluate()
+                save_checkpoint(self.run_dir / "last.pth", self.state())
+                seconds = time.perf_counter() - started
+                self.log.info(f"epoch {self.epoch}/{args.num_epoch}  {line}  {seconds:.1f} s")
+        return self.best
+
+    def _train_epoch(self, bar: tqdm) -> str:
+        args, model = self.args, self.model
+        model.train()
+        lr = self.scheduler.get_last_lr()[0]
+        sums: dict[str, torch.Tensor] = {}
+        since, samples, epoch_start, epoch_samples = time.perf_counter(), 0, time.perf_counter(), 0
+        bar.set_description(f"epoch {self.epoch + 1}/{args.num_epoch}")
+        for step, batch in enumerate(self.loader, 1):
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+            with autocast(args.precision, self.device):
+                losses = model(batch)
+            losses["total"] = sum(losses.values())
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(losses["total"]).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            # Sums stay on the device: between log lines nothing waits for it.
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            samples += len(batch["pids"])
+            bar.update()
+            if step % args.log_period == 0 or step == len(self.loader):
+                means = self._means(sums, step)
+                now = time.perf_counter()
+                speed = samples / (now - since)
+                epoch_samples += samples
+                since, samples = now, 0
+                bar.set_postfix_str(
+                    f"loss {means['total']:.3f}, lr {lr:.1e}, {speed:.0f} samples/s"
+                )
+                if step < len(self.loader):
+                    self.log.info(
+                        f"epoch {self.epoch + 1}/{args.num_epoch} step {step}/{len(self.loader)}  "
+                        f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
+                    )
+        speed = epoch_samples / (time.perf_counter() - epoch_start)
+        for name, value in means.items():
+            self.writer.add_scalar(f"loss/{name}", value, self.epoch + 1)
+        self.writer.add_scalar("lr", lr, self.epoch + 1)
+        self.writer.add_scalar("samples_per_second", speed, self.epoch + 1)
+        return f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
+
+    def _means(self, sums: dict[str, torch.Tensor], step: int) -> dict[str, float]:
+        values = (torch.stack(list(sums.values())) / step).tolist()  # one wait for the device
+        means = dict(zip(sums, values, strict=True))
+        for name, value in means.items():
+            if value != value or abs(value) == float("inf"):
+                raise UserError(
+                    f"loss {name} is {value} in epoch {self.epoch + 1}, by step {step}: try a "
+                    f"lower --lr, more --warmup_epochs, or --precision fp32 "
+                    f"(now {self.args.precision})"
+                )
+        return means
+
+    def _evaluate(self) -> str:
+        result = self.evaluator.evaluate(self.model)
+        figures = result.percentages()
+        for name, value in figures.items():
+            self.writer.add_scalar(f"{self.evaluator.name}/{name}", value, self.epoch)
+        better = figures["R@1"] > self.best["R@1"]
+        if better:
+            self.best = {**figures, "epoch": self.epoch, "split": self.evaluator.name}
+            save_checkpoint(
+                self.run_dir / "best.pth",
+                {"model": self.model.state_dict(), "epoch": self.epoch, "best": self.best},
+            )
+        shown = " ".join(f"{name} {value:.2f}" for name, value in figures.items())
+        return f"  {self.evaluator.name}: {shown}" + ("  best" if better else "")
+
+    def state(self) -> dict[str, Any]:
+        """Everything that going on with the run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "generators": {
+                "sampler": self.loader.sampler.generator.get_state(),
+                "firm": self.model.generator.get_state(),
+            },
+        }
+
+    def resume(self, path: str) -> None:
+        """Go on from a checkpoint of `state()`. Raises UserError if it is none or does not fit."""
+        state = load_checkpoint(path)
+        missing = sorted(set(self.state()) - set(state))
+        if missing:
+            raise UserError(
+                f"{path}: cannot be resumed, it lacks {', '.join(missing)}; "
+                "give last.pth, or start from its weights with --finetune"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: does not fit these options: {error}") from None
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.best = state["epoch"], state["best"]
+        self.loader.sampler.generator.set_state(state["generators"]["sampler"])
+        self.model.generator.set_state(state["generators"]["firm"])
+
+
+def _shown(means: dict[str, float]) -> str:
+    parts = {k: v for k, v in means.items() if k != "total"}
+    inner = f" ({', '.join(f'{k} {v:.3f}' for k, v in parts.items())})" if len(parts) > 1 else ""
+    return f"loss {means['total']:.3f}{inner}"

@@ -1,0 +1,165 @@
+"""Reading and writing weights and checkpoints, without ever running code from a file."""
+
+from __future__ import annotations
+
+import pickle
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import write_atomically
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically: a crash or a full disk leaves the previous file whole."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint: a dictionary whose entry `model` holds the weights, on the CPU.
+
+    Only tensors and plain values are accepted (`weights_only`). Raises UserError otherwise.
+    """
+    content = _load(Path(path))
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path}: no checkpoint: it has no entry 'model' with weights")
+    return content
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from safetensors, an OpenAI archive (TorchScript) or a file of `torch.save`.
+
+    Entries `model` or `state_dict` are unwrapped and a `module.` prefix is cut; entries that are
+    no tensors, and the three size records of OpenAI's archives, are left out.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        try:
+            weights = safetensors.torch.load_file(path)
+        except Exception as error:
+            raise UserError(f"{path}: not readable as safetensors: {error}") from None
+    elif _is_torchscript(path):
+        weights = _read_torchscript(path)
+    else:
+        weights = _load(path)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: no weights: expected names with tensors")
+    sizes = {"input_resolution", "context_length", "vocab_size"}
+    return {
+        name.removeprefix("module."): value
+        for name, value in weights.items()
+        if isinstance(value, Tensor) and name not in sizes
+    }
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{path}: refused: it holds more than tensors and plain values, and loading it could "
+            f"run code, or it is damaged ({reason})"
+        ) from None
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: not readable as a checkpoint, or damaged ({reason})") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    """The parameters of a TorchScript archive, read as data.
+
+    `torch.jit.load` would build the archive's program; only its tensors are wanted. The pickle
+    inside is read by an unpickler that knows tensors and replaces every module of the program by
+    an empty object, so no code of the file can run.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+            with archive.open(record) as file:
+                root = _ModuleUnpickler(file, archive, record.removesuffix(".pkl")).load()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: damaged TorchScript archive ({error})") from None
+    weights: dict[str, Tensor] = {}
+
+    def walk(module: Any, prefix: str) -> None:
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                weights[prefix + name] = value.detach()
+            elif isinstance(value, types.SimpleNamespace):
+                walk(value, f"{prefix}{name}.")
+
+    walk(root, "")
+    return weights
+
+
+def _as_is(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _strided(flat: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    return flat.as_strided(size, stride, offset)
+
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_HARMLESS = {
+    ("torch._utils", "_rebuild_tensor_v2"): _strided,
+    ("torch._utils", "_rebuild_parameter"): _as_is,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{
+        ("torch.jit._pickle", f"build_{kind}list"): _as_is
+        for kind in ("int", "double", "bool", "tensor")
+    },
+    ("torch.jit._pickle", "restore_type_tag"): _as_is,
+}
+
+
+class _ModuleUnpickler(pickle.Unpickler):
+    def __init__(self, file, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(file)
+        self._archive, self._folder = archive, folder
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "__torch__":
+            return types.SimpleNamespace
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        try:
+            return _HARMLESS[module, name]
+        except KeyError:
+            raise UserError(f"refused: the archive asks for {module}.{name}") from None
+
+    def persistent_load(self, saved: tuple) -> Tensor:
+        _, dtype, key, _, _ = saved
+        return torch.frombuffer(bytearray(self._archive.read(f"{self._folder}/{key}")), dtype=dtype)

@@ -1,0 +1,121 @@
+"""Retrieval metrics: R@k, mAP and mINP, exact, without a loop over queries.
+
+Shapes: Q queries, G gallery items, M the most matches that any query of a chunk has.
+
+What is counted
+- A match is a gallery item of the query's identity; its rank counts from 1.
+- Ties: of equal similarities the matches are ranked last. So the figures do not depend on the
+  order of the gallery, and a model that gives every item the same score gets the worst figure.
+- A query whose identity the gallery lacks has no rank; it is left out of every mean and counted
+  in `Retrieval.unmatched`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Means over queries, in percent."""
+
+    r1: float
+    r5: float
+    r10: float
+    mAP: float
+    mINP: float
+    queries: int  # queries with at least one match
+    unmatched: int  # queries without any
+    gallery: int
+
+    def percentages(self) -> dict[str, float]:
+        """The five figures by their usual names, in the usual order."""
+        return {
+            "R@1": self.r1,
+            "R@5": self.r5,
+            "R@10": self.r10,
+            "mAP": self.mAP,
+            "mINP": self.mINP,
+        }
+
+
+def retrieval(
+    query_QD: Tensor,
+    gallery_GD: Tensor,
+    query_pids_Q: Tensor,
+    gallery_pids_G: Tensor,
+    chunk: int = 1024,
+) -> Retrieval:
+    """Rank the gallery for every query by cosine similarity, `chunk` queries at a time.
+
+    Features need no normalisation. Raises UserError for features that are not finite, and where
+    no query has a match.
+    """
+    for name, features in (("query", query_QD), ("gallery", gallery_GD)):
+        if not torch.isfinite(features).all():
+            raise UserError(f"the {name} features are not finite: the model has diverged")
+    query_QD = torch.nn.functional.normalize(query_QD.float(), dim=-1)
+    gallery_GD = torch.nn.functional.normalize(gallery_GD.float(), dim=-1)
+    rows = [
+        query_metrics(
+            query_QD[i : i + chunk] @ gallery_GD.T, query_pids_Q[i : i + chunk], gallery_pids_G
+        )
+        for i in range(0, len(query_QD), chunk)
+    ]
+    return summarize(torch.cat(rows), len(gallery_GD))
+
+
+def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor) -> Tensor:
+    """First match's rank, average precision and inverse negative penalty of each query.
+
+    Returns [Q, 3] float64: rank of the first match (counted from 1), AP in [0, 1], INP in [0, 1];
+    a row of NaN where the gallery has no match. AP is the mean over matches of precision at their
+    rank; INP is the number of matches divided by the rank of the last one (Ye et al., TPAMI 2021).
+    """
+    match_QG = query_pids_Q[:, None] == gallery_pids_G[None, :]
+    count_Q = match_QG.sum(1)
+    most = int(count_Q.max()) if count_Q.numel() else 0
+    if most == 0:
+        return torch.full((len(query_pids_Q), 3), torch.nan, dtype=torch.float64)
+    # Only the matches' ranks are needed, so sort values (no indices) and search for each match.
+    # Similarities of a query's matches, best first; -inf fills the columns of those with fewer.
+    match_QM = similarity_QG.masked_fill(~match_QG, -torch.inf).topk(most, dim=1).values
+    ascending_QG = similarity_QG.sort(dim=1).values
+    not_below_QM = similarity_QG.shape[1] - torch.searchsorted(ascending_QG, match_QM)
+    matches_not_below_QM = most - torch.searchsorted(match_QM.flip(1).contiguous(), match_QM)
+    nth_M = torch.arange(1, most + 1, device=match_QM.device)
+    rank_QM = (not_below_QM - matches_not_below_QM + nth_M).double()
+    real_QM = nth_M[None, :] <= count_Q[:, None]
+    average_precision_Q = (nth_M / rank_QM).where(real_QM, 0.0).sum(1) / count_Q
+    last_rank_Q = rank_QM.gather(1, (count_Q - 1).clamp(min=0)[:, None])[:, 0]
+    rows_Q3 = torch.stack([rank_QM[:, 0], average_precision_Q, count_Q / last_rank_Q], dim=1)
+    rows_Q3[count_Q == 0] = torch.nan
+    return rows_Q3.cpu()
+
+
+def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
+    """Means over the queries that have a match, in percent."""
+    first, ap, inp = rows_Q3[~rows_Q3[:, 0].isnan()].unbind(1)
+    if not len(first):
+        raise UserError(
+            "no query has a match in the gallery: captions and images share no identity"
+        )
+
+    def percent(values: Tensor) -> float:
+        return 100 * values.double().mean().item()
+
+    return Retrieval(
+        r1=percent(first <= 1),
+        r5=percent(first <= 5),
+        r10=percent(first <= 10),
+        mAP=percent(ap),
+        mINP=percent(inp),
+        queries=len(first),
+        unmatched=len(rows_Q3) - len(first),
+        gallery=gallery,
+    )

@@ -1,0 +1,456 @@
+"""Every option, its default and its meaning; presets, and the file that records a run.
+
+Order of precedence: the command line, then the preset (`--config_file x.yaml`), then the defaults
+below. The resolved options of a run are written to `configs.yaml`, which is itself a preset: given
+back as `--config_file` it gives the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError, suggest
+from utils.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag. `count` is None for a single value, a number for so many, "+" for one or more."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    choices: tuple[Any, ...] = ()
+    count: int | str | None = None
+    least: float | None = None  # smallest value allowed
+    above: float | None = None  # value must be greater than this
+    most: float | None = None  # largest value allowed
+
+    def coerce(self, value: Any, where: str) -> Any:
+        """Check a value from a preset or the command line and give it its type.
+
+        YAML reads `1e-5` as text, so numbers are also taken from strings. Raises UserError.
+        """
+        if value is None and self.default is None:
+            return None
+        if self.count is not None:
+            values = list(value) if isinstance(value, (list, tuple)) else [value]
+            if isinstance(self.count, int) and len(values) != self.count:
+                raise UserError(f"{where}: {self.name} takes {self.count} values, got {values}")
+            return [self._coerce_one(v, where) for v in values]
+        return self._coerce_one(value, where)
+
+    def _coerce_one(self, value: Any, where: str) -> Any:
+        wrong = UserError(
+            f"{where}: {self.name} takes a value of type {self.type.__name__}, got {value!r}"
+        )
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise wrong
+            return value
+        if isinstance(value, (bool, list, dict)) or value is None:
+            raise wrong
+        try:
+            typed = self.type(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if self.type is int and isinstance(value, float) and value != typed:
+            raise wrong
+        if self.choices and typed not in self.choices:
+            known = ", ".join(map(str, self.choices))
+            raise UserError(f"{where}: {self.name} is {typed!r}; choose one of: {known}")
+        if (
+            (self.least is not None and not typed >= self.least)
+            or (self.above is not None and not typed > self.above)
+            or (self.most is not None and not typed <= self.most)
+        ):
+            bounds = [
+                f"{word} {bound:g}"
+                for word, bound in (
+                    ("at least", self.least),
+                    ("more than", self.above),
+                    ("at most", self.most),
+                )
+                if bound is not None
+            ]
+            raise UserError(f"{where}: {self.name} must be {' and '.join(bounds)}, got {typed}")
+        return typed
+
+
+def _o(name: str, type: type, default: Any, help: str, **more: Any) -> Option:
+    return Option(name, type, default, help, **more)
+
+
+GROUPS: dict[str, list[Option]] = {
+    "Run": [
+        _o("name", str, "baseline", "name of the run; its folder is <time>_<name>"),
+        _o("output_dir", str, "logs", "folder that receives all runs"),
+        _o("seed", int, 1, "seed of weights, batches, augmentation and draws", least=0),
+        _o(
+            "device",
+            str,
+            "auto",
+            "auto takes CUDA where there is one",
+            choices=("auto", "cpu", "cuda"),
+        ),
+        _o(
+            "precision",
+            str,
+            "auto",
+            "fp32; bf16 or fp16 autocast; half = half-precision weights, as the original trains; auto = bf16 where the device computes it natively, else fp32",
+            choices=("auto", "fp32", "bf16", "fp16", "half"),
+        ),
+        _o("num_workers", int, 8, "processes that load images", least=0),
+        _o("log_period", int, 100, "steps between log lines", least=1),
+        _o("eval_period", int, 1, "epochs between evaluations", least=1),
+        _o(
+            "val_dataset",
+            str,
+            "test",
+            "split whose R@1 chooses best.pth; test is the paper's protocol, val the clean one",
+            choices=("test", "val"),
+        ),
+        _o("resume", bool, False, "go on with the run of --resume_ckpt_file, in its folder"),
+        _o("resume_ckpt_file", str, "", "checkpoint to go on from, usually <run>/last.pth"),
+        _o("finetune", str, "", "checkpoint whose weights are loaded where names and shapes fit"),
+    ],
+    "Data": [
+        _o("dataset_name", str, "AGDataAttr", "data set; see the README's list"),
+        _o("root_dir", str, "./data", "folder that holds the data set"),
+        _o("img_aug", bool, False, "pad 10 and random crop, random erasing; the flip is always on"),
+        _o(
+            "sampler",
+            str,
+            "random",
+            "random, or identity: --num_instance samples per identity in a batch",
+            choices=("random", "identity"),
+        ),
+        _o("num_instance", int, 4, "samples per identity for --sampler identity", least=1),
+        _o("batch_size", int, 128, "samples per training step", least=2),
+        _o("test_batch_size", int, 512, "images or captions per evaluation step", least=1),
+        _o("MLM", bool, False, "make masked captions, which the loss mlm needs"),
+        _o(
+            "masked_token_rate",
+            float,
+            0.8,
+            "share of chosen tokens that become the mask token",
+            least=0,
+            most=1,
+        ),
+        _o(
+            "masked_token_unchanged_rate",
+            float,
+            0.1,
+            "share of chosen tokens that stay as they are; the rest become random",
+            least=0,
+            most=1,
+        ),
+    ],
+    "Model": [
+        _o(
+            "pretrain_choice",
+            str,
+            "ViT-B/16",
+            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), a file (OpenAI archive, state dict or safetensors), or scratch",
+        ),
+        _o("img_size", int, [384, 128], "height and width of the input, pixels", count=2, least=16),
+        _o(
+            "stride_size",
+            int,
+            None,
+            "step between patches, pixels; left out: the patch size",
+            least=1,
+        ),
+        _o("text_length", int, 77, "longest caption, tokens, with start and end", least=3, most=77),
+        _o(
+            "vocab_size",
+            int,
+            49408,
+            "token ids of the text encoder; checked against the weights",
+            least=49408,
+        ),
+        _o("temperature", float, 0.02, "softmax temperature of all similarities; fixed", above=0),
+        _o("cmt_depth", int, 4, "layers of the cross-modal transformer of mlm", least=1),
+        _o(
+            "embed_dim",
+            int,
+            512,
+            "width of the joint space, for --pretrain_choice scratch",
+            least=1,
+        ),
+        _o("vision_width", int, 768, "ViT width (64 per head), for scratch", least=64),
+        _o("vision_layers", int, 12, "ViT layers, for scratch", least=1),
+        _o("vision_patch_size", int, 16, "patch side, pixels, for scratch", least=1),
+        _o("text_width", int, 512, "text encoder width (64 per head), for scratch", least=64),
+        _o("text_layers", int, 12, "text encoder layers, for scratch", least=1),
+    ],
+    "Losses": [
+        _o("loss_names", str, "sdm+id+mlm", "losses joined by +; see the README's table"),
+        _o("slack", float, 0.15, "AEA: extra target weight of the caption's own view", least=0),
+        _o("queue_batches", int, 3, "AEA: past batches that the queue holds", least=1),
+        _o(
+            "negatives",
+            str,
+            "next",
+            "FIRM: class of the negative sentence, next (class + 1, the original) or random (the paper)",
+            choices=("next", "random"),
+        ),
+        _o(
+            "attributes_file",
+            str,
+            "configs/attributes.yaml",
+            "FIRM: attributes and their sentences",
+        ),
+        _o("match_loss_weight", float, 1.0, "weight of match2", least=0),
+        _o("id_loss_weight", float, 1.0, "weight of id", least=0),
+        _o("mlm_loss_weight", float, 1.0, "weight of mlm", least=0),
+    ],
+    "Optimizer": [
+        _o("optimizer", str, "Adam", "Adam, AdamW or SGD", choices=("Adam", "AdamW", "SGD")),
+        _o("lr", float, 1e-5, "learning rate of the backbone", above=0),
+        _o(
+            "lr_factor",
+            float,
+            5.0,
+            "times lr for new heads (cross*, classifier, mlm_head)",
+            above=0,
+        ),
+        _o("bias_lr_factor", float, 2.0, "times lr for biases", above=0),
+        _o("weight_decay", float, 4e-5, "weight decay (L2)", least=0),
+        _o("weight_decay_bias", float, 0.0, "weight decay of biases", least=0),
+        _o("alpha", float, 0.9, "Adam's first beta", least=0, most=1),
+        _o("beta", float, 0.999, "Adam's second beta", least=0, most=1),
+        _o(
+            "adam_eps",
+            float,
+            1e-3,
+            "Adam's epsilon; the original's large value suits half",
+            above=0,
+        ),
+        _o("momentum", float, 0.9, "SGD's momentum", least=0, most=1),
+        _o("num_epoch", int, 60, "epochs", least=1),
+        _o(
+            "lrscheduler",
+            str,
+            "cosine",
+            "step, exp, poly, cosine or linear",
+            choices=("step", "exp", "poly", "cosine", "linear"),
+        ),
+        _o(
+            "milestones",
+            int,
+            [20, 50],
+            "step: epochs at which lr is multiplied by gamma",
+            count="+",
+            least=1,
+        ),
+        _o("gamma", float, 0.1, "step: factor at each milestone", above=0),
+        _o("warmup_factor", float, 0.1, "share of lr at the first epoch", above=0, most=1),
+        _o("warmup_epochs", int, 5, "epochs of warm-up", least=0),
+        _o("warmup_method", str, "linear", "linear or constant", choices=("linear", "constant")),
+        _o("target_lr", float, 0.0, "cosine and poly: last learning rate", least=0),
+        _o("power", float, 0.9, "exp and poly: base of the decay", above=0),
+    ],
+}
+OPTIONS: dict[str, Option] = {o.name: o for group in GROUPS.values() for o in group}
+SCRATCH_ONLY = (
+    "embed_dim", "vision_width", "vision_layers", "vision_patch_size", "text_width", "text_layers",
+)  # fmt: skip
+# test.py takes the rest from the run's configs.yaml.
+TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_workers")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # argparse prints a page of usage; one line is kinder
+        raise UserError(f"{message} (--help lists all options)")
+
+
+class _TupleLoader(yaml.SafeLoader):
+    """Safe YAML that also reads `!!python/tuple`, which IRRA-family configs.yaml files carry."""
+
+
+_TupleLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node)
+)
+
+
+def parse_options(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
+    """All options of a training, from the command line, a preset and the defaults.
+
+    Raises UserError for an unknown key, a value of the wrong type or out of its range, and for
+    options that contradict each other.
+    """
+    parser = _build_parser(OPTIONS.values(), description)
+    parser.add_argument(
+        "--config_file", metavar="YAML", help="preset; the command line overrides it"
+    )
+    given = vars(parser.parse_args(argv))
+    preset_file = given.pop("config_file", None)
+    preset = read_preset(preset_file) if preset_file else {}
+    return resolve({**preset, **given})
+
+
+def parse_test_options(argv: Sequence[str] | None = None, description: str = ""):
+    """Options of an evaluation: the run's configs.yaml, a few of them overridden.
+
+    Returns (options, checkpoint path, notes): notes are lines to log about keys that other code
+    of this family wrote to its configs.yaml and that mean nothing here.
+    """
+    parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
+    parser.add_argument(
+        "--config_file", metavar="YAML", required=True, help="configs.yaml of the run to evaluate"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="PTH", help="checkpoint (default: best.pth beside --config_file)"
+    )
+    given = vars(parser.parse_args(argv))
+    config_file = Path(given.pop("config_file"))
+    checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
+    recorded = _read_yaml(config_file)
+    unknown = sorted(set(recorded) - set(OPTIONS))
+    notes = [f"{config_file}: ignored, unknown here: {', '.join(unknown)}"] if unknown else []
+    recorded = {
+        name: OPTIONS[name].coerce(value, str(config_file))
+        for name, value in recorded.items()
+        if name in OPTIONS
+    }
+    return resolve({**recorded, **given}), checkpoint, notes
+
+
+def resolve(values: dict[str, Any]) -> argparse.Namespace:
+    """Fill in the defaults and check the options against each other. Raises UserError."""
+    args = argparse.Namespace(**{o.name: values.get(o.name, o.default) for o in OPTIONS.values()})
+    if args.pretrain_choice != "scratch":
+        for name in SCRATCH_ONLY:
+            if getattr(args, name) != OPTIONS[name].default:
+                raise UserError(
+                    f"--{name} needs --pretrain_choice scratch: "
+                    f"'{args.pretrain_choice}' has its own sizes"
+                )
+    else:
+        for name in ("vision_width", "text_width"):
+            if getattr(args, name) % 64:
+                raise UserError(f"--{name} must be a multiple of 64 (one head per 64 channels)")
+        if args.text_length != 77:
+            _check(args.text_length <= 77, "--text_length is at most 77")
+    _check(
+        args.warmup_epochs < args.num_epoch,
+        f"--warmup_epochs {args.warmup_epochs} leaves nothing of --num_epoch {args.num_epoch}",
+    )
+    _check(
+        args.milestones == sorted(set(args.milestones)),
+        f"--milestones must increase, got {args.milestones}",
+    )
+    _check(
+        args.masked_token_rate + args.masked_token_unchanged_rate <= 1,
+        "--masked_token_rate and --masked_token_unchanged_rate exceed 1 together",
+    )
+    if args.sampler == "identity":
+        _check(
+            args.batch_size % args.num_instance == 0,
+            f"--batch_size {args.batch_size} is no multiple of --num_instance {args.num_instance}",
+        )
+    _check(
+        args.resume == bool(args.resume_ckpt_file),
+        "--resume and --resume_ckpt_file PATH go together",
+    )
+    _check(
+        not (args.resume and args.finetune),
+        "--resume goes on with a run's own weights, --finetune starts from others; give one",
+    )
+    return args
+
+
+def read_preset(path: str | Path) -> dict[str, Any]:
+    """The options that a preset sets, typed. Raises UserError for an unknown key."""
+    values = _read_yaml(path)
+    for key in values:
+        if key not in OPTIONS:
+            raise UserError(f"{path}: unknown option '{key}'.{suggest(str(key), OPTIONS)}")
+    return {key: OPTIONS[key].coerce(value, str(path)) for key, value in values.items()}
+
+
+def write_config(path: Path, args: argparse.Namespace) -> None:
+    """Write all options to a YAML file that `--config_file` reads back."""
+    text = yaml.safe_dump(vars(args), sort_keys=False, default_flow_style=None)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def options_table() -> str:
+    """All options as Markdown tables, one per group, for the README."""
+    lines = []
+    for group, options in GROUPS.items():
+        lines += [f"**{group}**", "", "| flag | default | meaning |", "|---|---|---|"]
+        for o in options:
+            default = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
+            shown = {None: "", "": "", False: "off"}.get(default, default)
+            lines.append(f"| `--{o.name}` | {f'`{shown}`' if shown != '' else ''} | {o.help} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_TupleLoader)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --config_file names a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of 'option: value'")
+    return values
+
+
+def _build_parser(options, description: str) -> argparse.ArgumentParser:
+    """Flags without defaults: what was not typed stays absent, so that a preset can fill it."""
+    parser = _Parser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+    )
+    options = list(options)
+    for title, group in GROUPS.items():
+        members = [o for o in group if o in options]
+        section = parser.add_argument_group(title) if members else None
+        for o in members:
+            shown = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
+            help_text = o.help.replace("%", "%%")
+            if shown not in (None, "", False):
+                help_text += f" (default: {shown})"
+            if o.type is bool:
+                section.add_argument(
+                    f"--{o.name}", action=argparse.BooleanOptionalAction, help=help_text
+                )
+            else:
+                section.add_argument(
+                    f"--{o.name}",
+                    type=_typed(o),
+                    nargs=o.count,
+                    metavar="|".join(o.choices) if o.choices else o.type.__name__.upper(),
+                    help=help_text,
+                )
+    return parser
+
+
+def _typed(option: Option):
+    def convert(text: str) -> Any:
+        try:
+            return option._coerce_one(text, "command line")
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
