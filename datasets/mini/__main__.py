@@ -1,0 +1,47 @@
+"""Command line of the renderer: python -m datasets.mini --help."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from .build import render
+from .figure import draw_figure
+
+
+def main() -> None:
+    """Render the data set, or draw a figure of people of an existing one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.mini",
+        description="Render mini-TBAGPR, a synthetic set of aerial and ground pictures of "
+        "pedestrians with captions and attributes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("data/mini-TBAGPR"), help="folder of the data set")
+    add("--seed", type=int, default=0, help="another seed gives other people")
+    add("--train_ids", type=int, default=480, help="identities to train on, over both sources")
+    add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
+    add("--test_ids", type=int, default=120, help="identities to test on, over both sources")
+    add("--pairs", type=int, default=3, help="aerial-ground pairs of images per identity")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw")
+    add("--force", action="store_true", help="replace what is at the folder already")
+    add("--figure", type=Path, help="only draw this picture of test people of the set at --out")
+    args = parser.parse_args()
+    if args.figure:
+        draw_figure(args.out, args.figure)
+        print(f"wrote {args.figure}")
+        return
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "figure")}
+    try:
+        written = render(args.out, progress=True, **options)
+    except (FileExistsError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    count = len(json.loads((args.out / "attrs.json").read_text(encoding="utf-8")))
+    people = args.train_ids + args.val_ids + args.test_ids
+    state = "wrote" if written else "already complete:"
+    print(f"{state} {args.out}, {count} images of {people} identities, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    main()

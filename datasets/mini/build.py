@@ -1,0 +1,191 @@
+"""Rendering the whole data set into a folder, in the layouts of AG-ReID and G2APS-AG."""
+
+import json
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .captions import caption
+from .people import Person, sample_person
+from .view import SOURCES, View, paint, sample_view
+
+VERSION = 1  # raise it whenever the same parameters give other files
+SPLITS = ("train", "val", "test")
+MARKER = "mini.json"
+JSON_NAME = {"AG-ReID": "agtext_{}.json", "G2APS-AG": "g2aps_{}.json"}
+_QUALITY = (85, 92)  # JPEG
+
+
+def cast(seed: int, split: int, count: int) -> list[tuple[int, int, Person]]:
+    """The identities of a split as (source, number in the source, person), no two looking alike.
+
+    The first source gets the odd one.
+    """
+    people, looks = [], set()
+    for source, share in enumerate(((count + 1) // 2, count // 2)):
+        for identity in range(share):
+            attempt = 0
+            while True:
+                rng = np.random.default_rng([seed, split, source, identity, attempt, 0])
+                person = sample_person(rng)
+                if person.look not in looks:
+                    break
+                attempt += 1
+            looks.add(person.look)
+            people.append((source, identity, person))
+    return people
+
+
+def sample_pair(
+    seed: int, split: int, source: int, identity: int, k: int, person: Person
+) -> tuple[tuple[View, View], list[str], int]:
+    """Views (aerial, ground), three captions and the JPEG quality of pair k of an identity.
+
+    Training uses one caption; val and test use none to two of a pair.
+    """
+    rng = np.random.default_rng([seed, split, source, identity, k, 1])
+    views = tuple(sample_view(rng, person, source, aerial) for aerial in (True, False))
+    captions = [caption(person, views, rng) for _ in range(3)]
+    return views, captions, int(rng.integers(*_QUALITY, endpoint=True))
+
+
+def _path(source: int, pid: int, k: int, aerial: bool) -> list[str]:
+    """[folder, file] of an image relative to the source's folder; names fit each source's keys."""
+    if source == 0:
+        return [f"p{pid:04d}", f"{'A' if aerial else 'G'}_C{1 + aerial:02d}_{k:04d}.jpg"]
+    view = "aerial" if aerial else "ground"
+    return [view, f"{pid:04d}_{view}_c{1 + aerial}_{k:03d}.jpg"]  # 22 characters
+
+
+def _key(source: int, path: list[str]) -> str:
+    """Key of an image in attrs.json."""
+    return f"{path[0]}_{path[1][:-4]}" if source == 0 else path[1]
+
+
+def _labels(person: Person, view: View) -> list[int]:
+    """Gender, age, light, weight, height, angle and altitude of one image."""
+    p = person
+    return [p.gender, p.age, view.dim, p.weight, p.height, view.angle, int(view.aerial)]
+
+
+def _render_identity(job: tuple, root: Path, seed: int, pairs: int) -> list[dict]:
+    """Write the images of one identity; returns what the JSON files need to know of each pair."""
+    split, source, identity, pid, person = job
+    records = []
+    for k in range(pairs):
+        views, captions, quality = sample_pair(seed, split, source, identity, k, person)
+        paths = [_path(source, pid, k, view.aerial) for view in views]
+        for view, path in zip(views, paths, strict=True):
+            file = root / SOURCES[source] / path[0] / path[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            paint(person, view).save(file, quality=quality)
+        attrs = [
+            {_key(source, path): _labels(person, view)}
+            for view, path in zip(views, paths, strict=True)
+        ]
+        records.append({"pid": pid, "paths": paths, "captions": captions, "attrs": attrs})
+    return records
+
+
+def _train_json(records: list[dict]) -> list[list]:
+    return [[r["pid"], i, *r["paths"], r["captions"][0]] for i, r in enumerate(records)]
+
+
+def _eval_json(records: list[dict], rng: np.random.Generator) -> dict[str, list]:
+    """Parallel lists of images and of captions; identities have a varying number of captions."""
+    counts = rng.choice(3, size=len(records), p=(0.1, 0.65, 0.25))
+    for i, record in enumerate(records):
+        if record["pid"] not in {r["pid"] for r in records[:i]}:
+            counts[i] = max(counts[i], 1)  # nobody goes without a caption
+    if len(records) and counts.sum() == len(records):
+        counts[-1] += 1  # as many captions as images would hide mistakes in evaluation
+    return {
+        "image_pids": [r["pid"] for r in records],
+        "img_paths": [r["paths"][0] for r in records],
+        "pair_img_paths": [r["paths"][1] for r in records],
+        "caption_pids": [r["pid"] for r, n in zip(records, counts, strict=True) for _ in range(n)],
+        "captions": [c for r, n in zip(records, counts, strict=True) for c in r["captions"][:n]],
+    }
+
+
+def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> None:
+    seed, pairs = parameters["seed"], parameters["pairs"]
+    jobs, next_pid = [], [0, 0]
+    for split, name in enumerate(SPLITS):
+        for source, identity, person in cast(seed, split, parameters[f"{name}_ids"]):
+            jobs.append((split, source, identity, next_pid[source], person))
+            next_pid[source] += 1
+    work = partial(_render_identity, root=root, seed=seed, pairs=pairs)
+    # Spawned workers do not inherit the threads and the memory of a program that trains.
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
+    with pool as executor:
+        done = executor.map(work, jobs, chunksize=4) if workers > 1 else map(work, jobs)
+        bar = tqdm(done, total=len(jobs), unit="person", disable=not progress)
+        results = list(zip(jobs, bar, strict=True))
+    for source, source_name in enumerate(SOURCES):
+        folder = root / source_name
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, name in enumerate(SPLITS):
+            records = [r for j, found in results if j[:2] == (split, source) for r in found]
+            rng = np.random.default_rng([seed, split, source, 2])
+            content = _eval_json(records, rng) if split else _train_json(records)
+            _write_json(folder / JSON_NAME[source_name].format(name), content)
+    _write_json(root / "attrs.json", [a for _, found in results for r in found for a in r["attrs"]])
+
+
+def _write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
+
+
+def render(
+    root: str | Path,
+    seed: int = 0,
+    train_ids: int = 480,
+    val_ids: int = 60,
+    test_ids: int = 120,
+    pairs: int = 3,
+    workers: int = 2,
+    force: bool = False,
+    progress: bool = False,
+) -> bool:
+    """Render mini-TBAGPR into `root`.
+
+    The numbers of identities are per split over both sources; each has `pairs` pairs of an aerial
+    and a ground image. The files depend on seed and numbers only, not on `workers`. A complete
+    set of the same parameters is left alone, and False returned; anything else at `root` raises
+    FileExistsError unless `force`. The set appears at `root` only when complete.
+    """
+    root = Path(root)
+    parameters = {
+        "version": VERSION,
+        "seed": seed,
+        "train_ids": train_ids,
+        "val_ids": val_ids,
+        "test_ids": test_ids,
+        "pairs": pairs,
+    }
+    if pairs < 1 or min(train_ids, val_ids, test_ids) < 1:
+        raise ValueError("pairs and every number of identities have to be at least 1")
+    if root.exists() and not force:
+        marker = root / MARKER
+        if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == parameters:
+            return False
+        raise FileExistsError(
+            f"{root} exists and is not the complete set of these parameters; "
+            "remove it, choose another folder, or replace it with --force (force=True)"
+        )
+    unfinished = root.with_name(root.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _render_all(unfinished, parameters, workers, progress)
+    _write_json(unfinished / MARKER, parameters)
+    if root.exists():
+        shutil.rmtree(root)
+    unfinished.rename(root)
+    return True

@@ -1,0 +1,35 @@
+"""Fixtures: the golden CLIP as a file, and a small rendered mini-TBAGPR."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.helpers import golden_clip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "clip.pt"
+    torch.save(golden_clip(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mini_root(tmp_path_factory):
+    """Rendered once; tests that change files take `mini_copy`."""
+    from datasets.mini import render
+
+    root = tmp_path_factory.mktemp("data") / "mini"
+    render(root, seed=3, train_ids=8, val_ids=4, test_ids=6, pairs=2, workers=1)
+    return root
+
+
+@pytest.fixture
+def mini_copy(mini_root, tmp_path):
+    return shutil.copytree(mini_root, tmp_path / "mini")

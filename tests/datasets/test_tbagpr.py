@@ -1,0 +1,146 @@
+import json
+
+import pytest
+from PIL import Image as PILImage
+
+from datasets.tbagpr import SOURCES, read_tbagpr, vote
+from utils.errors import UserError
+
+TRAIN = "AG-ReID/agtext_train.json"
+VAL = "G2APS-AG/g2aps_val.json"
+
+
+def edit(root, file, change):
+    """Load a JSON file, let `change` alter (or replace) it, write it back."""
+    path = root / file
+    content = json.loads(path.read_text())
+    replaced = change(content)
+    path.write_text(json.dumps(content if replaced is None else replaced))
+
+
+def test_sources_are_joined_and_identities_shifted(mini_root):
+    data = read_tbagpr(mini_root)
+    rows = [json.loads((mini_root / s.folder / s.json.format("train")).read_text()) for s in SOURCES]
+    first = len({row[0] for row in rows[0]})
+    expected = [row[0] for row in rows[0]] + [row[0] + first for row in rows[1]]
+    assert [s.pid for s in data.train] == expected
+    assert data.num_identities == 8 and data.views == ("aerial", "ground")
+    sample, row = data.train[len(rows[0])], rows[1][0]
+    assert sample.caption == row[4]
+    assert sample.image.path.endswith("/".join(["G2APS-AG", *row[2]]))
+    assert sample.pair.path.endswith("/".join(["G2APS-AG", *row[3]]))
+    test = data.splits["test"]
+    assert len(set(test.image_pids)) == 6 and test.sources == ["AG-ReID", "G2APS-AG"]
+    assert set(test.caption_pids) <= set(test.image_pids)
+    sources = dict(zip(test.image_pids, test.image_sources, strict=True))
+    assert all(sources[p] == s for p, s in zip(test.caption_pids, test.caption_sources, strict=True))
+
+
+def test_votes_take_the_most_frequent_label_and_of_equals_the_first_met():
+    labels = [
+        (0, (0, 2, 1, 0, 1, 9, 9)),
+        (0, (1, 2, 0, 1, 2, 9, 9)),
+        (1, (1, 1, 1, 1, 1, 9, 9)),
+        (0, (1, 0, 0, 2, 2, 9, 9)),
+        (0, (0, 0, 1, 2, 0, 9, 9)),
+    ]
+    assert vote(labels) == {0: (0, 2, 1, 2, 2), 1: (1, 1, 1, 1, 1)}
+
+
+def test_five_attributes_are_voted_aerial_first_and_two_stay_the_images_own(mini_copy):
+    """Two samples of identity 0: gender 1, 0 (aerial), 0, 1 (ground): a tie, aerial's first wins."""
+    rows = [r for r in json.loads((mini_copy / TRAIN).read_text()) if r[0] == 0]
+    assert len(rows) == 2
+    keys = [f"{r[k][0].split('/')[-1]}_{r[k][1][:-4]}" for k in (2, 3) for r in rows]
+    given = dict(zip(keys, ([1, 0, 0, 0, 0, 2, 1], [0, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 2, 2, 0]), strict=True))  # fmt: skip # noqa: E501
+    edit(mini_copy, "attrs.json", lambda old: [r for r in old if next(iter(r)) not in given] + [{k: v} for k, v in given.items()])  # fmt: skip # noqa: E501
+    samples = [s for s in read_tbagpr(mini_copy).train if s.pid == 0]
+    voted = (1, 1, 0, 0, 0)
+    assert [s.image.attributes for s in samples] == [(*voted, 2, 1), (*voted, 0, 1)]
+    assert [s.pair.attributes for s in samples] == [(*voted, 1, 0), (*voted, 2, 0)]
+
+
+def test_without_attributes_the_attribute_file_is_not_needed(mini_copy):
+    (mini_copy / "attrs.json").unlink()
+    data = read_tbagpr(mini_copy, attributes=False)
+    assert data.attribute_names == () and data.train[0].image.attributes is None
+
+
+def first_image(root):
+    return root / "AG-ReID" / "/".join(json.loads((root / TRAIN).read_text())[0][2])
+
+
+def drop(key):
+    return lambda content: content.pop(key) and None
+
+
+def assign(*path, value):
+    def change(content):
+        for step in path[:-1]:
+            content = content[step]
+        content[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (TRAIN, lambda c: {}, f"{TRAIN}: expected a list of samples"),
+        (TRAIN, assign(3, value=[1, 2]), f"{TRAIN}, sample 3: expected .pid, image_id"),
+        (TRAIN, assign(2, 0, value=-1), f"{TRAIN}, sample 2: identity must be a whole number"),
+        (TRAIN, assign(2, 0, value="7"), f"{TRAIN}, sample 2: identity must be a whole number"),
+        (TRAIN, assign(2, 4, value=" \n"), f"{TRAIN}, sample 2: the caption is"),
+        (TRAIN, assign(2, 4, value=""), f"{TRAIN}, sample 2: the caption is empty"),
+        (TRAIN, assign(2, 4, value=None), f"{TRAIN}, sample 2: the caption is None"),
+        (TRAIN, assign(2, 2, value="a.jpg"), f"{TRAIN}, sample 2: expected an image as"),
+        (TRAIN, assign(2, 2, 1, value="no.jpg"), f"{TRAIN}, sample 2: image AG-ReID/.*no.jpg is mis"),
+        (TRAIN, assign(2, 2, value=["../..", "passwd"]), "leaves the data set's folder"),
+        (TRAIN, assign(2, 2, value=["/etc", "passwd"]), "leaves the data set's folder"),
+        (TRAIN, lambda c: [r for r in c if r[0] != 1], f"{TRAIN}: identities must be .*; 1 is miss"),
+        (VAL, drop("captions"), f"{VAL}: the list 'captions' is missing"),
+        (VAL, lambda c: c["captions"].pop() and None, f"{VAL}: lists of different lengths"),
+        (VAL, assign("captions", 1, value=""), f"{VAL}, caption 1: the caption is empty"),
+        (VAL, assign("image_pids", 0, value=1.5), f"{VAL}, image 0: identity must be"),
+        ("attrs.json", lambda c: c[1:], "attrs.json: no attributes for image '.*' .AG-ReID/.*sample 0"),
+        ("attrs.json", lambda c: [{}], "attrs.json, entry 0: expected one .image key: labels"),
+        ("attrs.json", lambda c: [{"k": [0] * 6}], "entry 0 .'k'.: expected 7 labels"),
+        ("attrs.json", lambda c: [{"k": [0, 3, 0, 0, 0, 0, 0]}], "'k'.: age is 3; it must be 0 to 2"),
+        ("attrs.json", lambda c: [{"k": [0, 0, 0, 0, 0, 0, True]}], "altitude is True"),
+    ],
+)  # fmt: skip
+def test_bad_entries_are_named(file, change, message, mini_copy):
+    edit(mini_copy, file, change)
+    with pytest.raises(UserError, match=message):
+        read_tbagpr(mini_copy)
+
+
+def test_missing_and_malformed_files_are_named(mini_copy, tmp_path):
+    with pytest.raises(UserError, match="--root_dir .*nowhere: no such folder; it must hold AG-ReID"):
+        read_tbagpr(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="folder AG-ReID is missing"):
+        read_tbagpr(tmp_path)
+    (mini_copy / VAL).write_text('{"captions": [')
+    with pytest.raises(UserError, match=f"{VAL}: malformed JSON: .*line 1"):
+        read_tbagpr(mini_copy)
+    (mini_copy / VAL).unlink()
+    with pytest.raises(UserError, match=f"{VAL}: No such file"):
+        read_tbagpr(mini_copy)
+
+
+def test_a_missing_image_is_found_while_reading(mini_copy):
+    first_image(mini_copy).unlink()
+    with pytest.raises(UserError, match=f"{TRAIN}, sample 0: image AG-ReID/.* is missing"):
+        read_tbagpr(mini_copy)
+
+
+def test_a_broken_image_names_file_and_entry_when_it_is_read(mini_copy):
+    from datasets.transforms import eval_transform, image_tensor
+
+    path = first_image(mini_copy)
+    path.write_bytes(path.read_bytes()[:300])
+    sample = read_tbagpr(mini_copy).train[0]
+    with pytest.raises(UserError, match=f"{path} .{TRAIN}, sample 0.: the image cannot be read"):
+        image_tensor(sample.image.path, eval_transform((96, 32)), sample.entry)
+    PILImage.new("L", (30, 60), 128).save(path)  # grey images are fine
+    assert image_tensor(str(path), eval_transform((96, 32))).shape == (3, 96, 32)

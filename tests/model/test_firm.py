@@ -1,0 +1,116 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datasets.tbagpr import ATTRIBUTES
+from model.build import build_sentences
+from model.firm import (
+    SentenceTable,
+    match_logits,
+    match_loss,
+    predict_attributes,
+    read_attributes,
+)
+from tests.helpers import ROOT, golden, options
+from utils.errors import UserError
+
+COUNTS = [[2, 1], [1, 3, 2]]  # two attributes of two and three classes, 9 sentences
+
+
+def table(negatives="next"):
+    return SentenceTable(COUNTS, torch.zeros(9, 4, dtype=torch.long), negatives)
+
+
+def owner(sentence):
+    """(attribute, class) of a sentence."""
+    bounds = [(a, c) for a, counts in enumerate(COUNTS) for c, n in enumerate(counts) for _ in range(n)]
+    return bounds[sentence]
+
+
+@pytest.mark.parametrize("fusion", ["dot", "cat"])
+def test_vectorised_matching_equals_the_loop_over_samples(fusion):
+    torch.manual_seed(0)
+    sentences, images = torch.randn(9, 6), torch.randn(5, 6)
+    weight, bias = torch.randn(2, 6 if fusion == "dot" else 12), torch.randn(2)
+    labels = torch.tensor([[0, 2], [1, 0], [1, 1], [0, 0], [1, 2]])
+    positive, negative = table().draw(labels, torch.Generator().manual_seed(4))
+    total = 0.0
+    for index, target in ((positive, 1), (negative, 0)):
+        for v in range(5):
+            for a in range(2):
+                s = sentences[index[v, a]]
+                fused = s * images[v] if fusion == "dot" else torch.cat([s, images[v]])
+                logits = weight @ fused + bias
+                total += F.cross_entropy(logits[None], torch.tensor([target])) / 10
+    logits = match_logits(sentences, images, weight, bias, fusion)
+    torch.testing.assert_close(match_loss(logits, positive, negative), total)
+
+
+@pytest.mark.parametrize("negatives", ["next", "random"])
+def test_draws_are_of_the_right_class_and_reach_every_sentence(negatives):
+    labels = torch.cartesian_prod(torch.arange(2), torch.arange(3)).repeat(200, 1)
+    positive, negative = table(negatives).draw(labels, torch.Generator().manual_seed(0))
+    other = {}
+    for v in range(len(labels)):
+        for a in range(2):
+            label = int(labels[v, a])
+            assert owner(positive[v, a]) == (a, label)
+            attribute, drawn = owner(negative[v, a])
+            assert attribute == a and drawn != label
+            other.setdefault((a, label), set()).add(drawn)
+    assert set(positive.flatten().tolist()) == set(range(9))
+    assert other[1, 0] == ({1} if negatives == "next" else {1, 2})
+    assert other[1, 2] == ({0} if negatives == "next" else {0, 1})
+
+
+def test_random_negatives_are_uniform_over_the_other_classes():
+    labels = torch.zeros(6000, 2, dtype=torch.long)
+    _, negative = table("random").draw(labels, torch.Generator().manual_seed(0))
+    drawn = torch.tensor([owner(s)[1] for s in negative[:, 1].tolist()])
+    assert (drawn == 1).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_draws_repeat_with_the_generators_state():
+    labels = torch.zeros(50, 2, dtype=torch.long)
+    generator = torch.Generator().manual_seed(7)
+    state = generator.get_state()
+    first = table("random").draw(labels, generator)
+    again = table("random").draw(labels, generator.set_state(state))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_prediction_takes_the_class_whose_sentences_match_best():
+    logits = torch.zeros(1, 9, 2)
+    logits[0, 2, 1] = 3.0  # attribute 0, class 1
+    logits[0, 4, 1] = 9.0  # attribute 1, class 1: one of three sentences
+    logits[0, 7:, 1] = 8.0  # attribute 1, class 2: both sentences, so the better mean
+    assert predict_attributes(logits, table()).tolist() == [[1, 2]]
+
+
+def test_the_sentences_shipped_are_the_papers():
+    attributes = read_attributes(ROOT / "configs/attributes.yaml")
+    figures = golden()["attribute_sentences"]
+    assert [a.name for a in attributes] == list(ATTRIBUTES)
+    assert [len(a.classes) for a in attributes] == figures["classes_per_attribute"]
+    assert [len(a.classes) for a in attributes] == list(ATTRIBUTES.values())
+    counts = [[len(s) for s in a.sentences] for a in attributes]
+    assert counts == figures["sentences_per_class"]
+    ids = build_sentences(options()).ids
+    assert ids.shape == (figures["total"], figures["longest_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- attribute: x", "attribute 1: expected the keys"),
+        ("[]", "expected a list of attributes"),
+        ("- attribute: x\n  classes: {a: [s]}", "x.: needs two classes"),
+        ("- attribute: x\n  classes: {a: [s], b: []}", "class b has no sentences"),
+        ("- attribute: [", "not readable as YAML"),
+    ],
+)
+def test_a_bad_sentence_file_names_its_entry(text, message, tmp_path):
+    path = tmp_path / "attributes.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_attributes(path)

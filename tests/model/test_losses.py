@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+import model.firm
+from model.build import build_model
+from model.losses import LOSSES, parse_loss_names
+from model.objectives import cmpm
+from tests.helpers import filled, golden, golden_batch, options
+from utils.errors import UserError
+
+
+def losses_of(names, clip_file, two_views=True, head=None, **more):
+    args = options(pretrain_choice=str(clip_file), cmt_depth=2, **more)
+    model = build_model(args, names.split("+"), num_classes=11003).eval()
+    if head:
+        weights = filled(golden()["head_state_shapes"][head])
+        assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    return model(golden_batch(two_views=two_views))
+
+
+@pytest.mark.parametrize("case", sorted(golden()["losses_one_batch"]))
+def test_losses_equal_the_original(case, clip_file):
+    name = case.split(" ")[0]
+    head = name if name in ("id", "mlm") else None
+    losses = losses_of(name, clip_file, two_views="single" not in case, head=head)
+    expected = golden()["losses_one_batch"][case][f"{name}_loss"]
+    assert losses[name].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["dot", "cat"])
+def test_firm_equals_the_original(fusion, clip_file, monkeypatch):
+    def first_sentence(table, class_VA, u_VA):
+        return table.first[torch.arange(7), class_VA]
+
+    monkeypatch.setattr(model.firm.SentenceTable, "_pick", first_sentence)
+    losses = losses_of(f"match2+{fusion}", clip_file, head=fusion)
+    expected = golden()["firm_first_sentence"][fusion]
+    assert losses["match2"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_aea_with_a_full_queue_equals_the_original(clip_file):
+    args = options(pretrain_choice=str(clip_file), loss_names="supkl+queue")
+    net = build_model(args, ["supkl", "queue"], 5).eval()
+    with torch.no_grad():
+        values = [net(golden_batch(step))["supkl"].item() for step in range(6)]
+    assert values[3:] == pytest.approx(golden()["aea_with_queue"]["loss"][3:], rel=1e-4)
+
+
+def test_weights_scale_their_losses(clip_file):
+    once = losses_of("id+sdm", clip_file, head="id")
+    twice = losses_of("id+sdm", clip_file, head="id", id_loss_weight=2.0)
+    assert twice["id"].item() == pytest.approx(2 * once["id"].item())
+    assert twice["sdm"].item() == pytest.approx(once["sdm"].item())
+
+
+@pytest.mark.parametrize("name", [n for n, row in LOSSES.items() if row.compute and n != "match2"])
+def test_permuting_the_batch_changes_no_loss(name, clip_file):
+    args = options(pretrain_choice=str(clip_file), cmt_depth=1)
+    net = build_model(args, [name], 11003).eval()
+    batch = golden_batch()
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        straight = net(batch)[name]
+        permuted = net({key: value[order] for key, value in batch.items()})[name]
+    torch.testing.assert_close(straight, permuted, rtol=1e-4, atol=1e-5)
+
+
+def test_cmpm_equals_its_definition_anchor_by_anchor():
+    torch.manual_seed(0)
+    a, b, pids = torch.randn(5, 8), torch.randn(5, 8), torch.tensor([0, 1, 0, 2, 1])
+    total = 0.0
+    for x, y in ((a, b), (b, a)):
+        for i in range(5):
+            logits = torch.stack([x[i] @ y[j] / y[j].norm() for j in range(5)])
+            p = logits.softmax(0)
+            q = (pids == pids[i]).float()
+            total += (p * (p.log() - (q / q.norm() + 1e-8).log())).sum() / 5
+    torch.testing.assert_close(cmpm(a, b, pids), total)
+
+
+def parse(text, **facts):
+    facts = {"dataset": "X", "pairs": True, "attributes": True, "masked": True, **facts}
+    return parse_loss_names(text, **facts)
+
+
+def test_the_papers_recipe_is_accepted():
+    assert parse("supkl+queue+match2+dot") == ["supkl", "queue", "match2", "dot"]
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "message"),
+    [
+        ("supkI", {}, r"unknown loss 'supkI'. Did you mean 'supkl'\? Known: supkl"),
+        ("", {}, "unknown loss ''"),
+        ("sdm+sdm", {}, "'sdm' stands there twice"),
+        ("sdm+queue", {}, "'queue' needs supkl or supitc beside it"),
+        ("match2", {}, "'match2' needs exactly one of dot, cat"),
+        ("match2+dot+cat", {}, "'match2' needs exactly one of dot, cat"),
+        ("sdm+dot", {}, "'dot' needs match2"),
+        ("match2+dot", {"attributes": False}, "needs attribute labels; --dataset_name X has none"),
+        ("supkl", {"pairs": False}, "needs an aerial and a ground image per caption"),
+        ("mlm", {"masked": False}, "needs masked captions: add --MLM"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused_with_the_reason(text, facts, message):
+    with pytest.raises(UserError, match=message):
+        parse(text, **facts)

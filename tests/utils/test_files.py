@@ -1,0 +1,77 @@
+import errno
+import os
+import pickle
+
+import pytest
+import torch
+
+from utils.checkpoint import load_checkpoint, read_weights, save_checkpoint
+from utils.errors import UserError, run_main
+from utils.files import write_atomically
+from utils.logger import new_run_dir
+
+
+class Evil:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    target = tmp_path / "harm"
+    for path, save in (
+        (tmp_path / "zip.pth", lambda p: torch.save({"model": Evil(str(target))}, p)),
+        (tmp_path / "plain.pth", lambda p: p.write_bytes(pickle.dumps(Evil(str(target))))),
+    ):
+        save(path)
+        for read in (load_checkpoint, read_weights):
+            with pytest.raises(UserError, match=f"{path}: refused"):
+                read(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 900, -20])
+def test_a_truncated_checkpoint_is_told(keep, tmp_path):
+    path = tmp_path / "cut.pth"
+    save_checkpoint(path, {"model": {"w": torch.randn(100)}})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=f"{path}: .*damaged"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_and_a_file_without_weights_are_told(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_checkpoint(tmp_path / "none.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="no entry 'model'"):
+        load_checkpoint(tmp_path / "empty.pth")
+
+
+def test_a_full_disk_leaves_the_previous_file_whole_and_no_litter(tmp_path):
+    path = tmp_path / "best.pth"
+    save_checkpoint(path, {"model": {"w": torch.ones(1)}})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match="best.pth: could not be written: No space left"):
+        write_atomically(path, fail)
+    assert load_checkpoint(path)["model"]["w"].item() == 1
+    assert os.listdir(tmp_path) == ["best.pth"]
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+    folders = {new_run_dir(str(tmp_path), "X", "run") for _ in range(5)}
+    assert len(folders) == 5 and all(folder.is_dir() for folder in folders)
+
+
+def test_user_errors_become_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("Caught UserError in a loader\nTraceback ...\nutils.errors.UserError: a.jpg")
+
+    with pytest.raises(SystemExit) as leave:
+        run_main(main)
+    assert leave.value.code == 2 and capsys.readouterr().err == "error: a.jpg\n"

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from tests.helpers import golden, noise
+from utils.errors import UserError
+from utils.metrics import query_metrics, retrieval, summarize
+
+
+def golden_case(figures):
+    queries, gallery, n = figures["queries"], figures["gallery"], figures["identities"]
+    query_pids = 7 * torch.arange(queries) % n
+    gallery_pids = (5 * torch.arange(gallery) + 1) % n
+    same = (query_pids[:, None] == gallery_pids).float()
+    similarity = noise((queries, gallery), 3, phase=figures["phase"]) + 0.8 * same
+    return similarity, query_pids, gallery_pids
+
+
+@pytest.mark.parametrize("figures", golden()["metrics"])
+def test_figures_equal_the_original(figures):
+    similarity, query_pids, gallery_pids = golden_case(figures)
+    ranking = similarity[0].argsort(descending=True)
+    assert ranking.tolist() == figures["first_row_ranking"]  # the inputs are the same
+    rows = query_metrics(similarity, query_pids, gallery_pids)
+    result = summarize(rows, len(gallery_pids))
+    expected = [figures["cmc"][i] for i in (0, 4, 9)] + [figures["mAP"], figures["mINP"]]
+    assert list(result.percentages().values()) == pytest.approx(expected, abs=1e-3)
+
+
+def slow(similarity, query_pids, gallery_pids):
+    """By the definition: sort each query's gallery, matches last among equals, walk down it."""
+    rows = []
+    for scores, pid in zip(similarity.tolist(), query_pids.tolist(), strict=True):
+        items = [(-s, g == pid) for s, g in zip(scores, gallery_pids.tolist(), strict=True)]
+        ranks = [rank for rank, (_, match) in enumerate(sorted(items), 1) if match]
+        if not ranks:
+            rows.append([float("nan")] * 3)
+            continue
+        precision = [k / rank for k, rank in enumerate(ranks, 1)]
+        rows.append([ranks[0], sum(precision) / len(ranks), len(ranks) / ranks[-1]])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_cases_with_ties_equal_the_definition(seed):
+    generator = torch.Generator().manual_seed(seed)
+    queries, gallery, pids = (int(torch.randint(1, 30, (), generator=generator)) for _ in range(3))
+    levels = (2, 5, 10**6)[seed % 3]  # few levels: many ties
+    similarity = torch.randint(levels, (queries, gallery), generator=generator).float()
+    query_pids = torch.randint(pids, (queries,), generator=generator)
+    gallery_pids = torch.randint(pids, (gallery,), generator=generator)
+    torch.testing.assert_close(
+        query_metrics(similarity, query_pids, gallery_pids),
+        slow(similarity, query_pids, gallery_pids),
+        equal_nan=True,
+    )
+
+
+def test_the_order_of_the_gallery_does_not_matter_even_with_ties():
+    generator = torch.Generator().manual_seed(1)
+    similarity = torch.randint(3, (10, 20), generator=generator).float()
+    query_pids, gallery_pids = torch.arange(10) % 4, torch.arange(20) % 5
+    order = torch.randperm(20, generator=generator)
+    torch.testing.assert_close(
+        query_metrics(similarity, query_pids, gallery_pids),
+        query_metrics(similarity[:, order], query_pids, gallery_pids[order]),
+        equal_nan=True,
+    )
+
+
+def test_a_collapsed_model_gets_the_worst_figure_not_the_best():
+    result = retrieval(torch.ones(3, 4), torch.ones(8, 4), torch.zeros(3), torch.tensor([0.0] + [1] * 7))
+    assert result.r1 == 0 and result.mAP == pytest.approx(100 / 8)
+
+
+def test_queries_without_a_match_are_left_out_and_counted():
+    features = torch.eye(3)
+    result = retrieval(features, features[:2], torch.tensor([0, 1, 9]), torch.tensor([0, 1]))
+    assert (result.r1, result.queries, result.unmatched, result.gallery) == (100.0, 2, 1, 2)
+    with pytest.raises(UserError, match="no query has a match"):
+        retrieval(features, features, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 9]))
+
+
+def test_chunks_change_nothing():
+    generator = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(n, 8, generator=generator) for n in (50, 40)]
+    tensors += [torch.randint(9, (n,), generator=generator) for n in (50, 40)]
+    whole, chunked = retrieval(*tensors), retrieval(*tensors, chunk=7)
+    assert list(whole.percentages().values()) == pytest.approx(list(chunked.percentages().values()))
+
+
+def test_features_that_are_not_finite_are_refused():
+    bad = torch.ones(2, 2)
+    bad[1, 0] = torch.nan
+    with pytest.raises(UserError, match="the gallery features are not finite"):
+        retrieval(torch.ones(2, 2), bad, torch.zeros(2), torch.zeros(2))

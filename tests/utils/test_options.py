@@ -1,0 +1,132 @@
+import pytest
+import yaml
+
+from tests.helpers import ROOT
+from utils.errors import UserError
+from utils.options import (
+    OPTIONS,
+    options_table,
+    parse_options,
+    parse_test_options,
+    read_preset,
+    write_config,
+)
+
+
+def preset(tmp_path, text):
+    path = tmp_path / "preset.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_defaults(tmp_path):
+    path = preset(tmp_path, "lr: 1e-4\nnum_epoch: 7\nimg_aug: true\n")
+    args = parse_options(["--config_file", path, "--num_epoch", "9", "--no-img_aug"])
+    assert (args.lr, args.num_epoch, args.img_aug, args.batch_size) == (1e-4, 9, False, 128)
+
+
+def test_the_documented_command_parses():
+    args = parse_options(
+        "--name irra --batch_size 64 --MLM --loss_names supkl+queue+match2+dot "
+        "--dataset_name AGDataAttr --root_dir path_to_dataset/TBAGPR --num_epoch 60".split()
+    )
+    assert args.MLM and args.batch_size == 64 and args.img_size == [384, 128]
+
+
+def test_a_written_config_reads_back_as_the_same_run(tmp_path):
+    args = parse_options(["--lr", "3e-5", "--img_size", "128", "48", "--milestones", "3", "9"])
+    write_config(tmp_path / "configs.yaml", args)
+    assert parse_options(["--config_file", str(tmp_path / "configs.yaml")]) == args
+
+
+def test_every_shipped_preset_is_valid():
+    presets = [p for p in (ROOT / "configs").glob("*.yaml") if p.name != "attributes.yaml"]
+    assert presets
+    for path in presets:
+        assert parse_options(["--config_file", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1", "unknown option 'learning_rate'"),
+        ("num_epochs: 3", "unknown option 'num_epochs'. Did you mean 'num_epoch'?"),
+        ("num_epoch: many", "num_epoch takes a value of type int, got 'many'"),
+        ("num_epoch: 2.5", "num_epoch takes a value of type int, got 2.5"),
+        ("num_epoch: 0", "num_epoch must be at least 1, got 0"),
+        ("img_aug: 1", "img_aug takes a value of type bool, got 1"),
+        ("img_size: [384]", "img_size takes 2 values"),
+        ("optimizer: Adan", "optimizer is 'Adan'; choose one of: Adam, AdamW, SGD"),
+        ("lr: .nan", "lr must be more than 0, got nan"),
+        ("- lr", "expected lines of 'option: value'"),
+        ("lr: [", "not readable as YAML"),
+        ("x: !!python/object/apply:os.system [true]", "not readable as YAML"),
+    ],
+)
+def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
+    path = preset(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        read_preset(path)
+    assert str(error.value).startswith(path) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--batchsize 3", "unrecognized arguments: --batchsize 3"),
+        ("--num_epoch x", "--num_epoch: command line: num_epoch takes a value of type int"),
+        ("--config_file nowhere.yaml", "nowhere.yaml: No such file or directory"),
+        ("--vision_layers 2", "--vision_layers needs --pretrain_choice scratch"),
+        ("--num_epoch 5", "--warmup_epochs 5 leaves nothing of --num_epoch 5"),
+        ("--milestones 9 3", "--milestones must increase"),
+        ("--sampler identity --batch_size 10", "no multiple of --num_instance 4"),
+        ("--resume", "--resume and --resume_ckpt_file PATH go together"),
+        ("--masked_token_rate 0.95", "exceed 1 together"),
+        ("--resume --resume_ckpt_file a --finetune b", "give one"),
+        ("--pretrain_choice scratch --vision_width 100", "multiple of 64"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_with_the_reason(line, message):
+    with pytest.raises(UserError) as error:
+        parse_options(line.split())
+    assert message in str(error.value)
+
+
+def test_evaluation_reads_the_originals_configs_with_tuple_tags_and_foreign_keys(tmp_path):
+    path = preset(
+        tmp_path,
+        "img_size: !!python/tuple\n- 384\n- 128\nmilestones: !!python/tuple\n- 20\n- 50\n"
+        "local_rank: 0\nlr: 1.0e-05\ntest: false\nstride_size: 16\n",
+    )
+    args, checkpoint, notes = parse_test_options(["--config_file", path, "--root_dir", "there"])
+    assert args.img_size == [384, 128] and args.milestones == [20, 50] and args.root_dir == "there"
+    assert checkpoint == tmp_path / "best.pth"
+    assert notes == [f"{path}: ignored, unknown here: local_rank, test"]
+
+
+def test_evaluation_refuses_options_of_training(tmp_path):
+    with pytest.raises(UserError, match="unrecognized arguments: --lr 1"):
+        parse_test_options(["--config_file", preset(tmp_path, "lr: 1.0"), "--lr", "1"])
+
+
+def test_defaults_pass_their_own_checks():
+    for option in OPTIONS.values():
+        assert option.coerce(option.default, "default") == option.default
+
+
+def test_the_readme_holds_the_options_table_as_it_is():
+    assert options_table() in (ROOT / "README.md").read_text()
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in OPTIONS.values():
+        assert f"--{option.name}" in shown
+    assert "(default: 1e-05)" in shown
+
+
+def test_config_is_plain_yaml(tmp_path):
+    write_config(tmp_path / "c.yaml", parse_options([]))
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["img_size"] == [384, 128]
