@@ -1,0 +1,35 @@
+# make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
+# make test   the test suite
+# Both make a virtual environment first (.venv, or VENV=elsewhere).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MINI ?= data/mini-TBAGPR
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m datasets.mini --out $(MINI)
+	$(BIN)/python train.py --config_file configs/mini.yaml --root_dir $(MINI)
+	$(BIN)/python test.py --root_dir $(MINI) \
+		--config_file "$$(ls -td logs/AGDataAttr/*_mini*/configs.yaml | head -n 1)"
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)
