@@ -1,0 +1,252 @@
+"""From the command line to the results: one short training, its evaluation, and what may go wrong.
+
+A reader may start here: these tests use the project as its users do.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+import test as test_entry
+import train as train_entry
+from tests.helpers import SCRATCH, golden_clip, run
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+RECIPE = "supkl+queue+match2+dot"
+
+
+def flags(root, out, **more):
+    values = {
+        "root_dir": root, "output_dir": out, "loss_names": RECIPE, "img_size": (32, 16),
+        "batch_size": 6, "test_batch_size": 8, "num_epoch": 3, "warmup_epochs": 1, "lr": 1e-3,
+        "num_workers": 0, "device": "cpu", "precision": "fp32", **SCRATCH, **more,
+    }  # fmt: skip
+    words = []
+    for name, value in values.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None:
+            many = isinstance(value, (tuple, list))
+            words += [f"--{name}", *(map(str, value) if many else [str(value)])]
+    return words
+
+
+def train(monkeypatch, root, out, **more):
+    """Train and return the run's folder."""
+    run(train_entry.main, monkeypatch, *flags(root, out, **more))
+    return max(out.glob("*/*/"), key=lambda p: p.stat().st_mtime_ns)
+
+
+@pytest.fixture(scope="module")
+def finished(mini_root, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return train(monkeypatch, mini_root, tmp_path_factory.mktemp("logs"))
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {"train_log.txt", "configs.yaml", "best.pth", "last.pth"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    log = (finished / "train_log.txt").read_text()
+    assert len(re.findall(r"epoch \d/3  loss .*supkl .*match2 .*test: R@1", log)) == 3
+    assert "best.pth is chosen by R@1 on the test split: this is the paper's protocol" in log
+    best, last = (load_checkpoint(finished / f"{n}.pth") for n in ("best", "last"))
+    assert last["epoch"] == 3 and best["epoch"] == best["best"]["epoch"] == last["best"]["epoch"]
+    assert (last["model"]["queue.pids"] >= 0).any()
+
+
+def test_evaluation_repeats_the_best_epochs_figures_on_every_gallery(finished, monkeypatch, capsys):
+    run(test_entry.main, monkeypatch, "--config_file", finished / "configs.yaml")
+    shown = capsys.readouterr().out
+    assert re.search(r"training at epoch \d: .*: equal", shown)
+    results = json.loads((finished / "test_results.json").read_text())
+    galleries = results["splits"]["test"]["galleries"]
+    expected = ["aerial", "ground", "aerial + ground", "aerial, AG-ReID", "aerial, G2APS-AG"]
+    assert list(galleries) == expected
+    stored = load_checkpoint(finished / "best.pth")["best"]
+    assert galleries["aerial"]["r1"] == stored["R@1"] and galleries["aerial"]["mAP"] == stored["mAP"]
+    accuracy = results["splits"]["test"]["attribute_accuracy"]
+    assert len(accuracy) == 7
+    assert all(0 <= row[view] <= 100 for row in accuracy.values() for view in ("aerial", "ground"))
+
+
+def test_the_clean_protocol_reports_both_splits(mini_root, tmp_path, monkeypatch, capsys):
+    folder = train(monkeypatch, mini_root, tmp_path, val_dataset="val", num_epoch=2)
+    run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
+    shown = capsys.readouterr().out
+    assert "val split, which chose this checkpoint" in shown and ": equal" in shown
+    assert "test split, which had no part in choosing this checkpoint" in shown
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    finished, mini_root, tmp_path, monkeypatch
+):
+    again = train(monkeypatch, mini_root, tmp_path / "a")
+    other = train(monkeypatch, mini_root, tmp_path / "b", seed=2)
+    weights = [load_checkpoint(f / "last.pth")["model"] for f in (finished, again, other)]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    name = "base_model.text_projection"
+    assert not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_a_resumed_run_ends_as_the_unbroken_one(finished, mini_root, tmp_path, monkeypatch):
+    """Stopped by an error in epoch 3, then resumed: the same weights, bit for bit."""
+    from processor.trainer import Trainer
+
+    original = Trainer._train_epoch
+
+    def broken(self, bar):
+        if self.epoch == 2:
+            raise UserError("power cut")
+        return original(self, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", broken)
+        with pytest.raises(UserError, match="power cut"):
+            train(patch, mini_root, tmp_path)
+    (last,) = tmp_path.glob("*/*/last.pth")
+    assert load_checkpoint(last)["epoch"] == 2
+    folder = train(monkeypatch, mini_root, tmp_path, resume=True, resume_ckpt_file=last)
+    assert folder == last.parent
+    resumed, unbroken = (load_checkpoint(f / "last.pth") for f in (folder, finished))
+    assert resumed["best"] == unbroken["best"] and resumed["epoch"] == 3
+    for name, value in unbroken["model"].items():
+        assert torch.equal(resumed["model"][name], value), name
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loss_names": "supitc+queue+match2+cat", "negatives": "random", "precision": "bf16"},
+        {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "img_aug": True},
+        {"loss_names": "itc+cmpm", "dataset_name": "AGData", "optimizer": "SGD", "stride_size": 8},
+        {"loss_names": "bisdm+biitc", "sampler": "identity", "num_instance": 2, "eval_period": 2},
+        {"loss_names": RECIPE, "precision": "half", "lrscheduler": "step", "optimizer": "AdamW"},
+        {"loss_names": "supkl", "precision": "fp16", "num_workers": 1, "log_period": 1},
+    ],
+    ids=lambda more: more["loss_names"] + "," + more.get("precision", "fp32"),
+)
+def test_short_trainings_of_every_kind_run_and_evaluate(
+    more, mini_root, tmp_path, monkeypatch, capsys
+):
+    folder = train(monkeypatch, mini_root, tmp_path, **{"num_epoch": 2, **more})
+    run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
+    assert re.search(r"training at epoch \d: .*: equal", capsys.readouterr().out)
+
+
+def test_training_learns(mini_root, tmp_path, monkeypatch):
+    """Six identities are told apart after a minute part of training: the losses pull together."""
+    folder = train(monkeypatch, mini_root, tmp_path, num_epoch=12, lr=2e-3, adam_eps=1e-8,
+                   weight_decay=0, loss_names="itc", temperature=0.1, eval_period=12)  # fmt: skip
+    losses = re.findall(r"epoch \d+/12  loss ([\d.]+)", (folder / "train_log.txt").read_text())
+    assert float(losses[-1]) < 0.8 * float(losses[0])
+
+
+def test_finetuning_starts_from_weights_of_this_family(
+    mini_root, clip_file, tmp_path, monkeypatch, capsys
+):
+    """A `model` entry, `module.` prefix, half precision, another grid and other identities."""
+    foreign = {f"module.base_model.{n}": v.half() for n, v in golden_clip().items()}
+    foreign["module.classifier.weight"] = torch.zeros(11003, 64)
+    torch.save({"model": foreign, "epoch": 3}, tmp_path / "mllm4text.pth")
+    none = dict.fromkeys(SCRATCH)
+    folder = train(monkeypatch, mini_root, tmp_path / "logs", finetune=tmp_path / "mllm4text.pth",
+                   num_epoch=2, lr=1e-9, **{**none, "pretrain_choice": clip_file})  # fmt: skip
+    log = (folder / "train_log.txt").read_text()
+    rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
+    count = len(foreign) - 1
+    assert rows["loaded"] == str(count - 1) and rows["resized"] == "1"
+    assert rows["skipped, unknown here"] == "1"
+    weights = load_checkpoint(folder / "last.pth")["model"]
+    start = golden_clip()["visual.proj"].half().float()
+    torch.testing.assert_close(weights["base_model.visual.proj"], start, rtol=0, atol=1e-6)
+
+
+def test_the_originals_checkpoint_evaluates_as_it_is(mini_root, clip_file, tmp_path, monkeypatch, capsys):
+    """Its best.pth (model, optimizer, ...) beside its configs.yaml with tuple tags."""
+    from model.backbone import load_backbone
+
+    backbone = load_backbone(str(clip_file), (96, 32))
+    weights = {f"base_model.{n}": v for n, v in backbone.state_dict().items()}
+    state = {"model": weights, "optimizer": {"state": {}}, "scheduler": {}, "epoch": 4}
+    torch.save(state, tmp_path / "best.pth")
+    (tmp_path / "configs.yaml").write_text(
+        f"dataset_name: AGDataAttr\nroot_dir: {mini_root}\nimg_size: !!python/tuple\n- 96\n- 32\n"
+        "stride_size: 16\nloss_names: supkl+queue\nlocal_rank: 0\nnum_workers: 0\ntraining: false\n"
+    )
+    run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml", "--precision", "fp32")
+    shown = capsys.readouterr().out
+    assert "ignored, unknown here: local_rank, training" in shown and "aerial, G2APS-AG" in shown
+
+
+def refused(message, monkeypatch, root, out, **more):
+    with pytest.raises(UserError, match=message):
+        train(monkeypatch, root, out, **more)
+    assert not list(out.glob("*/*")), "nothing may be left behind by a run that never started"
+
+
+def test_mistakes_are_told_before_anything_is_made(mini_root, tmp_path, monkeypatch):
+    def bad(message, root=mini_root, **more):
+        refused(message, monkeypatch, root, tmp_path / "logs", **more)
+
+    bad("--root_dir .*nowhere: no such folder", root=tmp_path / "nowhere")
+    bad("unknown loss 'supkI'. Did you mean 'supkl'", loss_names="supkI+queue")
+    bad("'queue' needs supkl or supitc", loss_names="sdm+queue")
+    bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2")
+    bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2+dot+cat")
+    bad("needs attribute labels; --dataset_name AGData has none", dataset_name="AGData")
+    bad("needs masked captions: add --MLM", loss_names="mlm")
+    bad("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
+    bad("nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml")
+    bad("finetune.*|no such file", finetune=tmp_path / "none.pth")
+    if not torch.cuda.is_available():
+        bad("--device cuda: torch finds no usable GPU here", device="cuda")
+
+
+def test_a_finetuning_file_of_which_nothing_fits_is_refused(mini_root, tmp_path, monkeypatch):
+    torch.save({"model": {"backbone.weight": torch.ones(3)}}, tmp_path / "x.pth")
+    refused("nothing fits: none of its 1 weights", monkeypatch, mini_root, tmp_path / "logs",
+            finetune=tmp_path / "x.pth")  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_stops_the_run_with_its_file_and_entry(
+    workers, mini_copy, tmp_path, monkeypatch, capsys
+):
+    from utils.errors import run_main
+
+    row = json.loads((mini_copy / "AG-ReID/agtext_train.json").read_text())[5]
+    path = mini_copy / "AG-ReID" / "/".join(row[2])
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(SystemExit) as leave:
+        run_main(lambda: train(monkeypatch, mini_copy, tmp_path / "logs", num_workers=workers))
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert leave.value.code == 2
+    assert message.startswith(f"error: {path} (AG-ReID/agtext_train.json, sample 5): the image cannot")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatch):
+    config = yaml.safe_load((finished / "configs.yaml").read_text())
+    config["img_size"] = [64, 32]
+    (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+        run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml",
+            "--checkpoint", finished / "best.pth")  # fmt: skip
+
+
+def test_a_checkpoint_that_is_missing_or_of_another_kind_is_refused(finished, tmp_path, monkeypatch):
+    config = str(finished / "configs.yaml")
+    with pytest.raises(UserError, match="none.pth: no such file"):
+        run(test_entry.main, monkeypatch, "--config_file", config, "--checkpoint", tmp_path / "none.pth")
+    torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="no weights named base_model"):
+        run(test_entry.main, monkeypatch, "--config_file", config, "--checkpoint", tmp_path / "w.pth")
+
+
+def test_only_last_pth_can_be_resumed(finished, mini_root, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="best.pth: cannot be resumed, it lacks generators, optimizer"):
+        train(monkeypatch, mini_root, tmp_path, resume=True, resume_ckpt_file=finished / "best.pth")
