@@ -83,7 +83,7 @@ class IdentitySampler(Sampler[Key]):
         return _with_seeds(order, self.generator)
 
     def _count_batches(self, groups: list[int]) -> int:
-        """Most batches b with sum_i min(groups_i, b) >= b * per_batch (each identity once a batch)."""
+        """Most batches b with sum_i min(groups_i, b) >= b * per_batch: an identity once a batch."""
         low, high = 0, sum(groups) // self.per_batch
         while low < high:
             middle = (low + high + 1) // 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def soft_targets(pids_B: Tensor, queue_pids_Q: Tensor | None = None, slack: float = 0.15) -> Tensor:
-    """W [B, K] before row scaling: 1 for a key of the anchor's identity, + slack in the first block.
+    """W [B, K] unscaled: 1 for a key of the anchor's identity, plus slack in the first block.
 
     Keys are the batch's first view, its second view, then the queue; an identity of -1 is an
     empty slot and matches nobody.

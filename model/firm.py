@@ -102,11 +102,9 @@ class SentenceTable(nn.Module):
         """Indices [V, A] of a positive and of a negative sentence, uniform within their class."""
         shape, device = labels_VA.shape, generator.device
         u = torch.rand((3, *shape), generator=generator, device=device).to(labels_VA.device)
-        if self.negatives == "random":
-            # 1 .. n-1 steps ahead: any class but the own, each equally likely.
-            step_VA = 1 + (u[2] * (self.classes - 1)).long()
-        else:
-            step_VA = 1
+        step_VA = torch.ones_like(labels_VA)
+        if self.negatives == "random":  # 1 to n-1 steps: any class but the own, equally likely
+            step_VA += (u[2] * (self.classes - 1)).long()
         other_VA = (labels_VA + step_VA) % self.classes
         return self._pick(labels_VA, u[0]), self._pick(other_VA, u[1])
 
@@ -149,7 +147,7 @@ def match_logits(
 
 
 def match_loss(logits_VS2: Tensor, positive_VA: Tensor, negative_VA: Tensor) -> Tensor:
-    """Cross-entropy of positives to 1 plus of negatives to 0, each a mean over images x attributes."""
+    """Cross-entropy of positives to 1 plus of negatives to 0, each a mean over [V, A]."""
 
     def cross_entropy(index_VA: Tensor, label: int) -> Tensor:
         chosen = logits_VS2.gather(1, index_VA[..., None].expand(-1, -1, 2))

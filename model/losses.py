@@ -98,6 +98,10 @@ def _id(step: Step) -> Tensor:
     return sum(text + image for image in images) / 2
 
 
+def _mlm(step: Step) -> Tensor:
+    return F.cross_entropy(step.masked_XT, step.masked_labels_X)
+
+
 def _match(step: Step) -> Tensor:
     images_VD = torch.cat([step.image_BD, step.pair_BD])
     labels_VA = torch.cat([step.batch["attributes"], step.batch["pair_attributes"]])
@@ -118,7 +122,7 @@ LOSSES: dict[str, Loss] = {
     "biitc": Loss("itc of text-aerial and text-ground", lambda s: _itc(s, False), pairs=True),
     "cmpm": Loss("cross-modal projection matching", _cmpm),
     "id": Loss("identity classification of every feature", _id),
-    "mlm": Loss("masked language modelling from image tokens", lambda s: F.cross_entropy(s.masked_XT, s.masked_labels_X), masked=True),
+    "mlm": Loss("masked language modelling from image tokens", _mlm, masked=True),
 }  # fmt: skip
 
 
@@ -155,11 +159,13 @@ def parse_loss_names(
             )
         if row.pairs and not pairs:
             raise UserError(
-                f"--loss_names {text}: '{name}' needs an aerial and a ground image per caption; --dataset_name {dataset} has one image"
+                f"--loss_names {text}: '{name}' needs an aerial and a ground image per caption; "
+                f"--dataset_name {dataset} has one image"
             )
         if row.attributes and not attributes:
             raise UserError(
-                f"--loss_names {text}: '{name}' needs attribute labels; --dataset_name {dataset} has none (AGDataAttr has)"
+                f"--loss_names {text}: '{name}' needs attribute labels; "
+                f"--dataset_name {dataset} has none (AGDataAttr has)"
             )
         if row.masked and not masked:
             raise UserError(f"--loss_names {text}: '{name}' needs masked captions: add --MLM")

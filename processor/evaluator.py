@@ -19,7 +19,7 @@ from utils.metrics import Retrieval, retrieval
 
 @dataclass
 class Features:
-    """Unnormalised features, float32, on the CPU: captions [Q, D] and images [G, D] of each view."""
+    """Unnormalised float32 features on the CPU: captions [Q, D], images [G, D] of each view."""
 
     captions: Tensor
     views: dict[str, Tensor]

@@ -22,7 +22,7 @@ def golden() -> dict:
 
 
 def noise(shape, j, scale=1.0, offset=0.0, phase=0.0) -> torch.Tensor:
-    """Tensor j: element i is offset + scale * (2 frac(43758.5453 sin(12.9898 i + 78.233 j + phase)) - 1)."""  # noqa: E501
+    """Tensor j: element i is offset + scale * (2 frac(43758.5453 sin(12.9898 i + 78.233 j + phase)) - 1)."""
     angle = 12.9898 * np.arange(int(np.prod(shape)), dtype=np.float64) + 78.233 * j + phase
     wave = np.sin(angle) * 43758.5453
     values = offset + scale * (2 * (wave - np.floor(wave)) - 1)

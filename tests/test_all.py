@@ -68,7 +68,9 @@ def test_evaluation_repeats_the_best_epochs_figures_on_every_gallery(finished, m
     expected = ["aerial", "ground", "aerial + ground", "aerial, AG-ReID", "aerial, G2APS-AG"]
     assert list(galleries) == expected
     stored = load_checkpoint(finished / "best.pth")["best"]
-    assert galleries["aerial"]["r1"] == stored["R@1"] and galleries["aerial"]["mAP"] == stored["mAP"]
+    assert (
+        galleries["aerial"]["r1"] == stored["R@1"] and galleries["aerial"]["mAP"] == stored["mAP"]
+    )
     accuracy = results["splits"]["test"]["attribute_accuracy"]
     assert len(accuracy) == 7
     assert all(0 <= row[view] <= 100 for row in accuracy.values() for view in ("aerial", "ground"))
@@ -166,7 +168,9 @@ def test_finetuning_starts_from_weights_of_this_family(
     torch.testing.assert_close(weights["base_model.visual.proj"], start, rtol=0, atol=1e-6)
 
 
-def test_the_originals_checkpoint_evaluates_as_it_is(mini_root, clip_file, tmp_path, monkeypatch, capsys):
+def test_the_originals_checkpoint_evaluates_as_it_is(
+    mini_root, clip_file, tmp_path, monkeypatch, capsys
+):
     """Its best.pth (model, optimizer, ...) beside its configs.yaml with tuple tags."""
     from model.backbone import load_backbone
 
@@ -178,7 +182,14 @@ def test_the_originals_checkpoint_evaluates_as_it_is(mini_root, clip_file, tmp_p
         f"dataset_name: AGDataAttr\nroot_dir: {mini_root}\nimg_size: !!python/tuple\n- 96\n- 32\n"
         "stride_size: 16\nloss_names: supkl+queue\nlocal_rank: 0\nnum_workers: 0\ntraining: false\n"
     )
-    run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml", "--precision", "fp32")
+    run(
+        test_entry.main,
+        monkeypatch,
+        "--config_file",
+        tmp_path / "configs.yaml",
+        "--precision",
+        "fp32",
+    )
     shown = capsys.readouterr().out
     assert "ignored, unknown here: local_rank, training" in shown and "aerial, G2APS-AG" in shown
 
@@ -201,7 +212,9 @@ def test_mistakes_are_told_before_anything_is_made(mini_root, tmp_path, monkeypa
     bad("needs attribute labels; --dataset_name AGData has none", dataset_name="AGData")
     bad("needs masked captions: add --MLM", loss_names="mlm")
     bad("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
-    bad("nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml")
+    bad(
+        "nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml"
+    )
     bad("finetune.*|no such file", finetune=tmp_path / "none.pth")
     if not torch.cuda.is_available():
         bad("--device cuda: torch finds no usable GPU here", device="cuda")
@@ -226,7 +239,9 @@ def test_a_truncated_image_stops_the_run_with_its_file_and_entry(
         run_main(lambda: train(monkeypatch, mini_copy, tmp_path / "logs", num_workers=workers))
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert leave.value.code == 2
-    assert message.startswith(f"error: {path} (AG-ReID/agtext_train.json, sample 5): the image cannot")
+    assert message.startswith(
+        f"error: {path} (AG-ReID/agtext_train.json, sample 5): the image cannot"
+    )
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatch):
@@ -238,15 +253,33 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
             "--checkpoint", finished / "best.pth")  # fmt: skip
 
 
-def test_a_checkpoint_that_is_missing_or_of_another_kind_is_refused(finished, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_missing_or_of_another_kind_is_refused(
+    finished, tmp_path, monkeypatch
+):
     config = str(finished / "configs.yaml")
     with pytest.raises(UserError, match="none.pth: no such file"):
-        run(test_entry.main, monkeypatch, "--config_file", config, "--checkpoint", tmp_path / "none.pth")
+        run(
+            test_entry.main,
+            monkeypatch,
+            "--config_file",
+            config,
+            "--checkpoint",
+            tmp_path / "none.pth",
+        )
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="no weights named base_model"):
-        run(test_entry.main, monkeypatch, "--config_file", config, "--checkpoint", tmp_path / "w.pth")
+        run(
+            test_entry.main,
+            monkeypatch,
+            "--config_file",
+            config,
+            "--checkpoint",
+            tmp_path / "w.pth",
+        )
 
 
 def test_only_last_pth_can_be_resumed(finished, mini_root, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="best.pth: cannot be resumed, it lacks generators, optimizer"):
+    with pytest.raises(
+        UserError, match="best.pth: cannot be resumed, it lacks generators, optimizer"
+    ):
         train(monkeypatch, mini_root, tmp_path, resume=True, resume_ckpt_file=finished / "best.pth")

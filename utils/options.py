@@ -90,7 +90,7 @@ def _o(name: str, type: type, default: Any, help: str, **more: Any) -> Option:
 
 GROUPS: dict[str, list[Option]] = {
     "Run": [
-        _o("name", str, "baseline", "name of the run; its folder is <time>_<name>"),
+        _o("name", str, "baseline", "name of the run; its folder is TIME_NAME"),
         _o("output_dir", str, "logs", "folder that receives all runs"),
         _o("seed", int, 1, "seed of weights, batches, augmentation and draws", least=0),
         _o(
@@ -104,7 +104,8 @@ GROUPS: dict[str, list[Option]] = {
             "precision",
             str,
             "auto",
-            "fp32; bf16 or fp16 autocast; half = half-precision weights, as the original trains; auto = bf16 where the device computes it natively, else fp32",
+            "fp32; bf16 or fp16 autocast; half = half-precision weights, as the original trains; "
+            "auto = bf16 where the device computes it natively, else fp32",
             choices=("auto", "fp32", "bf16", "fp16", "half"),
         ),
         _o("num_workers", int, 8, "processes that load images", least=0),
@@ -118,7 +119,7 @@ GROUPS: dict[str, list[Option]] = {
             choices=("test", "val"),
         ),
         _o("resume", bool, False, "go on with the run of --resume_ckpt_file, in its folder"),
-        _o("resume_ckpt_file", str, "", "checkpoint to go on from, usually <run>/last.pth"),
+        _o("resume_ckpt_file", str, "", "checkpoint to go on from, usually RUN/last.pth"),
         _o("finetune", str, "", "checkpoint whose weights are loaded where names and shapes fit"),
     ],
     "Data": [
@@ -158,7 +159,8 @@ GROUPS: dict[str, list[Option]] = {
             "pretrain_choice",
             str,
             "ViT-B/16",
-            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), a file (OpenAI archive, state dict or safetensors), or scratch",
+            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), a file (OpenAI archive, state dict "
+            "or safetensors), or scratch",
         ),
         _o("img_size", int, [384, 128], "height and width of the input, pixels", count=2, least=16),
         _o(
@@ -199,7 +201,8 @@ GROUPS: dict[str, list[Option]] = {
             "negatives",
             str,
             "next",
-            "FIRM: class of the negative sentence, next (class + 1, the original) or random (the paper)",
+            "FIRM: class of the negative sentence, next (class + 1, the original) or random "
+            "(the paper)",
             choices=("next", "random"),
         ),
         _o(

@@ -31,9 +31,9 @@ SKINS = ((242, 208, 182), (228, 186, 154), (198, 150, 114), (140, 96, 70))
 STATURE = (1.70, 1.88, 1.53)  # metres, by the label of height: middle, tall, short
 GIRTH = (1.0, 0.83, 1.27)  # width against a middle build, by the label of weight
 
-# Everyday clothes are mostly dark or neutral; the rest is spread so that colours tell people apart.
-_UPPER_COLOURS = dict(zip(COLOURS, (15, 14, 10, 10, 10, 7, 8, 6, 7, 6, 5, 4, 6), strict=True))
-_LOWER_COLOURS = dict(zip(COLOURS, (22, 9, 14, 5, 10, 12, 5, 2, 4, 3, 2, 8, 11), strict=True))
+# Dark and neutral clothes are somewhat more common; colours are spread to tell people apart.
+_UPPER_COLOURS = dict(zip(COLOURS, (12, 11, 9, 10, 10, 7, 9, 8, 7, 7, 7, 5, 6), strict=True))
+_LOWER_COLOURS = dict(zip(COLOURS, (15, 10, 10, 8, 10, 9, 8, 5, 5, 5, 4, 8, 9), strict=True))
 _JEANS = {"blue": 45, "navy": 22, "black": 16, "grey": 9, "white": 8}
 _BAG_COLOURS = dict(zip(COLOURS, (30, 6, 10, 11, 10, 6, 5, 4, 6, 3, 4, 14, 6), strict=True))
 _HAT_COLOURS = dict(zip(COLOURS, (22, 20, 6, 14, 10, 8, 4, 6, 5, 1, 3, 3, 9), strict=True))
@@ -162,7 +162,7 @@ def sample_person(rng: np.random.Generator) -> Person:
     if lower == "leggings":
         lower_colours = {"black": 60, "grey": 20, "navy": 10, "purple": 5, "pink": 5}
     shoes, shoe_colour = _shoes(rng, woman, age, warm)
-    bags = {"none": 42, "backpack": 26, "handbag": 20 if woman else 4, "shoulder bag": 16}
+    bags = {"none": 30, "backpack": 30, "handbag": 20 if woman else 4, "shoulder bag": 16}
     if age == 1:
         bags["backpack"] += 14
     items = {"none": 76, "phone": 15 if age < 2 else 3, "umbrella": 5}
@@ -190,7 +190,7 @@ def sample_person(rng: np.random.Generator) -> Person:
         shoe_colour=shoe_colour,
         bag=pick(rng, bags),
         bag_colour=pick(rng, _BAG_COLOURS),
-        hat=pick(rng, {"none": 77, "cap": 14, "hat": 12 if woman or age == 2 else 3}),
+        hat=pick(rng, {"none": 60, "cap": 24, "hat": 12 if woman or age == 2 else 3}),
         hat_colour=pick(rng, _HAT_COLOURS),
         glasses=bool(rng.random() < 0.17),
         mask=bool(rng.random() < 0.08),

@@ -60,7 +60,7 @@ def sample_view(rng: np.random.Generator, person: Person, source: int, aerial: b
         roll=float(rng.normal(0, 0.07 if aerial else 0.012)),
         span=float((0.62 + 1.72 * np.cos(elevation) if aerial else 2.08) * rng.uniform(0.97, 1.04)),
         centre=tuple(float(c) for c in 0.5 + rng.uniform(-0.035, 0.035, 2) * spread),
-        occluder=str(rng.choice(("none", "pole", "bush", "person"), p=(0.84, 0.05, 0.05, 0.06))),
+        occluder=str(rng.choice(("none", "pole", "bush", "person"), p=(0.88, 0.04, 0.04, 0.04))),
         seed=int(rng.integers(2**31)),
     )
 

@@ -86,8 +86,12 @@ def test_a_batch_holds_what_its_samples_hold(mini_root):
             length = batch["caption_ids"].shape[1]
             assert torch.equal(batch["caption_ids"][row], ids[:length].long())
             assert (ids[length:] == 0).all()
-        assert batch["images"].shape == batch["pair_images"].shape == (len(batch["pids"]), 3, 96, 32)
-        assert batch["masked_ids"].shape == batch["masked_labels"].shape == batch["caption_ids"].shape
+        assert (
+            batch["images"].shape == batch["pair_images"].shape == (len(batch["pids"]), 3, 96, 32)
+        )
+        assert (
+            batch["masked_ids"].shape == batch["masked_labels"].shape == batch["caption_ids"].shape
+        )
         assert (batch["caption_ids"] != 0).any(dim=0).all()  # no column of padding alone
 
 
@@ -105,14 +109,16 @@ def test_augmentation_differs_between_epochs_and_leaves_the_global_generator_alo
     data = dataset_spec("AGDataAttr").read(args.root_dir)
     loader = train_loader(data, args, torch.Generator().manual_seed(5), CPU)
     before = torch.get_rng_state()
-    first, second = ({int(i): image for b in loader for i, image in zip(b["index"], b["images"], strict=True)} for _ in range(2))  # fmt: skip # noqa: E501
+    first, second = ({int(i): image for b in loader for i, image in zip(b["index"], b["images"], strict=True)} for _ in range(2))  # fmt: skip
     assert not all(torch.equal(first[i], second[i]) for i in first)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_transforms_resize_and_normalise():
     image = PILImage.new("RGB", (40, 100), (255, 0, 128))
-    expected = [(v / 255 - m) / s for v, m, s in zip((255, 0, 128), CLIP_MEAN, CLIP_STD, strict=True)]
+    expected = [
+        (v / 255 - m) / s for v, m, s in zip((255, 0, 128), CLIP_MEAN, CLIP_STD, strict=True)
+    ]
     for transform in (eval_transform((96, 32)), train_transform((96, 32))):
         result = transform(image)
         assert result.shape == (3, 96, 32)
@@ -172,7 +178,9 @@ def test_evaluation_loaders_keep_the_order(mini_root):
     assert torch.equal(images[7], single)
     rows = [row for batch in caption_batches(split.captions, args) for row in batch]
     for row, caption in zip(rows, split.captions, strict=True):
-        assert torch.equal(row[row != 0], tokenize([caption], 77)[0].long()[: int((row != 0).sum())])
+        assert torch.equal(
+            row[row != 0], tokenize([caption], 77)[0].long()[: int((row != 0).sum())]
+        )
 
 
 def test_a_caption_without_words_and_an_unknown_data_set_are_refused(mini_root):

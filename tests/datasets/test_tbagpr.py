@@ -20,7 +20,9 @@ def edit(root, file, change):
 
 def test_sources_are_joined_and_identities_shifted(mini_root):
     data = read_tbagpr(mini_root)
-    rows = [json.loads((mini_root / s.folder / s.json.format("train")).read_text()) for s in SOURCES]
+    rows = [
+        json.loads((mini_root / s.folder / s.json.format("train")).read_text()) for s in SOURCES
+    ]
     first = len({row[0] for row in rows[0]})
     expected = [row[0] for row in rows[0]] + [row[0] + first for row in rows[1]]
     assert [s.pid for s in data.train] == expected
@@ -33,7 +35,9 @@ def test_sources_are_joined_and_identities_shifted(mini_root):
     assert len(set(test.image_pids)) == 6 and test.sources == ["AG-ReID", "G2APS-AG"]
     assert set(test.caption_pids) <= set(test.image_pids)
     sources = dict(zip(test.image_pids, test.image_sources, strict=True))
-    assert all(sources[p] == s for p, s in zip(test.caption_pids, test.caption_sources, strict=True))
+    assert all(
+        sources[p] == s for p, s in zip(test.caption_pids, test.caption_sources, strict=True)
+    )
 
 
 def test_votes_take_the_most_frequent_label_and_of_equals_the_first_met():
@@ -52,8 +56,8 @@ def test_five_attributes_are_voted_aerial_first_and_two_stay_the_images_own(mini
     rows = [r for r in json.loads((mini_copy / TRAIN).read_text()) if r[0] == 0]
     assert len(rows) == 2
     keys = [f"{r[k][0].split('/')[-1]}_{r[k][1][:-4]}" for k in (2, 3) for r in rows]
-    given = dict(zip(keys, ([1, 0, 0, 0, 0, 2, 1], [0, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 2, 2, 0]), strict=True))  # fmt: skip # noqa: E501
-    edit(mini_copy, "attrs.json", lambda old: [r for r in old if next(iter(r)) not in given] + [{k: v} for k, v in given.items()])  # fmt: skip # noqa: E501
+    given = dict(zip(keys, ([1, 0, 0, 0, 0, 2, 1], [0, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 2, 2, 0]), strict=True))  # fmt: skip
+    edit(mini_copy, "attrs.json", lambda old: [r for r in old if next(iter(r)) not in given] + [{k: v} for k, v in given.items()])  # fmt: skip
     samples = [s for s in read_tbagpr(mini_copy).train if s.pid == 0]
     voted = (1, 1, 0, 0, 0)
     assert [s.image.attributes for s in samples] == [(*voted, 2, 1), (*voted, 0, 1)]
@@ -116,7 +120,9 @@ def test_bad_entries_are_named(file, change, message, mini_copy):
 
 
 def test_missing_and_malformed_files_are_named(mini_copy, tmp_path):
-    with pytest.raises(UserError, match="--root_dir .*nowhere: no such folder; it must hold AG-ReID"):
+    with pytest.raises(
+        UserError, match="--root_dir .*nowhere: no such folder; it must hold AG-ReID"
+    ):
         read_tbagpr(tmp_path / "nowhere")
     with pytest.raises(UserError, match="folder AG-ReID is missing"):
         read_tbagpr(tmp_path)

@@ -190,4 +190,6 @@ def test_offline_the_message_says_which_file_to_put_where(monkeypatch, tmp_path)
 
     monkeypatch.setattr(module, "download_pretrained_from_url", no_network)
     monkeypatch.setattr(module, "WEIGHTS_CACHE", tmp_path)
-    refused(f"not at {tmp_path}/ViT-B-16.pt .*network unreachable.*ViT-B-16.pt", "ViT-B/16", (96, 32))
+    refused(
+        f"not at {tmp_path}/ViT-B-16.pt .*network unreachable.*ViT-B-16.pt", "ViT-B/16", (96, 32)
+    )

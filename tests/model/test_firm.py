@@ -23,7 +23,9 @@ def table(negatives="next"):
 
 def owner(sentence):
     """(attribute, class) of a sentence."""
-    bounds = [(a, c) for a, counts in enumerate(COUNTS) for c, n in enumerate(counts) for _ in range(n)]
+    bounds = [
+        (a, c) for a, counts in enumerate(COUNTS) for c, n in enumerate(counts) for _ in range(n)
+    ]
     return bounds[sentence]
 
 

@@ -3,9 +3,9 @@ import torch
 
 import model.firm
 from model.build import build_model
-from model.losses import LOSSES, parse_loss_names
+from model.losses import LOSSES, losses_table, parse_loss_names
 from model.objectives import cmpm
-from tests.helpers import filled, golden, golden_batch, options
+from tests.helpers import ROOT, filled, golden, golden_batch, options
 from utils.errors import UserError
 
 
@@ -105,3 +105,7 @@ def test_the_papers_recipe_is_accepted():
 def test_combinations_that_cannot_work_are_refused_with_the_reason(text, facts, message):
     with pytest.raises(UserError, match=message):
         parse(text, **facts)
+
+
+def test_the_readme_holds_the_table_of_losses_as_it_is():
+    assert losses_table() in (ROOT / "README.md").read_text()

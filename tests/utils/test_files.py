@@ -70,7 +70,9 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
 
 def test_user_errors_become_one_line_and_status_2(capsys):
     def main():
-        raise UserError("Caught UserError in a loader\nTraceback ...\nutils.errors.UserError: a.jpg")
+        raise UserError(
+            "Caught UserError in a loader\nTraceback ...\nutils.errors.UserError: a.jpg"
+        )
 
     with pytest.raises(SystemExit) as leave:
         run_main(main)

@@ -68,7 +68,9 @@ def test_the_order_of_the_gallery_does_not_matter_even_with_ties():
 
 
 def test_a_collapsed_model_gets_the_worst_figure_not_the_best():
-    result = retrieval(torch.ones(3, 4), torch.ones(8, 4), torch.zeros(3), torch.tensor([0.0] + [1] * 7))
+    result = retrieval(
+        torch.ones(3, 4), torch.ones(8, 4), torch.zeros(3), torch.tensor([0.0] + [1] * 7)
+    )
     assert result.r1 == 0 and result.mAP == pytest.approx(100 / 8)
 
 

@@ -27,8 +27,21 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_defaults(
 
 def test_the_documented_command_parses():
     args = parse_options(
-        "--name irra --batch_size 64 --MLM --loss_names supkl+queue+match2+dot "
-        "--dataset_name AGDataAttr --root_dir path_to_dataset/TBAGPR --num_epoch 60".split()
+        [
+            "--name",
+            "irra",
+            "--batch_size",
+            "64",
+            "--MLM",
+            "--loss_names",
+            "supkl+queue+match2+dot",
+            "--dataset_name",
+            "AGDataAttr",
+            "--root_dir",
+            "path_to_dataset/TBAGPR",
+            "--num_epoch",
+            "60",
+        ]
     )
     assert args.MLM and args.batch_size == 64 and args.img_size == [384, 128]
 
