@@ -75,7 +75,7 @@ class Trainer:
                 self.scheduler.step()
                 if self.epoch % args.eval_period == 0 or self.epoch == args.num_epoch:
                     line += self._evaluate()
-                save_checkpoint(self.run_dir / "last.pth", self.state())
+                    save_checkpoint(self.run_dir / "last.pth", self.state())
                 seconds = time.perf_counter() - started
                 self.log.info(f"epoch {self.epoch}/{args.num_epoch}  {line}  {seconds:.1f} s")
         return self.best

@@ -110,7 +110,7 @@ GROUPS: dict[str, list[Option]] = {
         ),
         _o("num_workers", int, 8, "processes that load images", least=0),
         _o("log_period", int, 100, "steps between log lines", least=1),
-        _o("eval_period", int, 1, "epochs between evaluations", least=1),
+        _o("eval_period", int, 1, "epochs between evaluations and checkpoints", least=1),
         _o(
             "val_dataset",
             str,
@@ -159,8 +159,8 @@ GROUPS: dict[str, list[Option]] = {
             "pretrain_choice",
             str,
             "ViT-B/16",
-            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), a file (OpenAI archive, state dict "
-            "or safetensors), or scratch",
+            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), a file (OpenAI archive, state "
+            "dict or safetensors), or scratch",
         ),
         _o("img_size", int, [384, 128], "height and width of the input, pixels", count=2, least=16),
         _o(

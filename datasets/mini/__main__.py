@@ -20,10 +20,10 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("data/mini-TBAGPR"), help="folder of the data set")
     add("--seed", type=int, default=0, help="another seed gives other people")
-    add("--train_ids", type=int, default=480, help="identities to train on, over both sources")
+    add("--train_ids", type=int, default=1600, help="identities to train on, over both sources")
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
-    add("--test_ids", type=int, default=120, help="identities to test on, over both sources")
-    add("--pairs", type=int, default=3, help="aerial-ground pairs of images per identity")
+    add("--test_ids", type=int, default=60, help="identities to test on, over both sources")
+    add("--pairs", type=int, default=2, help="aerial-ground pairs of images per identity")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw")
     add("--force", action="store_true", help="replace what is at the folder already")
     add("--figure", type=Path, help="only draw this picture of test people of the set at --out")

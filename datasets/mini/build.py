@@ -146,10 +146,10 @@ def _write_json(path: Path, content) -> None:
 def render(
     root: str | Path,
     seed: int = 0,
-    train_ids: int = 480,
+    train_ids: int = 1600,
     val_ids: int = 60,
-    test_ids: int = 120,
-    pairs: int = 3,
+    test_ids: int = 60,
+    pairs: int = 2,
     workers: int = 2,
     force: bool = False,
     progress: bool = False,

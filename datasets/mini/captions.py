@@ -325,7 +325,7 @@ def caption(person: Person, views: tuple[View, View], rng: np.random.Generator) 
     """Describe the person of a pair of views (aerial, ground) in English."""
     long = rng.random() < LONG_SHARE
     low, high = LONG_WORDS if long else (SHORTEST, LONGEST)
-    keep = float(rng.uniform(0.5, 0.95))
+    keep = float(rng.uniform(0.6, 1.0))
     while True:
         text = (_long if long else _ordinary)(_Speaker(person, views, rng, keep))
         if low <= len(text.split()) <= high:

@@ -171,7 +171,7 @@ def sample_person(rng: np.random.Generator) -> Person:
     return Person(
         gender=int(woman),
         age=age,
-        light=int(rng.random() < 0.25),
+        light=int(rng.random() < 0.15),
         weight=int(rng.choice(3, p=(0.56, 0.24, 0.20))),
         height=int(rng.choice(3, p=(0.54, 0.25, 0.21))),
         skin=int(rng.choice(4, p=(0.36, 0.34, 0.18, 0.12))),

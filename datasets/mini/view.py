@@ -330,7 +330,7 @@ def _occlude(canvas: _Canvas, view: View, rng: np.random.Generator, sun) -> None
 def _develop(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:
     """Blur, light, colour cast and noise: what the scene's light and the camera make of it."""
     blur = (0.75, 0.5) if view.aerial else (0.6, 0.35)
-    image = image.filter(ImageFilter.GaussianBlur(blur[view.source] * rng.uniform(0.7, 1.3)))
+    image = image.filter(ImageFilter.GaussianBlur(blur[view.source] * rng.uniform(0.5, 1.0)))
     pixels = np.asarray(image, np.float32)
     cast = ((1.03, 1.0, 0.95), (0.96, 1.0, 1.05))[view.source]
     if view.dim:
