@@ -63,6 +63,16 @@ def test_two_views_in_one_call_equal_two_calls(backbone):
     torch.testing.assert_close(both, apart, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_plain_and_fused_attention_give_the_same_features(backbone, monkeypatch):
+    ids = golden_batch()["caption_ids"]
+    plain = (*backbone.encode_images(AERIAL), *backbone.encode_captions(ids))
+    monkeypatch.setattr("model.backbone.PLAIN_ATTENTION_BELOW", 0)
+    fused = (*backbone.encode_images(AERIAL), *backbone.encode_captions(ids))
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 class Archive(torch.nn.Module):
     """A module tree with CLIP's parameters, to be saved as OpenAI's archives are."""
 
