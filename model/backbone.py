@@ -96,7 +96,7 @@ class Backbone(open_clip.CLIP):
         super().__init__(sizes.embed_dim, vision, text, quick_gelu=True, cast_dtype=cast)
         self.sizes = sizes
         self.image_size = image_size
-        # The temperature is fixed (SPEC of the paper: 0.02) and belongs to the losses.
+        # The temperature is fixed (0.02 in the paper) and belongs to the losses.
         self.logit_scale = None
         self._adapt_vision(stride)
         if half:

@@ -341,8 +341,6 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
         for name in ("vision_width", "text_width"):
             if getattr(args, name) % 64:
                 raise UserError(f"--{name} must be a multiple of 64 (one head per 64 channels)")
-        if args.text_length != 77:
-            _check(args.text_length <= 77, "--text_length is at most 77")
     _check(
         args.warmup_epochs < args.num_epoch,
         f"--warmup_epochs {args.warmup_epochs} leaves nothing of --num_epoch {args.num_epoch}",
