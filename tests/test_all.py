@@ -141,7 +141,7 @@ def test_short_trainings_of_every_kind_run_and_evaluate(
 
 
 def test_training_learns(mini_root, tmp_path, monkeypatch):
-    """Six identities are told apart after a minute part of training: the losses pull together."""
+    """Twelve epochs on eight identities bring the loss down by a fifth or more."""
     folder = train(monkeypatch, mini_root, tmp_path, num_epoch=12, lr=2e-3, adam_eps=1e-8,
                    weight_decay=0, loss_names="itc", temperature=0.1, eval_period=12)  # fmt: skip
     losses = re.findall(r"epoch \d+/12  loss ([\d.]+)", (folder / "train_log.txt").read_text())
@@ -215,7 +215,7 @@ def test_mistakes_are_told_before_anything_is_made(mini_root, tmp_path, monkeypa
     bad(
         "nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml"
     )
-    bad("finetune.*|no such file", finetune=tmp_path / "none.pth")
+    bad("none.pth: no such file", finetune=tmp_path / "none.pth")
     if not torch.cuda.is_available():
         bad("--device cuda: torch finds no usable GPU here", device="cuda")
 
@@ -244,38 +244,26 @@ def test_a_truncated_image_stops_the_run_with_its_file_and_entry(
     )
 
 
+def evaluate(monkeypatch, config, checkpoint):
+    run(test_entry.main, monkeypatch, "--config_file", config, "--checkpoint", checkpoint)
+
+
 def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatch):
     config = yaml.safe_load((finished / "configs.yaml").read_text())
     config["img_size"] = [64, 32]
     (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
-        run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml",
-            "--checkpoint", finished / "best.pth")  # fmt: skip
+        evaluate(monkeypatch, tmp_path / "configs.yaml", finished / "best.pth")
 
 
 def test_a_checkpoint_that_is_missing_or_of_another_kind_is_refused(
     finished, tmp_path, monkeypatch
 ):
-    config = str(finished / "configs.yaml")
     with pytest.raises(UserError, match="none.pth: no such file"):
-        run(
-            test_entry.main,
-            monkeypatch,
-            "--config_file",
-            config,
-            "--checkpoint",
-            tmp_path / "none.pth",
-        )
+        evaluate(monkeypatch, finished / "configs.yaml", tmp_path / "none.pth")
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="no weights named base_model"):
-        run(
-            test_entry.main,
-            monkeypatch,
-            "--config_file",
-            config,
-            "--checkpoint",
-            tmp_path / "w.pth",
-        )
+        evaluate(monkeypatch, finished / "configs.yaml", tmp_path / "w.pth")
 
 
 def test_only_last_pth_can_be_resumed(finished, mini_root, tmp_path, monkeypatch):
