@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from datasets.build import dataset_spec
+from datasets.build import read_dataset
 from model.build import build_evaluation_model
 from processor.evaluator import Evaluator, attribute_table, gallery_table
 from utils.checkpoint import load_checkpoint
@@ -30,7 +30,7 @@ def main() -> None:
     args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
     model = build_evaluation_model(args, checkpoint["model"], str(path)).to(device)
-    data = dataset_spec(args.dataset_name).read(args.root_dir)
+    data = read_dataset(args)
     best = checkpoint.get("best", {})
     log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from prettytable import PrettyTable
 
-from datasets.build import dataset_spec, train_loader
+from datasets.build import read_dataset, train_loader
 from model.build import build_model, load_fitting
-from model.losses import parse_loss_names
+from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.trainer import Trainer
 from solver.build import build_optimizer, build_scheduler
+from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import read_weights
 from utils.devices import choose_device, choose_precision
 from utils.errors import run_main
@@ -31,15 +32,12 @@ def main() -> None:
     # All that can be wrong is checked before anything is built, and before a folder is made.
     device = choose_device(args.device)
     args.precision = choose_precision(args.precision, device)
-    spec = dataset_spec(args.dataset_name)
-    losses = parse_loss_names(
-        args.loss_names,
-        dataset=args.dataset_name,
-        pairs=spec.pairs,
-        attributes=spec.attributes,
-        masked=args.MLM,
-    )
-    data = spec.read(args.root_dir)
+    losses = parse_loss_names(args.loss_names, args.MLM)
+    data = read_dataset(args)
+    check_losses(losses, data.name, data.has_pairs, bool(data.attribute_classes))
+    if "match2" in losses:
+        attributes = read_attributes(args.attributes_file)
+        check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
     generator = torch.Generator().manual_seed(args.seed)
     loader = train_loader(data, args, generator, device)
     evaluator = Evaluator(data, args.val_dataset, args, device, views=data.views[:1])

@@ -1,6 +1,6 @@
 """The registry of data sets, and the loaders that make batches of them.
 
-data = read_dataset("AGDataAttr", root)
+data = read_dataset(args)
 loader = train_loader(data, args, generator, device)
 for batch in loader: ...         # a dict of tensors, see TrainDataset
 """
@@ -10,16 +10,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import open_clip
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from datasets.image_cache import ImageFiles
+from datasets.pedes import PEDES, read_custom, read_pedes
 from datasets.records import Data, Image, TrainSample
 from datasets.samplers import IdentitySampler, Key, RandomSampler
-from datasets.tbagpr import read_tbagpr
-from datasets.transforms import eval_transform, image_tensor, train_transform
+from datasets.tbagpr import SOURCES, one_view, read_tbagpr
+from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, train_transform
+from utils.attributes import read_attributes
 from utils.errors import UserError, suggest
 
 MASK_ID = 49405  # stands for the mask; CLIP's vocabulary has the rare word "jekyll" there
@@ -28,33 +32,79 @@ MASK_RATE = 0.15
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A row of the registry: how to read it and what its samples have."""
+    """A row of the registry: how to read it, and what the README says of it."""
 
-    read: Callable[[str], Data]
-    pairs: bool  # an aerial and a ground image per caption
-    attributes: bool
+    read: Callable[[argparse.Namespace], Data]
     meaning: str
+    has: str  # images per sample, attributes
+
+
+def _source(name: str, index: int) -> DatasetSpec:
+    """One of TBAGPR's sources; its attributes are read where there is an attrs.json."""
+    source = SOURCES[index]
+
+    def read(args: argparse.Namespace) -> Data:
+        labelled = (Path(args.root_dir) / "attrs.json").is_file()
+        return read_tbagpr(args.root_dir, name, labelled, [source])
+
+    return DatasetSpec(
+        read, f"TBAGPR's source {source.folder} alone", "both views; attributes if `attrs.json`"
+    )
+
+
+def _pedes(name: str) -> DatasetSpec:
+    file, _ = PEDES[name]
+    return DatasetSpec(
+        lambda args: read_pedes(args.root_dir, name), f"`{name}/{file}`, `{name}/imgs/`", "one view"
+    )
 
 
 DATASETS: dict[str, DatasetSpec] = {
     "AGDataAttr": DatasetSpec(
-        lambda root: read_tbagpr(root, "AGDataAttr"), True, True, "TBAGPR, both views, attributes"
+        lambda args: read_tbagpr(args.root_dir, "AGDataAttr"), "TBAGPR", "both views, attributes"
     ),
     "AGData": DatasetSpec(
-        lambda root: read_tbagpr(root, "AGData", attributes=False),
-        True,
-        False,
-        "TBAGPR, both views, without attributes",
+        lambda args: read_tbagpr(args.root_dir, "AGData", attributes=False),
+        "TBAGPR without its attributes",
+        "both views",
+    ),
+    "AGSGData": DatasetSpec(
+        lambda args: one_view(read_tbagpr(args.root_dir, "AGSGData", attributes=False), args.views),
+        "TBAGPR, each image a sample of its own; `--views a`, `g` or `ag`",
+        "one view",
+    ),
+    "AGTBPR": _source("AGTBPR", 0),
+    "G2APS": _source("G2APS", 1),
+    **{name: _pedes(name) for name in PEDES},
+    "custom": DatasetSpec(
+        lambda args: read_custom(args.root_dir, read_attributes(args.attributes_file)),
+        "your own: `dataset.json`, see [docs/custom.md](docs/custom.md)",
+        "one view or both; attributes if given",
     ),
 }
 
 
-def dataset_spec(name: str) -> DatasetSpec:
-    """The registry's row. Raises UserError for an unknown name."""
+def read_dataset(args: argparse.Namespace) -> Data:
+    """Read and check `--dataset_name` in `--root_dir`. Raises UserError."""
+    name = args.dataset_name
     if name not in DATASETS:
         known = ", ".join(DATASETS)
         raise UserError(f"--dataset_name {name}: unknown.{suggest(name, DATASETS)} Known: {known}")
-    return DATASETS[name]
+    if args.views != "ag" and name != "AGSGData":
+        raise UserError(f"--views {args.views}: --dataset_name {name} has its own; for AGSGData")
+    data = DATASETS[name].read(args)
+    if args.val_dataset not in data.splits:
+        raise UserError(
+            f"--val_dataset {args.val_dataset}: {name} has only {', '.join(data.splits)}"
+        )
+    return data
+
+
+def datasets_table() -> str:
+    """The registry in Markdown, for the README."""
+    lines = ["| `--dataset_name` | what it is | a sample has |", "|---|---|---|"]
+    lines += [f"| `{name}` | {row.meaning} | {row.has} |" for name, row in DATASETS.items()]
+    return "\n".join(lines)
 
 
 def tokenize(captions: Sequence[str], length: int) -> Tensor:
@@ -92,19 +142,25 @@ def mask_tokens(
 class TrainDataset(Dataset):
     """Samples by `Key`; a batch of them is a dict of tensors:
 
-    `images` (and with two views `pair_images`) [B, 3, H, W], `pids` [B], `index` [B] of the
-    samples, `caption_ids` [B, L]; with attributes `attributes` and `pair_attributes` [B, A]; with
-    masking `masked_ids` and `masked_labels` [B, L]. L is the longest caption of the batch.
+    `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `draws` (and `pair_draws`)
+    [B, K] uniform numbers for their augmentation, `pids` [B], `index` [B] of the samples,
+    `caption_ids` [B, L]; with attributes `attributes` and `pair_attributes` [B, A]; with masking
+    `masked_ids` and `masked_labels` [B, L]. L is the longest caption of the batch.
+
+    Args:
+        images: the samples' images; with two views those of all pairs follow.
+        draws: uniform numbers per image.
     """
 
     def __init__(
         self,
         samples: Sequence[TrainSample],
-        transform: Callable,
+        images: ImageFiles,
+        draws: int = DRAWS_PLAIN,
         text_length: int = 77,
         masking: tuple[float, float] | None = None,
     ) -> None:
-        self.samples, self.transform, self.masking = samples, transform, masking
+        self.samples, self.images, self.draws, self.masking = samples, images, draws, masking
         self.caption_ids = tokenize(
             [s.caption for s in samples], text_length
         )  # once for all epochs
@@ -118,19 +174,18 @@ class TrainDataset(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Tensor | int]:
         sample, ids = self.samples[key.index], self.caption_ids[key.index]
+        generator = torch.Generator().manual_seed(key.seed)
         item = {"index": key.index, "pids": sample.pid, "caption_ids": ids}
-        # torchvision draws from the global generator; borrow it, so that the draws are the key's.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key.seed)
-            item["images"] = image_tensor(sample.image.path, self.transform, sample.entry)
-            if sample.pair is not None:
-                item["pair_images"] = image_tensor(sample.pair.path, self.transform, sample.entry)
+        item["images"] = self.images[key.index]
+        item["draws"] = torch.rand(self.draws, generator=generator)
+        if sample.pair is not None:
+            item["pair_images"] = self.images[len(self.samples) + key.index]
+            item["pair_draws"] = torch.rand(self.draws, generator=generator)
         if sample.image.attributes is not None:
             item["attributes"] = torch.tensor(sample.image.attributes)
             if sample.pair is not None:
                 item["pair_attributes"] = torch.tensor(sample.pair.attributes)
         if self.masking is not None:
-            generator = torch.Generator().manual_seed(key.seed)
             item["masked_ids"], item["masked_labels"] = mask_tokens(ids, generator, *self.masking)
         return item
 
@@ -145,15 +200,16 @@ class TrainDataset(Dataset):
         return batch
 
 
-class _Images(Dataset):
-    def __init__(self, images: Sequence[Image], transform: Callable) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return image_tensor(self.images[index].path, self.transform)
+def to_device(
+    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Tensor]:
+    """Move a training batch and make its images the encoder's input (`train_transform`)."""
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    for view in ("", "pair_"):
+        if f"{view}images" in batch:
+            draws = batch.pop(f"{view}draws")
+            batch[f"{view}images"] = train_transform(batch[f"{view}images"], draws, mean, std)
+    return batch
 
 
 def train_loader(
@@ -161,8 +217,11 @@ def train_loader(
 ) -> DataLoader:
     """Batches of the training set; `generator` decides their order and all augmentation."""
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
-    transform = train_transform(tuple(args.img_size), args.img_aug)
-    dataset = TrainDataset(data.train, transform, args.text_length, masking)
+    shown = [(s.image, s.entry) for s in data.train]
+    shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
+    images = _image_files([x for x, _ in shown], args, [entry for _, entry in shown])
+    draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
+    dataset = TrainDataset(data.train, images, draws, args.text_length, masking)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
         sampler = IdentitySampler(pids, args.batch_size, args.num_instance, generator)
@@ -186,9 +245,18 @@ def train_loader(
 def image_loader(
     images: Sequence[Image], args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """Batches [B, 3, H, W] of a gallery, in its order."""
-    dataset = _Images(images, eval_transform(tuple(args.img_size)))
-    return DataLoader(dataset, args.test_batch_size, **_workers(args, device))
+    """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input."""
+    files = _image_files(images, args)
+    return DataLoader(files, args.test_batch_size, **_workers(args, device))
+
+
+def _image_files(
+    images: Sequence[Image], args: argparse.Namespace, entries: Sequence[str] = ()
+) -> ImageFiles:
+    files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
+    if args.image_cache:
+        files.use_cache(args.image_cache, args.num_workers)
+    return files
 
 
 def caption_batches(captions: Sequence[str], args: argparse.Namespace) -> Iterator[Tensor]:

@@ -50,8 +50,20 @@ class Data:
     name: str
     train: list[TrainSample]
     splits: dict[str, Split]  # "val", "test"
-    attribute_names: tuple[str, ...] = ()
+    attribute_classes: dict[str, int] = field(default_factory=dict)  # in the order of the labels
     views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, with two, of `pair`
+
+    # The data set's own ids by split, where they mean the same person in every split.
+    ids: dict[str, set[int | str]] = field(default_factory=dict)
+
+    @property
+    def attribute_names(self) -> tuple[str, ...]:
+        return tuple(self.attribute_classes)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether every sample has an aerial and a ground image."""
+        return len(self.views) > 1
 
     @property
     def num_identities(self) -> int:

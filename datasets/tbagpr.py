@@ -10,14 +10,14 @@ Everything is checked while it is read; a UserError names the file, the entry an
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from datasets.files import ImageFolder, checked_caption, checked_pid, read_json
 from datasets.records import Data, Image, Split, TrainSample
 from utils.errors import UserError
 
@@ -75,7 +75,34 @@ def read_tbagpr(
         train = _vote_train(train)
         for joined in splits.values():
             _vote_split(joined)
-    return Data(name, train, splits, tuple(ATTRIBUTES) if attributes else ())
+    return Data(name, train, splits, dict(ATTRIBUTES) if attributes else {})
+
+
+def one_view(data: Data, views: str) -> Data:
+    """Each image a sample of its own: aerial ones ("a"), ground ones ("g"), or both ("ag").
+
+    Every caption goes with each of its sample's images; the gallery holds the images of `views`.
+    """
+
+    def chosen(aerial: Sequence, ground: Sequence) -> list:
+        return [*(aerial if "a" in views else ()), *(ground if "g" in views else ())]
+
+    train = chosen(
+        [replace(s, pair=None) for s in data.train],
+        [replace(s, image=s.pair, pair=None) for s in data.train],
+    )
+    splits = {
+        name: replace(
+            split,
+            images=chosen(split.images, split.pairs),
+            pairs=[],
+            image_pids=chosen(split.image_pids, split.image_pids),
+            image_sources=chosen(split.image_sources, split.image_sources),
+        )
+        for name, split in data.splits.items()
+    }
+    view = {"a": "aerial", "g": "ground", "ag": "aerial + ground"}[views]
+    return replace(data, train=train, splits=splits, views=(view,))
 
 
 def vote(labels: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, ...]]:
@@ -95,11 +122,11 @@ def vote(labels: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, 
 class _Reader:
     def __init__(self, root: Path, labels: dict[str, tuple[int, ...]] | None) -> None:
         self.root, self.labels = root, labels
-        self._folders: dict[str, set[str]] = {}  # one listing per folder beats a stat per image
+        self.images = ImageFolder(root)
 
     def train(self, source: Source, offset: int) -> list[TrainSample]:
         where = f"{source.folder}/{source.json.format('train')}"
-        rows = _read_json(self.root / where)
+        rows = read_json(self.root / where)
         if not isinstance(rows, list) or not rows:
             raise UserError(f"{where}: expected a list of samples")
         samples = []
@@ -112,8 +139,8 @@ class _Reader:
             pid, _, image, pair, caption = row
             samples.append(
                 TrainSample(
-                    offset + _pid(pid, entry),
-                    _caption(caption, entry),
+                    offset + checked_pid(pid, entry),
+                    checked_caption(caption, entry),
                     self._image(source, image, entry),
                     self._image(source, pair, entry),
                     entry,
@@ -130,7 +157,7 @@ class _Reader:
 
     def split(self, source: Source, split: str, index: int, offset: int, joined: Split) -> None:
         where = f"{source.folder}/{source.json.format(split)}"
-        lists = _read_json(self.root / where)
+        lists = read_json(self.root / where)
         if not isinstance(lists, dict):
             raise UserError(f"{where}: expected an object of lists: {', '.join(SPLIT_LISTS)}")
         for key in SPLIT_LISTS:
@@ -145,15 +172,15 @@ class _Reader:
         rows = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
         for i, (pid, image, pair) in enumerate(rows):
             entry = f"{where}, image {i}"
-            joined.image_pids.append(offset + _pid(pid, entry))
+            joined.image_pids.append(offset + checked_pid(pid, entry))
             joined.images.append(self._image(source, image, entry))
             joined.pairs.append(self._image(source, pair, entry))
             joined.image_sources.append(index)
         rows = zip(lists["caption_pids"], lists["captions"], strict=True)
         for i, (pid, caption) in enumerate(rows):
             entry = f"{where}, caption {i}"
-            joined.caption_pids.append(offset + _pid(pid, entry))
-            joined.captions.append(_caption(caption, entry))
+            joined.caption_pids.append(offset + checked_pid(pid, entry))
+            joined.captions.append(checked_caption(caption, entry))
             joined.caption_sources.append(index)
 
     def _image(self, source: Source, path: Any, entry: str) -> Image:
@@ -162,25 +189,15 @@ class _Reader:
         ):
             raise UserError(f"{entry}: expected an image as [folder, file], got {path!r}")
         folder, file = path
-        relative = f"{source.folder}/{folder}/{file}"
-        if ".." in relative.split("/") or os.path.isabs(folder) or os.path.isabs(file):
-            raise UserError(f"{entry}: image path {relative} leaves the data set's folder")
-        full = self.root / relative
-        names = self._folders.get(str(full.parent))
-        if names is None:
-            try:
-                names = set(os.listdir(full.parent))
-            except OSError:
-                names = set()
-            self._folders[str(full.parent)] = names
-        if full.name not in names:
-            raise UserError(f"{entry}: image {relative} is missing in {self.root}")
+        if os.path.isabs(folder) or os.path.isabs(file):
+            raise UserError(f"{entry}: image path {folder}/{file} leaves the data set's folder")
+        full = self.images.find(f"{source.folder}/{folder}/{file}", entry)
         if self.labels is None:
-            return Image(str(full))
+            return Image(full)
         key = source.key(folder, file)
         if key not in self.labels:
             raise UserError(f"attrs.json: no attributes for image '{key}' ({entry})")
-        return Image(str(full), self.labels[key])
+        return Image(full, self.labels[key])
 
 
 def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
@@ -214,7 +231,7 @@ def _vote_split(split: Split) -> None:
 
 
 def _read_attributes(path: Path) -> dict[str, tuple[int, ...]]:
-    rows = _read_json(path)
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of {{image key: labels}}")
     labels = {}
@@ -237,28 +254,6 @@ def _read_attributes(path: Path) -> dict[str, tuple[int, ...]]:
                 )
         labels[key] = tuple(values)
     return labels
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from None
-
-
-def _pid(value: Any, entry: str) -> int:
-    if type(value) is not int or value < 0:
-        raise UserError(f"{entry}: identity must be a whole number of at least 0, got {value!r}")
-    return value
-
-
-def _caption(value: Any, entry: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{entry}: the caption is {'empty' if value == '' else repr(value)}")
-    return value
 
 
 def _wanted(sources: Sequence[Source]) -> str:

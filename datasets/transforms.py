@@ -1,43 +1,33 @@
-"""From an image file to a normalised tensor."""
+"""Images: a file becomes resized bytes, a batch of bytes becomes the encoder's input.
+
+Decoding and resizing are done per file, by loader processes or once for all (`cached_images`).
+What follows (flip, crop, erasing, normalisation) is done for a whole batch, on the training device,
+from random numbers that were drawn per sample: the same on any device, for any number of processes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image as PILImage
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 
 from utils.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def train_transform(size: tuple[int, int], augment: bool = False) -> Callable:
-    """PIL image to [3, H, W]: resize, flip with 0.5; `augment` (`--img_aug`) adds pad 10 and
-    random crop, and with 0.5 the erasing of 2 to 40 % of the area, filled with the mean."""
-    steps = [v2.Resize(size), v2.RandomHorizontalFlip(0.5)]
-    if augment:
-        steps += [v2.Pad(10), v2.RandomCrop(size)]
-    steps += _to_normalised()
-    if augment:
-        steps.append(v2.RandomErasing(p=0.5, scale=(0.02, 0.4), value=0.0))  # 0 is the mean here
-    return v2.Compose(steps)
-
-
-def eval_transform(size: tuple[int, int]) -> Callable:
-    """PIL image to [3, H, W]: resize and normalise."""
-    return v2.Compose([v2.Resize(size), *_to_normalised()])
-
-
-def _to_normalised() -> list[Callable]:
-    return [
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(CLIP_MEAN, CLIP_STD),
-    ]
+PADDING = 10  # pixels around the image before the random crop
+ERASED_AREA = (0.02, 0.4)  # share of the image
+ERASED_SHAPE = (0.3, 1 / 0.3)  # height / width
+ERASING_TRIES = 10  # for a rectangle that fits; after them the image stays whole
+DRAWS_PLAIN = 1  # the flip
+DRAWS_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2  # flip; crop; erase?; rectangles; place
 
 
 def read_image(path: str, entry: str = "") -> PILImage.Image:
@@ -53,6 +43,88 @@ def read_image(path: str, entry: str = "") -> PILImage.Image:
         ) from None
 
 
-def image_tensor(path: str, transform: Callable, entry: str = "") -> Tensor:
-    """`read_image`, then the transform: [3, H, W] float32."""
-    return transform(read_image(path, entry))
+def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
+    """Read an image and resize it (bilinear, antialiased) to height and width: [3, H, W] uint8."""
+    return tv.pil_to_tensor(tv.resize(read_image(path, entry), list(size)))
+
+
+def normalise(
+    images_BCHW: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Tensor:
+    """Bytes to the encoder's input: (x / 255 - mean) / std, float32."""
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images_BCHW.device)
+    return images_BCHW.float().mul_(scale).sub_(shift)
+
+
+@functools.cache  # once per device: a copy to it in every step would be a wait
+def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    return (1 / (255 * std_C11)).to(device), (mean_C11 / std_C11).to(device)
+
+
+def train_transform(
+    images_BCHW: Tensor,
+    draws_BK: Tensor,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Augment and normalise a batch of bytes; float32, on the device of the images.
+
+    Flip with 0.5. With `--img_aug` also: pad 10 with black and crop at random, then with 0.5 erase
+    a rectangle of 2 to 40 % of the area, filling it with the mean colour (0 after normalising).
+
+    Args:
+        draws_BK: uniform numbers in [0, 1), K = DRAWS_AUGMENTED for all of it, or DRAWS_PLAIN for
+            the flip alone.
+        mean, std: of the pretrained weights' own input.
+    """
+    flip_B = draws_BK[:, 0] < 0.5
+    if draws_BK.shape[1] == DRAWS_PLAIN:
+        flipped = torch.where(flip_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+        return normalise(flipped, mean, std)
+    height, width = images_BCHW.shape[-2:]
+    images = normalise(_shift(images_BCHW, flip_B, draws_BK[:, 1:3]), mean, std)
+    erased_BHW = erased_area(height, width, draws_BK[:, 3:])
+    return images.masked_fill_(erased_BHW[:, None], 0.0)
+
+
+def _shift(images_BCHW: Tensor, flip_B: Tensor, place_B2: Tensor) -> Tensor:
+    """Flip where told, pad, and crop to the old size at one of (2 * PADDING + 1)^2 places."""
+    batch, _, height, width = images_BCHW.shape
+    device = images_BCHW.device
+    padded = F.pad(images_BCHW, [PADDING] * 4)
+    top_B, left_B = (place_B2 * (2 * PADDING + 1)).long().unbind(1)
+    rows_BH = top_B[:, None] + torch.arange(height, device=device)
+    columns_BW = left_B[:, None] + torch.arange(width, device=device)
+    last = width + 2 * PADDING - 1
+    columns_BW = torch.where(flip_B[:, None], last - columns_BW, columns_BW)
+    each_B = torch.arange(batch, device=device)[:, None, None]
+    return padded[each_B, :, rows_BH[:, :, None], columns_BW[:, None, :]].permute(0, 3, 1, 2)
+
+
+def erased_area(height: int, width: int, draws_BK: Tensor) -> Tensor:
+    """Where random erasing (Zhong et al., 2020) erases: [B, H, W] bool.
+
+    draws: whether to erase; area and shape of ERASING_TRIES rectangles, of which the first that
+    fits is taken; its place. Areas are uniform, shapes log-uniform.
+    """
+    erase_B, place_B2 = draws_BK[:, 0] < 0.5, draws_BK[:, -2:]
+    area_BT, shape_BT = draws_BK[:, 1:-2].unflatten(1, (ERASING_TRIES, 2)).unbind(2)
+    low, high = ERASED_AREA
+    area_BT = (low + (high - low) * area_BT) * (height * width)
+    low, high = map(math.log, ERASED_SHAPE)
+    shape_BT = (low + (high - low) * shape_BT).exp()
+    h_BT, w_BT = (area_BT * shape_BT).sqrt().round(), (area_BT / shape_BT).sqrt().round()
+    fits_BT = (h_BT < height) & (w_BT < width)
+    first_B1 = fits_BT.int().argmax(dim=1, keepdim=True)  # argmax takes the first of equals
+    erase_B &= fits_BT.any(dim=1)
+    size_B2 = torch.cat([h_BT.gather(1, first_B1), w_BT.gather(1, first_B1)], dim=1)
+    room_B2 = torch.stack([height - size_B2[:, 0], width - size_B2[:, 1]], dim=1) + 1
+    (top_B, left_B), (h_B, w_B) = (place_B2 * room_B2).floor().unbind(1), size_B2.unbind(1)
+
+    def between(start_B: Tensor, length_B: Tensor, total: int) -> Tensor:
+        place = torch.arange(total, device=draws_BK.device)
+        return (place >= start_B[:, None]) & (place < (start_B + length_B)[:, None])
+
+    rows_BH, columns_BW = between(top_B, h_B, height), between(left_B, w_B, width)
+    return erase_B[:, None, None] & rows_BH[:, :, None] & columns_BW[:, None, :]

@@ -18,8 +18,13 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
+from open_clip.pretrained import (
+    download_pretrained,
+    get_pretrained_cfg,
+    list_pretrained_tags_by_model,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,7 +46,11 @@ PLAIN_ATTENTION_BELOW = 128  # tokens
 
 @dataclass(frozen=True)
 class BackboneSizes:
-    """What the shapes of a CLIP state dict say about its architecture."""
+    """A CLIP's architecture and input.
+
+    The defaults are OpenAI's for every model of theirs. Shapes do not tell heads, activation and
+    input statistics, so weights from a file are taken to be of that kind.
+    """
 
     embed_dim: int
     vision_layers: int | tuple[int, ...]  # four numbers: a ResNet
@@ -51,6 +60,12 @@ class BackboneSizes:
     text_layers: int
     vocab_size: int = 49408
     context_length: int = 77
+    head_width: int = 64  # of the image encoder
+    mlp_ratio: float = 4.0  # of the image encoder
+    text_heads: int | None = None  # None: 64 channels each
+    quick_gelu: bool = True
+    image_mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    image_std: tuple[float, ...] = OPENAI_DATASET_STD
 
     @property
     def is_resnet(self) -> bool:
@@ -58,7 +73,7 @@ class BackboneSizes:
 
 
 class Backbone(open_clip.CLIP):
-    """CLIP with QuickGELU for images of any height and width and any patch stride.
+    """CLIP for images of any height and width and any patch stride.
 
     The image feature is the projected class token (ResNet: the attention-pooled one), the text
     feature the projected token at the end-of-text position, which has the largest id.
@@ -83,17 +98,20 @@ class Backbone(open_clip.CLIP):
             patch_size=sizes.vision_patch_size,
             # open_clip's ResNet takes squares only; its position embedding is remade below.
             image_size=224 if sizes.is_resnet else image_size,
-            head_width=64,
+            head_width=sizes.head_width,
+            mlp_ratio=sizes.mlp_ratio,
         )
         text = CLIPTextCfg(
             context_length=sizes.context_length,
             vocab_size=sizes.vocab_size,
             width=sizes.text_width,
-            heads=sizes.text_width // 64,
+            heads=sizes.text_heads or sizes.text_width // 64,
             layers=sizes.text_layers,
         )
         cast = torch.float16 if half else None
-        super().__init__(sizes.embed_dim, vision, text, quick_gelu=True, cast_dtype=cast)
+        super().__init__(
+            sizes.embed_dim, vision, text, quick_gelu=sizes.quick_gelu, cast_dtype=cast
+        )
         self.sizes = sizes
         self.image_size = image_size
         # The temperature is fixed (0.02 in the paper) and belongs to the losses.
@@ -156,15 +174,32 @@ class Backbone(open_clip.CLIP):
         tokens_BND = torch.cat([pooled_BD[:, None], patches @ self.visual.proj], dim=1)
         return pooled_BD, tokens_BND
 
-    def encode_captions(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_tokens(self, *ids_BL: Tensor) -> list[Tensor]:
+        """Token embeddings [B, L, width] of several batches by one lookup.
+
+        Every lookup has a dense gradient of the whole vocabulary (100 MB for ViT-B/16), so a step
+        that encodes captions and sentences looks up once.
+        """
+        flat = self.token_embedding(torch.cat([ids.flatten() for ids in ids_BL]))
+        parts = flat.split([ids.numel() for ids in ids_BL])
+        return [part.view(*ids.shape, -1) for part, ids in zip(parts, ids_BL, strict=True)]
+
+    def encode_captions(
+        self, ids_BL: Tensor, embedded_BLE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Text features [B, D] and projected tokens [B, L, D].
 
         Attention is causal, so what stands behind the end-of-text token changes nothing: L may be
         the longest caption of the batch instead of the full context.
+
+        Args:
+            embedded_BLE: the ids' rows of `embed_tokens`, if they are there already.
         """
+        if embedded_BLE is None:
+            (embedded_BLE,) = self.embed_tokens(ids_BL)
         length = ids_BL.shape[1]
         dtype = self.transformer.get_cast_dtype()
-        x = self.token_embedding(ids_BL).to(dtype) + self.positional_embedding[:length].to(dtype)
+        x = embedded_BLE.to(dtype) + self.positional_embedding[:length].to(dtype)
         with _attention(length, x.device):
             x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
         tokens_BLD = self.ln_final(x) @ self.text_projection
@@ -182,7 +217,8 @@ def load_backbone(
     """A backbone with pretrained weights, or from scratch.
 
     Args:
-        choice: an OpenAI name ("ViT-B/16"), the path of a file (OpenAI archive, state dict or
+        choice: an OpenAI name ("ViT-B/16"), a model and pretrained tag of open_clip
+            ("ViT-B-16/laion2b_s34b_b88k"), the path of a file (OpenAI archive, state dict or
             safetensors), or "scratch".
         scratch: the sizes for "scratch".
 
@@ -193,14 +229,15 @@ def load_backbone(
         backbone = Backbone(scratch, image_size, stride, half)
         backbone.reset_from_scratch()
         return backbone
-    path = _download(choice) if choice in OPENAI_MODELS else Path(choice)
+    named = parse_choice(choice)
+    path = _fetch(choice, *named) if named else Path(choice)
     if not path.is_file():
         raise UserError(
-            f"--pretrain_choice {choice}: neither a file nor one of "
-            f"{', '.join(OPENAI_MODELS)}, scratch.{suggest(choice, OPENAI_MODELS)}"
+            f"--pretrain_choice {choice}: neither a file nor one of {', '.join(OPENAI_MODELS)}, "
+            f"scratch, or MODEL/TAG of open_clip.{suggest(choice, OPENAI_MODELS)}"
         )
     weights = read_weights(path)
-    sizes = sizes_of(weights, str(path))
+    sizes = sizes_of_name(*named) if named else sizes_of(weights, str(path))
     backbone = Backbone(sizes, image_size, stride, half)
     weights = resize_positions(weights, backbone)
     own = backbone.state_dict()
@@ -215,6 +252,63 @@ def load_backbone(
         )
     backbone.load_state_dict({n: weights[n] for n in own if n in weights}, strict=False)
     return backbone
+
+
+def parse_choice(choice: str) -> tuple[str, str] | None:
+    """(model, tag) of open_clip that a `--pretrain_choice` names; None if it names none.
+
+    Raises UserError for a model without such a tag.
+    """
+    if choice in OPENAI_MODELS:
+        return OPENAI_MODELS[choice], "openai"
+    model, _, tag = choice.rpartition("/")
+    if model not in open_clip.list_models():
+        return None
+    tags = list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        raise UserError(
+            f"--pretrain_choice {choice}: open_clip has no weights '{tag}' of {model}."
+            f"{suggest(tag, tags)} Known: {', '.join(tags) or 'none'}"
+        )
+    return model, tag
+
+
+def sizes_of_name(model: str, tag: str) -> BackboneSizes:
+    """Architecture and input of an open_clip model with the weights of a tag.
+
+    Raises UserError for a model that is no CLIP with a text encoder and tokenizer of its own.
+    """
+    config, weights = open_clip.get_model_config(model), get_pretrained_cfg(model, tag)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    known = (
+        {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
+        {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
+        {"context_length", "vocab_size", "width", "heads", "layers"},
+    )
+    other = [key for part, keys in zip((config, vision, text), known, strict=True)
+             for key in part if key not in keys]  # fmt: skip
+    if other:
+        raise UserError(
+            f"--pretrain_choice {model}/{tag}: this model is no plain CLIP (it has "
+            f"{', '.join(other)}); models with open_clip's own image and text encoder work"
+        )
+    layers = vision["layers"]
+    return BackboneSizes(
+        embed_dim=config["embed_dim"],
+        vision_layers=tuple(layers) if isinstance(layers, list) else layers,
+        vision_width=vision["width"],
+        vision_patch_size=vision.get("patch_size"),
+        text_width=text["width"],
+        text_layers=text["layers"],
+        vocab_size=text["vocab_size"],
+        context_length=text["context_length"],
+        head_width=vision.get("head_width", 64),
+        mlp_ratio=vision.get("mlp_ratio", 4.0),
+        text_heads=text["heads"],
+        quick_gelu=weights.get("quick_gelu", False),  # what the weights were trained with
+        image_mean=tuple(weights["mean"]),
+        image_std=tuple(weights["std"]),
+    )
 
 
 def sizes_of(weights: dict[str, Tensor], where: str) -> BackboneSizes:
@@ -238,6 +332,10 @@ def sizes_of(weights: dict[str, Tensor], where: str) -> BackboneSizes:
             text_layers=layers("transformer.resblocks"),
             vocab_size=weights["token_embedding.weight"].shape[0],
             context_length=weights["positional_embedding"].shape[0],
+            mlp_ratio=4.0
+            if resnet
+            else weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+            / conv1.shape[0],
         )
     except (KeyError, IndexError) as error:
         found = ", ".join(sorted(weights)[:3])
@@ -293,15 +391,25 @@ def _position_embedding(grid: tuple[int, int], width: int) -> nn.Parameter:
     return nn.Parameter(width**-0.5 * torch.randn(1 + grid[0] * grid[1], width))
 
 
-def _download(name: str) -> Path:
-    url = get_pretrained_url(OPENAI_MODELS[name], "openai")
-    target = WEIGHTS_CACHE.expanduser() / url.rsplit("/", 1)[-1]
+def _fetch(choice: str, model: str, tag: str) -> Path:
+    """The weights' file: from the cache if it was put there, else downloaded to it."""
+    config = get_pretrained_cfg(model, tag)
+    cache = WEIGHTS_CACHE.expanduser()
+    for suffix in (".safetensors", ".pt", ".bin"):
+        if (cache / f"{model}-{tag}{suffix}").is_file():
+            return cache / f"{model}-{tag}{suffix}"
+    if tag == "openai":  # OpenAI's own file, under the name that other projects look for too
+        config = {**config, "hf_hub": ""}
+    url, hub = config.get("url", ""), config.get("hf_hub", "")
+    target = cache / (url.rsplit("/", 1)[-1] if tag == "openai" else f"{model}-{tag}.safetensors")
+    source = url if tag == "openai" or not hub else f"https://huggingface.co/{hub.rstrip('/')}"
     try:
-        # open_clip verifies the SHA-256 that stands in the address, also of a file already there.
-        return Path(download_pretrained_from_url(url, cache_dir=str(target.parent)))
+        # open_clip verifies the SHA-256 that stands in OpenAI's address, also of a file already
+        # there; Hugging Face's library verifies its own.
+        return Path(download_pretrained(config, cache_dir=str(cache)))
     except Exception as error:
         raise UserError(
-            f"--pretrain_choice {name}: the weights are not at {target} and could not be "
-            f"downloaded ({error}). Without a network: fetch {url} elsewhere and put it there, or "
-            "give --pretrain_choice the path of a file."
+            f"--pretrain_choice {choice}: the weights are not at {target} and could not be "
+            f"downloaded ({error}). Without a network: fetch {source} elsewhere and put it there, "
+            "or give --pretrain_choice the path of a file."
         ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import open_clip
 import torch
@@ -17,10 +18,19 @@ from prettytable import PrettyTable
 from torch import Tensor, nn
 
 from model.aea import FeatureQueue
-from model.backbone import Backbone, BackboneSizes, load_backbone, resize_positions, sizes_of
-from model.firm import SentenceTable, match_logits, predict_attributes, read_attributes
+from model.backbone import (
+    Backbone,
+    BackboneSizes,
+    load_backbone,
+    parse_choice,
+    resize_positions,
+    sizes_of,
+    sizes_of_name,
+)
+from model.firm import SentenceTable, match_logits, predict_attributes
 from model.losses import LOSSES, Step
 from model.mlm import cross_modal_parts, masked_token_logits
+from utils.attributes import read_attributes
 from utils.errors import UserError
 
 PREFIX = "base_model."  # of the backbone's weights in a checkpoint
@@ -97,13 +107,22 @@ class AEAFIRM(nn.Module):
         if two_views:  # one encoder call for both
             images = torch.cat([images, batch["pair_images"]])
         image_VD, tokens_VND = self.base_model.encode_images(images)
-        text_BD = self.base_model.encode_captions(batch["caption_ids"])[0]
-        sentence_SD = masked_XT = masked_labels_X = None
+        ids = {"captions": batch["caption_ids"]}
         if "match2" in self.loss_names:
-            sentence_SD = self.base_model.encode_captions(self.sentences.ids)[0].float()
+            ids["sentences"] = self.sentences.ids
+        if "mlm" in self.loss_names:
+            ids["masked"] = batch["masked_ids"]
+        embedded = self.base_model.embed_tokens(*ids.values())
+        texts = {
+            name: self.base_model.encode_captions(ids[name], rows)
+            for name, rows in zip(ids, embedded, strict=True)
+        }
+        text_BD = texts["captions"][0]
+        sentence_SD = texts["sentences"][0].float() if "sentences" in ids else None
+        masked_XT = masked_labels_X = None
         if "mlm" in self.loss_names:
             tokens_BND = torch.cat(tokens_VND.chunk(2), dim=1) if two_views else tokens_VND
-            text_BLD = self.base_model.encode_captions(batch["masked_ids"])[1]
+            text_BLD = texts["masked"][1]
             masked_XT, masked_labels_X = masked_token_logits(
                 self, text_BLD, tokens_BND, batch["masked_labels"]
             )
@@ -170,7 +189,13 @@ def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None =
     """
     image_size, half = tuple(args.img_size), args.precision == "half"
     if weights is not None:
-        backbone = Backbone(sizes_of(weights, "checkpoint"), image_size, args.stride_size, half)
+        sizes = sizes_of(weights, "checkpoint")
+        model, tag = parse_choice(args.pretrain_choice) or ("", "openai")
+        if tag != "openai":  # heads and activation, which shapes do not tell
+            unseen = ("head_width", "text_heads", "quick_gelu", "image_mean", "image_std")
+            named = sizes_of_name(model, tag)
+            sizes = replace(sizes, **{name: getattr(named, name) for name in unseen})
+        backbone = Backbone(sizes, image_size, args.stride_size, half)
     else:
         scratch = BackboneSizes(
             embed_dim=args.embed_dim,

@@ -10,60 +10,10 @@ another class the negative; a linear head with two outputs decides match or no m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
-
-from utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """A name and, in label order, the classes with their sentences."""
-
-    name: str
-    classes: tuple[str, ...]
-    sentences: tuple[tuple[str, ...], ...]
-
-
-def read_attributes(path: str | Path) -> list[Attribute]:
-    """Read `configs/attributes.yaml`. Raises UserError naming the entry that is wrong."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            entries = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: expected a list of attributes")
-    attributes = []
-    for number, entry in enumerate(entries, 1):
-        where = f"{path}: attribute {number}"
-        if not isinstance(entry, dict) or set(entry) != {"attribute", "classes"}:
-            raise UserError(f"{where}: expected the keys 'attribute' and 'classes'")
-        classes = entry["classes"]
-        if not isinstance(classes, dict) or len(classes) < 2:
-            raise UserError(f"{where} ({entry['attribute']}): needs two classes or more")
-        for name, sentences in classes.items():
-            if not (
-                isinstance(sentences, list)
-                and sentences
-                and all(isinstance(s, str) and s.strip() for s in sentences)
-            ):
-                raise UserError(f"{where} ({entry['attribute']}): class {name} has no sentences")
-        attributes.append(
-            Attribute(
-                str(entry["attribute"]),
-                tuple(map(str, classes)),
-                tuple(map(tuple, classes.values())),
-            )
-        )
-    return attributes
 
 
 class SentenceTable(nn.Module):

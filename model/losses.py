@@ -6,7 +6,7 @@ Validation, error messages and the README's table read the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,8 +103,10 @@ def _mlm(step: Step) -> Tensor:
 
 
 def _match(step: Step) -> Tensor:
-    images_VD = torch.cat([step.image_BD, step.pair_BD])
-    labels_VA = torch.cat([step.batch["attributes"], step.batch["pair_attributes"]])
+    images_VD, labels_VA = step.image_BD, step.batch["attributes"]
+    if step.pair_BD is not None:
+        images_VD = torch.cat([images_VD, step.pair_BD])
+        labels_VA = torch.cat([labels_VA, step.batch["pair_attributes"]])
     logits_VS2 = step.heads.match(step.sentence_SD, images_VD)
     return match_loss(logits_VS2, *step.heads.sentences.draw(labels_VA, step.heads.generator))
 
@@ -113,7 +115,7 @@ LOSSES: dict[str, Loss] = {
     "supkl": Loss("AEA, the paper's alignment over both views", lambda s: _aea(s, elastic_kl), pairs=True),  # noqa: E501
     "supitc": Loss("AEA's targets with cross-entropy instead of KL", lambda s: _aea(s, soft_cross_entropy) / 2, pairs=True),  # noqa: E501
     "queue": Loss("adds past features to AEA's keys", any_of=("supkl", "supitc")),
-    "match2": Loss("FIRM, attribute sentence-image matching", _match, pairs=True, attributes=True, one_of=("dot", "cat")),  # noqa: E501
+    "match2": Loss("FIRM, attribute sentence-image matching", _match, attributes=True, one_of=("dot", "cat")),  # noqa: E501
     "dot": Loss("match2 on the product of sentence and image", any_of=("match2",)),
     "cat": Loss("match2 on their concatenation", any_of=("match2",)),
     "sdm": Loss("similarity distribution matching; mean of all pairs of views", lambda s: _sdm(s, True)),  # noqa: E501
@@ -126,14 +128,10 @@ LOSSES: dict[str, Loss] = {
 }  # fmt: skip
 
 
-def parse_loss_names(
-    text: str, *, dataset: str, pairs: bool, attributes: bool, masked: bool
-) -> list[str]:
-    """Split `--loss_names` and check it against the table, the data set and `--MLM`.
+def parse_loss_names(text: str, masked: bool) -> list[str]:
+    """Split `--loss_names` and check it against the table.
 
     Args:
-        dataset: its name, for messages.
-        pairs, attributes: whether the data set has both views and attribute labels.
         masked: whether masked captions are made (`--MLM`).
 
     Raises UserError with the reason for anything that could not work.
@@ -157,19 +155,29 @@ def parse_loss_names(
             raise UserError(
                 f"--loss_names {text}: '{name}' needs exactly one of {', '.join(row.one_of)}"
             )
-        if row.pairs and not pairs:
-            raise UserError(
-                f"--loss_names {text}: '{name}' needs an aerial and a ground image per caption; "
-                f"--dataset_name {dataset} has one image"
-            )
-        if row.attributes and not attributes:
-            raise UserError(
-                f"--loss_names {text}: '{name}' needs attribute labels; "
-                f"--dataset_name {dataset} has none (AGDataAttr has)"
-            )
         if row.masked and not masked:
             raise UserError(f"--loss_names {text}: '{name}' needs masked captions: add --MLM")
     return names
+
+
+def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bool) -> None:
+    """Raise UserError with the reason if a loss needs what the data set lacks.
+
+    Args:
+        dataset: its name, for messages.
+        pairs, attributes: whether its samples have both views, and attribute labels.
+    """
+    for name in names:
+        if LOSSES[name].pairs and not pairs:
+            raise UserError(
+                f"--loss_names: '{name}' needs an aerial and a ground image per caption; "
+                f"the samples of {dataset} have one image"
+            )
+        if LOSSES[name].attributes and not attributes:
+            raise UserError(
+                f"--loss_names: '{name}' needs attribute labels; {dataset} comes without "
+                "(AGDataAttr has them)"
+            )
 
 
 def losses_table() -> str:

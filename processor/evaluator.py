@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from datasets.build import caption_batches, image_loader
 from datasets.records import Data
+from datasets.transforms import normalise
 from model.build import AEAFIRM
 from utils.devices import autocast
 from utils.metrics import Retrieval, retrieval
@@ -66,10 +67,14 @@ class Evaluator:
                 bar.update()
             return torch.cat(rows).cpu()
 
+        def encode_bytes(images: Tensor) -> Tensor:
+            sizes = model.base_model.sizes
+            return model.encode_image(normalise(images, sizes.image_mean, sizes.image_std))
+
         with bar:
             features = Features(
                 run(model.encode_text, self.captions),
-                {view: run(model.encode_image, loader) for view, loader in self.loaders.items()},
+                {view: run(encode_bytes, loader) for view, loader in self.loaders.items()},
             )
         model.train(was_training)
         return features
@@ -95,7 +100,7 @@ class Evaluator:
             together = torch.cat(list(features.views.values()))
             name = " + ".join(features.views)
             sets[name] = (features.captions, together, caption_pids, image_pids.repeat(count))
-        if count > 1 and len(split.sources) > 1:
+        if len(split.sources) > 1:
             view, images = next(iter(features.views.items()))
             from_q, from_g = (torch.tensor(x) for x in (split.caption_sources, split.image_sources))
             for i, source in enumerate(split.sources):

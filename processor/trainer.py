@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from datasets.build import to_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -82,13 +83,14 @@ class Trainer:
 
     def _train_epoch(self, bar: tqdm) -> str:
         args, model = self.args, self.model
+        sizes = model.base_model.sizes
         model.train()
         lr = self.scheduler.get_last_lr()[0]
         sums: dict[str, torch.Tensor] = {}
         since, samples, epoch_start, epoch_samples = time.perf_counter(), 0, time.perf_counter(), 0
         bar.set_description(f"epoch {self.epoch + 1}/{args.num_epoch}")
         for step, batch in enumerate(self.loader, 1):
-            batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+            batch = to_device(batch, self.device, sizes.image_mean, sizes.image_std)
             with autocast(args.precision, self.device):
                 losses = model(batch)
             losses["total"] = sum(losses.values())

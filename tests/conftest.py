@@ -33,3 +33,21 @@ def mini_root(tmp_path_factory):
 @pytest.fixture
 def mini_copy(mini_root, tmp_path):
     return shutil.copytree(mini_root, tmp_path / "mini")
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory):
+    """Rendered in another layout, once each: rendered("CUHK-PEDES")."""
+    from functools import cache
+
+    from datasets.mini import render
+
+    folder = tmp_path_factory.mktemp("layouts")
+
+    @cache
+    def make(layout):
+        sizes = {"train_ids": 8, "val_ids": 4, "test_ids": 6, "pairs": 2}
+        render(folder / layout, seed=3, layout=layout, workers=1, **sizes)
+        return folder / layout
+
+    return make

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets.build import read_dataset
 from utils.options import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,3 +87,8 @@ def run(main, monkeypatch, *argv) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
     main()
+
+
+def read(name: str, root, **more):
+    """A data set read by its name."""
+    return read_dataset(options(dataset_name=name, root_dir=str(root), **more))

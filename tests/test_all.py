@@ -140,6 +140,29 @@ def test_short_trainings_of_every_kind_run_and_evaluate(
     assert re.search(r"training at epoch \d: .*: equal", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("AGSGData", {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "views": "a"}),
+        ("AGSGData", {"loss_names": "sdm+itc+cmpm"}),
+        ("AGTBPR", {"loss_names": RECIPE}),
+        ("G2APS", {"loss_names": "supitc+queue"}),
+        ("CUHK-PEDES", {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1}),
+        ("ICFG-PEDES", {"loss_names": "itc+id"}),
+        ("RSTPReid", {"loss_names": "sdm", "MLM": True, "val_dataset": "val"}),
+        ("custom", {"loss_names": RECIPE}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["loss_names"],
+)
+def test_short_trainings_on_every_data_set_run_and_evaluate(
+    name, more, mini_root, rendered, tmp_path, monkeypatch, capsys
+):
+    root = mini_root if name.startswith(("AG", "G2")) else rendered(name)
+    folder = train(monkeypatch, root, tmp_path, dataset_name=name, num_epoch=2, **more)
+    run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
+    assert re.search(r"training at epoch \d: .*: equal", capsys.readouterr().out)
+
+
 def test_training_learns(mini_root, tmp_path, monkeypatch):
     """Twelve epochs on eight identities bring the loss down by a fifth or more."""
     folder = train(monkeypatch, mini_root, tmp_path, num_epoch=12, lr=2e-3, adam_eps=1e-8,
@@ -209,7 +232,7 @@ def test_mistakes_are_told_before_anything_is_made(mini_root, tmp_path, monkeypa
     bad("'queue' needs supkl or supitc", loss_names="sdm+queue")
     bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2")
     bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2+dot+cat")
-    bad("needs attribute labels; --dataset_name AGData has none", dataset_name="AGData")
+    bad("needs attribute labels; AGData comes without", dataset_name="AGData")
     bad("needs masked captions: add --MLM", loss_names="mlm")
     bad("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
     bad(

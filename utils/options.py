@@ -8,7 +8,7 @@ back as `--config_file` it gives the same run.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,14 @@ GROUPS: dict[str, list[Option]] = {
     "Data": [
         _o("dataset_name", str, "AGDataAttr", "data set; see the README's list"),
         _o("root_dir", str, "./data", "folder that holds the data set"),
+        _o(
+            "views",
+            str,
+            "ag",
+            "AGSGData: aerial images (a), ground images (g), or both",
+            choices=("a", "g", "ag"),
+        ),
+        _o("image_cache", str, "", "folder for resized images, made once; left out: decode anew"),
         _o("img_aug", bool, False, "pad 10 and random crop, random erasing; the flip is always on"),
         _o(
             "sampler",
@@ -159,8 +167,8 @@ GROUPS: dict[str, list[Option]] = {
             "pretrain_choice",
             str,
             "ViT-B/16",
-            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), a file (OpenAI archive, state "
-            "dict or safetensors), or scratch",
+            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), MODEL/TAG of open_clip, a file "
+            "(OpenAI archive, state dict or safetensors), or scratch",
         ),
         _o("img_size", int, [384, 128], "height and width of the input, pixels", count=2, least=16),
         _o(
@@ -267,6 +275,7 @@ SCRATCH_ONLY = (
     "embed_dim", "vision_width", "vision_layers", "vision_patch_size", "text_width", "text_layers",
 )  # fmt: skip
 # test.py takes the rest from the run's configs.yaml.
+_CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
 TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_workers")
 
 
@@ -300,8 +309,14 @@ def parse_options(argv: Sequence[str] | None = None, description: str = "") -> a
     return resolve({**preset, **given})
 
 
-def parse_test_options(argv: Sequence[str] | None = None, description: str = ""):
+def parse_test_options(
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> tuple[argparse.Namespace, Path, list[str]]:
     """Options of an evaluation: the run's configs.yaml, a few of them overridden.
+
+    `extra` adds a tool's own options, which come back with the others.
 
     Returns (options, checkpoint path, notes): notes are lines to log about keys that other code
     of this family wrote to its configs.yaml and that mean nothing here.
@@ -313,7 +328,9 @@ def parse_test_options(argv: Sequence[str] | None = None, description: str = "")
     parser.add_argument(
         "--checkpoint", metavar="PTH", help="checkpoint (default: best.pth beside --config_file)"
     )
+    extra(parser)
     given = vars(parser.parse_args(argv))
+    own = {n: given.pop(n) for n in list(given) if n not in (*TEST_OPTIONS, *_CHECKPOINT_OPTIONS)}
     config_file = Path(given.pop("config_file"))
     checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
     recorded = _read_yaml(config_file)
@@ -324,7 +341,21 @@ def parse_test_options(argv: Sequence[str] | None = None, description: str = "")
         for name, value in recorded.items()
         if name in OPTIONS
     }
-    return resolve({**recorded, **given}), checkpoint, notes
+    args = argparse.Namespace(**vars(resolve({**recorded, **given})), **own)
+    return args, checkpoint, notes
+
+
+def parse_some(
+    names: Sequence[str],
+    description: str,
+    extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
+    """For tools: the named options and those that `extra` adds; all others at their defaults."""
+    parser = _build_parser([OPTIONS[name] for name in names], description)
+    extra(parser)
+    given = vars(parser.parse_args())
+    own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
+    return argparse.Namespace(**vars(resolve(given)), **own)
 
 
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
@@ -391,7 +422,7 @@ def options_table() -> str:
         lines += [f"**{group}**", "", "| flag | default | meaning |", "|---|---|---|"]
         for o in options:
             default = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
-            shown = {None: "", "": "", False: "off"}.get(default, default)
+            shown = "off" if default is False else "" if default is None else default
             lines.append(f"| `--{o.name}` | {f'`{shown}`' if shown != '' else ''} | {o.help} |")
         lines.append("")
     return "\n".join(lines)

@@ -1,11 +1,10 @@
 """Command line of the renderer: python -m datasets.mini --help."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-from .build import render
+from .build import LAYOUTS, render
 from .figure import draw_figure
 
 
@@ -18,7 +17,8 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("data/mini-TBAGPR"), help="folder of the data set")
+    add("--layout", choices=LAYOUTS, default="TBAGPR", help="files as this data set has them")
+    add("--out", type=Path, help="folder of the data set (default: data/mini-LAYOUT)")
     add("--seed", type=int, default=0, help="another seed gives other people")
     add("--train_ids", type=int, default=1600, help="identities to train on, over both sources")
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
@@ -28,6 +28,7 @@ def main() -> None:
     add("--force", action="store_true", help="replace what is at the folder already")
     add("--figure", type=Path, help="only draw this picture of test people of the set at --out")
     args = parser.parse_args()
+    args.out = args.out or Path(f"data/mini-{args.layout}")
     if args.figure:
         draw_figure(args.out, args.figure)
         print(f"wrote {args.figure}")
@@ -37,7 +38,7 @@ def main() -> None:
         written = render(args.out, progress=True, **options)
     except (FileExistsError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    count = len(json.loads((args.out / "attrs.json").read_text(encoding="utf-8")))
+    count = sum(1 for _ in args.out.rglob("*.jpg"))
     people = args.train_ids + args.val_ids + args.test_ids
     state = "wrote" if written else "already complete:"
     print(f"{state} {args.out}, {count} images of {people} identities, seed {args.seed}")

@@ -1,4 +1,4 @@
-"""Rendering the whole data set into a folder, in the layouts of AG-ReID and G2APS-AG."""
+"""Rendering the whole data set into a folder, in TBAGPR's layout or another that is read here."""
 
 import json
 import shutil
@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from datasets.pedes import CUSTOM, PEDES
+from utils.attributes import read_attributes
+
 from .captions import caption
 from .people import Person, sample_person
 from .view import SOURCES, View, paint, sample_view
@@ -20,6 +23,7 @@ SPLITS = ("train", "val", "test")
 MARKER = "mini.json"
 JSON_NAME = {"AG-ReID": "agtext_{}.json", "G2APS-AG": "g2aps_{}.json"}
 _QUALITY = (85, 92)  # JPEG
+LAYOUTS = ("TBAGPR", *PEDES, "custom")
 
 
 def cast(seed: int, split: int, count: int) -> list[tuple[int, int, Person]]:
@@ -74,23 +78,60 @@ def _labels(person: Person, view: View) -> list[int]:
     return [p.gender, p.age, view.dim, p.weight, p.height, view.angle, int(view.aerial)]
 
 
-def _render_identity(job: tuple, root: Path, seed: int, pairs: int) -> list[dict]:
+def _file(layout: str, source: int, pid: int, k: int, aerial: bool) -> Path | None:
+    """Where an image lies below the data set's folder; None if the layout has no such image."""
+    if layout == "TBAGPR":
+        return Path(SOURCES[source], *_path(source, pid, k, aerial))
+    name = f"{'AG'[source]}{pid:04d}_{k:03d}.jpg"
+    if layout == "custom":
+        return Path("aerial" if aerial else "ground", name)
+    return None if aerial else Path("imgs", name)
+
+
+def _render_identity(job: tuple, root: Path, seed: int, pairs: int, layout: str) -> list[dict]:
     """Write the images of one identity; returns what the JSON files need to know of each pair."""
     split, source, identity, pid, person = job
     records = []
     for k in range(pairs):
         views, captions, quality = sample_pair(seed, split, source, identity, k, person)
+        files = [_file(layout, source, pid, k, view.aerial) for view in views]
+        for view, file in zip(views, files, strict=True):
+            if file is not None:
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                paint(person, view).save(root / file, quality=quality)
+        labels = [_labels(person, view) for view in views]
         paths = [_path(source, pid, k, view.aerial) for view in views]
-        for view, path in zip(views, paths, strict=True):
-            file = root / SOURCES[source] / path[0] / path[1]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            paint(person, view).save(file, quality=quality)
-        attrs = [
-            {_key(source, path): _labels(person, view)}
-            for view, path in zip(views, paths, strict=True)
-        ]
-        records.append({"pid": pid, "paths": paths, "captions": captions, "attrs": attrs})
+        records.append(
+            {"pid": pid, "paths": paths, "files": files, "captions": captions, "labels": labels}
+        )
     return records
+
+
+def _entries(layout: str, records: list[tuple[int, int, dict]]) -> list[dict]:
+    """The JSON list of the other layouts; records come with split and identity."""
+    classes = [(a.name, a.classes) for a in read_attributes("configs/attributes.yaml")]
+    _, image_key = PEDES.get(layout, ("", "image"))
+    entries = []
+    for split, identity, record in records:
+        if layout == "ICFG-PEDES" and SPLITS[split] == "val":
+            continue  # it is published without one
+        aerial, ground = record["files"]
+        named = [
+            {name: c[value] for (name, c), value in zip(classes, labels, strict=True)}
+            for labels in record["labels"]
+        ]
+        entry = {"split": SPLITS[split], "id": identity, "captions": record["captions"][:2]}
+        if layout == "custom":
+            entry |= {
+                "image": aerial.as_posix(),
+                "pair_image": ground.as_posix(),
+                "attributes": named[0],
+                "pair_attributes": named[1],
+            }
+        else:
+            entry[image_key] = ground.relative_to("imgs").as_posix()
+        entries.append(entry)
+    return entries
 
 
 def _train_json(records: list[dict]) -> list[list]:
@@ -115,19 +156,25 @@ def _eval_json(records: list[dict], rng: np.random.Generator) -> dict[str, list]
 
 
 def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> None:
-    seed, pairs = parameters["seed"], parameters["pairs"]
+    seed, pairs, layout = parameters["seed"], parameters["pairs"], parameters["layout"]
     jobs, next_pid = [], [0, 0]
     for split, name in enumerate(SPLITS):
         for source, identity, person in cast(seed, split, parameters[f"{name}_ids"]):
             jobs.append((split, source, identity, next_pid[source], person))
             next_pid[source] += 1
-    work = partial(_render_identity, root=root, seed=seed, pairs=pairs)
+    work = partial(_render_identity, root=root, seed=seed, pairs=pairs, layout=layout)
     # Spawned workers do not inherit the threads and the memory of a program that trains.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
     with pool as executor:
         done = executor.map(work, jobs, chunksize=4) if workers > 1 else map(work, jobs)
         bar = tqdm(done, total=len(jobs), unit="person", disable=not progress)
         results = list(zip(jobs, bar, strict=True))
+    if layout != "TBAGPR":
+        first = 1 if layout == "CUHK-PEDES" else 0  # its identities count from 1
+        records = [(j[0], first + i, r) for i, (j, found) in enumerate(results) for r in found]
+        file = PEDES[layout][0] if layout in PEDES else CUSTOM
+        _write_json(root / file, _entries(layout, records))
+        return
     for source, source_name in enumerate(SOURCES):
         folder = root / source_name
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +183,13 @@ def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> N
             rng = np.random.default_rng([seed, split, source, 2])
             content = _eval_json(records, rng) if split else _train_json(records)
             _write_json(folder / JSON_NAME[source_name].format(name), content)
-    _write_json(root / "attrs.json", [a for _, found in results for r in found for a in r["attrs"]])
+    attrs = [
+        {_key(job[1], path): labels}
+        for job, found in results
+        for record in found
+        for path, labels in zip(record["paths"], record["labels"], strict=True)
+    ]
+    _write_json(root / "attrs.json", attrs)
 
 
 def _write_json(path: Path, content) -> None:
@@ -150,6 +203,7 @@ def render(
     val_ids: int = 60,
     test_ids: int = 60,
     pairs: int = 2,
+    layout: str = "TBAGPR",
     workers: int = 2,
     force: bool = False,
     progress: bool = False,
@@ -157,7 +211,8 @@ def render(
     """Render mini-TBAGPR into `root`.
 
     The numbers of identities are per split over both sources; each has `pairs` pairs of an aerial
-    and a ground image. The files depend on seed and numbers only, not on `workers`. A complete
+    and a ground image. The layouts of ground-only benchmarks leave the aerial images out. The files
+    depend on these parameters only, not on `workers`. A complete
     set of the same parameters is left alone, and False returned; anything else at `root` raises
     FileExistsError unless `force`. The set appears at `root` only when complete.
     """
@@ -169,7 +224,10 @@ def render(
         "val_ids": val_ids,
         "test_ids": test_ids,
         "pairs": pairs,
+        "layout": layout,
     }
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout} is none of {', '.join(LAYOUTS)}")
     if pairs < 1 or min(train_ids, val_ids, test_ids) < 1:
         raise ValueError("pairs and every number of identities have to be at least 1")
     if root.exists() and not force:

@@ -141,12 +141,12 @@ def test_a_missing_image_is_found_while_reading(mini_copy):
 
 
 def test_a_broken_image_names_file_and_entry_when_it_is_read(mini_copy):
-    from datasets.transforms import eval_transform, image_tensor
+    from datasets.transforms import load_image
 
     path = first_image(mini_copy)
     path.write_bytes(path.read_bytes()[:300])
     sample = read_tbagpr(mini_copy).train[0]
     with pytest.raises(UserError, match=f"{path} .{TRAIN}, sample 0.: the image cannot be read"):
-        image_tensor(sample.image.path, eval_transform((96, 32)), sample.entry)
+        load_image(sample.image.path, (96, 32), sample.entry)
     PILImage.new("L", (30, 60), 128).save(path)  # grey images are fine
-    assert image_tensor(str(path), eval_transform((96, 32))).shape == (3, 96, 32)
+    assert load_image(str(path), (96, 32)).shape == (3, 96, 32)

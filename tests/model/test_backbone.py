@@ -192,14 +192,19 @@ def test_bad_choices_are_told(tmp_path, clip_file):
     refused("damaged", str(other), (96, 32))
 
 
-def test_offline_the_message_says_which_file_to_put_where(monkeypatch, tmp_path):
-    import model.backbone as module
+def test_one_lookup_for_captions_and_sentences_gives_the_same_features_and_gradients(backbone):
+    captions = golden_batch()["caption_ids"]
+    sentences = captions[:2, :5]
+    table = backbone.token_embedding.weight
 
-    def no_network(url, cache_dir):
-        raise OSError("network unreachable")
+    def gradient(features):
+        (found,) = torch.autograd.grad(sum(f.square().sum() for f in features), table)
+        return found
 
-    monkeypatch.setattr(module, "download_pretrained_from_url", no_network)
-    monkeypatch.setattr(module, "WEIGHTS_CACHE", tmp_path)
-    refused(
-        f"not at {tmp_path}/ViT-B-16.pt .*network unreachable.*ViT-B-16.pt", "ViT-B/16", (96, 32)
-    )
+    apart = [backbone.encode_captions(ids)[0] for ids in (captions, sentences)]
+    embedded = backbone.embed_tokens(captions, sentences)
+    pairs = zip((captions, sentences), embedded, strict=True)
+    together = [backbone.encode_captions(ids, rows)[0] for ids, rows in pairs]
+    for a, b in zip(apart, together, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(gradient(apart), gradient(together), rtol=1e-5, atol=1e-6)

@@ -9,10 +9,9 @@ from model.firm import (
     match_logits,
     match_loss,
     predict_attributes,
-    read_attributes,
 )
 from tests.helpers import ROOT, golden, options
-from utils.errors import UserError
+from utils.attributes import read_attributes
 
 COUNTS = [[2, 1], [1, 3, 2]]  # two attributes of two and three classes, 9 sentences
 
@@ -99,20 +98,3 @@ def test_the_sentences_shipped_are_the_papers():
     assert counts == figures["sentences_per_class"]
     ids = build_sentences(options()).ids
     assert ids.shape == (figures["total"], figures["longest_tokens"])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("- attribute: x", "attribute 1: expected the keys"),
-        ("[]", "expected a list of attributes"),
-        ("- attribute: x\n  classes: {a: [s]}", "x.: needs two classes"),
-        ("- attribute: x\n  classes: {a: [s], b: []}", "class b has no sentences"),
-        ("- attribute: [", "not readable as YAML"),
-    ],
-)
-def test_a_bad_sentence_file_names_its_entry(text, message, tmp_path):
-    path = tmp_path / "attributes.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_attributes(path)

@@ -3,7 +3,7 @@ import torch
 
 import model.firm
 from model.build import build_model
-from model.losses import LOSSES, losses_table, parse_loss_names
+from model.losses import LOSSES, check_losses, losses_table, parse_loss_names
 from model.objectives import cmpm
 from tests.helpers import ROOT, filled, golden, golden_batch, options
 from utils.errors import UserError
@@ -79,8 +79,10 @@ def test_cmpm_equals_its_definition_anchor_by_anchor():
 
 
 def parse(text, **facts):
-    facts = {"dataset": "X", "pairs": True, "attributes": True, "masked": True, **facts}
-    return parse_loss_names(text, **facts)
+    facts = {"pairs": True, "attributes": True, "masked": True, **facts}
+    names = parse_loss_names(text, facts.pop("masked"))
+    check_losses(names, "X", **facts)
+    return names
 
 
 def test_the_papers_recipe_is_accepted():
@@ -97,7 +99,7 @@ def test_the_papers_recipe_is_accepted():
         ("match2", {}, "'match2' needs exactly one of dot, cat"),
         ("match2+dot+cat", {}, "'match2' needs exactly one of dot, cat"),
         ("sdm+dot", {}, "'dot' needs match2"),
-        ("match2+dot", {"attributes": False}, "needs attribute labels; --dataset_name X has none"),
+        ("match2+dot", {"attributes": False}, "needs attribute labels; X comes without"),
         ("supkl", {"pairs": False}, "needs an aerial and a ground image per caption"),
         ("mlm", {"masked": False}, "needs masked captions: add --MLM"),
     ],
@@ -105,6 +107,18 @@ def test_the_papers_recipe_is_accepted():
 def test_combinations_that_cannot_work_are_refused_with_the_reason(text, facts, message):
     with pytest.raises(UserError, match=message):
         parse(text, **facts)
+
+
+def test_attribute_matching_of_one_view_is_that_of_its_images_alone(clip_file):
+    """match2 on single-view samples equals match2 on two views that are the same images."""
+    args = options(pretrain_choice=str(clip_file))
+    model = build_model(args, ["match2", "dot"], num_classes=0).eval()
+    single = golden_batch(two_views=False)
+    double = {**single, "pair_images": single["images"], "pair_attributes": single["attributes"]}
+    drawn = model.sentences.draw(single["attributes"], torch.Generator().manual_seed(0))
+    model.sentences.draw = lambda labels, _: [d.repeat(len(labels) // 4, 1) for d in drawn]
+    with torch.no_grad():
+        torch.testing.assert_close(model(single)["match2"], model(double)["match2"])
 
 
 def test_the_readme_holds_the_table_of_losses_as_it_is():

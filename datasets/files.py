@@ -1,0 +1,58 @@
+"""What all readers need: JSON, checked values, and images that are known to exist."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError naming the file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: malformed JSON: {error}") from None
+
+
+def checked_pid(value: Any, entry: str) -> int:
+    """An identity: a whole number of at least 0."""
+    if type(value) is not int or value < 0:
+        raise UserError(f"{entry}: identity must be a whole number of at least 0, got {value!r}")
+    return value
+
+
+def checked_caption(value: Any, entry: str) -> str:
+    """A caption: text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{entry}: the caption is {'empty' if value == '' else repr(value)}")
+    return value
+
+
+class ImageFolder:
+    """Finds images below a folder; one listing per folder beats a look at every image."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._listed: dict[str, set[str]] = {}
+
+    def find(self, relative: str, entry: str) -> str:
+        """Full path of an image. Raises UserError if it is missing or outside the folder."""
+        if ".." in relative.split("/") or os.path.isabs(relative):
+            raise UserError(f"{entry}: image path {relative} leaves the data set's folder")
+        full = self.root / relative
+        parent = str(full.parent)
+        if parent not in self._listed:
+            try:
+                self._listed[parent] = set(os.listdir(parent))
+            except OSError:
+                self._listed[parent] = set()
+        if full.name not in self._listed[parent]:
+            raise UserError(f"{entry}: image {relative} is missing in {self.root}")
+        return str(full)

@@ -1,0 +1,170 @@
+import json
+
+import pytest
+
+from datasets.build import DATASETS, datasets_table
+from tests.helpers import ROOT, read
+from utils.attributes import read_attributes
+from utils.errors import UserError
+
+FILES = {
+    "CUHK-PEDES": "reid_raw.json",
+    "ICFG-PEDES": "ICFG-PEDES.json",
+    "RSTPReid": "data_captions.json",
+    "custom": "dataset.json",
+}
+ATTRIBUTES = read_attributes(ROOT / "configs/attributes.yaml")
+
+
+def edited(source, tmp_path, change, name="custom"):
+    """A folder with the entries changed and the images where they were."""
+    entries = json.loads((source / FILES[name]).read_text())
+    changed = change(entries)
+    entries = entries if changed is None else changed
+    for folder in ("imgs", "aerial", "ground"):
+        if (source / folder).is_dir():
+            (tmp_path / folder).symlink_to(source / folder)
+    (tmp_path / FILES[name]).write_text(json.dumps(entries))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["CUHK-PEDES", "ICFG-PEDES", "RSTPReid"])
+def test_a_benchmark_is_read_whole(name, rendered):
+    root = rendered(name)
+    entries = json.loads((root / FILES[name]).read_text())
+    data = read(name, root)
+    key = "img_path" if name == "RSTPReid" else "file_path"
+    first = 1 if name == "CUHK-PEDES" else 0
+    train = [(e["id"] - first, c, e[key]) for e in entries if e["split"] == "train" for c in e["captions"]]  # fmt: skip
+    found = [(s.pid, s.caption, s.image.path.split("/imgs/")[1]) for s in data.train]
+    assert found == train and data.num_identities == 8 and len(train) == 32
+    assert not data.has_pairs and data.views == ("ground",) and data.train[0].pair is None
+    assert set(data.splits) == ({"test"} if name == "ICFG-PEDES" else {"val", "test"})
+    test = [e for e in entries if e["split"] == "test"]
+    split = data.splits["test"]
+    assert split.captions == [c for e in test for c in e["captions"]]
+    assert [i.path.split("/imgs/")[1] for i in split.images] == [e[key] for e in test]
+    numbers = {pid: n for n, pid in enumerate(sorted({e["id"] for e in test}))}
+    assert split.image_pids == [numbers[e["id"]] for e in test]
+    assert split.caption_pids == [numbers[e["id"]] for e in test for _ in e["captions"]]
+
+
+def test_the_folder_that_holds_the_benchmark_may_be_named_too(rendered, tmp_path):
+    (tmp_path / "RSTPReid").symlink_to(rendered("RSTPReid"))
+    assert len(read("RSTPReid", tmp_path).train) == 32
+    with pytest.raises(UserError, match="expected CUHK-PEDES/reid_raw.json and CUHK-PEDES/imgs/"):
+        read("CUHK-PEDES", tmp_path)
+
+
+def test_a_split_that_is_not_published_is_refused(rendered):
+    with pytest.raises(UserError, match="--val_dataset val: ICFG-PEDES has only test"):
+        read("ICFG-PEDES", rendered("ICFG-PEDES"), val_dataset="val")
+
+
+def test_a_data_set_of_ones_own_has_pairs_and_attributes(rendered):
+    root = rendered("custom")
+    data = read("custom", root)
+    entry = json.loads((root / "dataset.json").read_text())[0]
+    assert data.has_pairs and data.attribute_classes == {a.name: len(a.classes) for a in ATTRIBUTES}
+    sample = data.train[1]
+    assert sample.caption == entry["captions"][1]
+    assert sample.image.path == str(root / entry["image"])
+    assert sample.pair.path == str(root / entry["pair_image"])
+    for image, key in ((sample.image, "attributes"), (sample.pair, "pair_attributes")):
+        named = {a.name: a.classes[v] for a, v in zip(ATTRIBUTES, image.attributes, strict=True)}
+        assert named == entry[key]
+    assert len(data.splits["test"].pairs) == len(data.splits["test"].images) == 12
+
+
+def test_the_example_in_the_documentation_is_as_the_reader_wants_it(tmp_path):
+    text = (ROOT / "docs/custom.md").read_text().split("```json")[1].split("```")[0]
+    entries = json.loads(text)
+    (tmp_path / "dataset.json").write_text(json.dumps([*entries, {**entries[0], "split": "test"}]))
+    for path in ("aerial", "ground"):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "0001.jpg").touch()
+    data = read("custom", tmp_path)
+    assert len(data.train) == 2 and data.ids == {"train": {"anna"}, "test": {"anna"}}
+
+
+def test_without_pairs_and_attributes_it_is_a_data_set_of_one_view(rendered, tmp_path):
+    def strip(entries):
+        for entry in entries:
+            for key in ("pair_image", "attributes", "pair_attributes"):
+                del entry[key]
+
+    data = read("custom", edited(rendered("custom"), tmp_path, strip))
+    assert not data.has_pairs and not data.attribute_classes
+
+
+def put(index, key, value):
+    return lambda entries: entries[index].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: [], "dataset.json: expected a list of images"),
+        (put(2, "split", "dev"), "entry 2: split is 'dev'; it must be train, val, test"),
+        (put(2, "id", 1.5), "entry 2: id must be a whole number or text, got 1.5"),
+        (put(2, "captions", []), "entry 2: captions must be a list of texts"),
+        (put(2, "captions", ["a man", " "]), "entry 2, caption 1: the caption is ' '"),
+        (put(2, "image", "aerial/no.jpg"), "entry 2: image aerial/no.jpg is missing in"),
+        (put(2, "image", "../x.jpg"), "entry 2: image path ../x.jpg leaves the data set's folder"),
+        (put(2, "pair_image", 3), "entry 2: pair_image must be a path, got 3"),
+        (put(2, "attributes", {}), "entry 2, attributes: expected an object with gender, age"),
+        (lambda e: e[2]["attributes"].update(age="teen"), "age is 'teen'; it must be one of adult"),
+        (lambda e: e[2].pop("pair_image") and None, "entry 2: pair_image missing .what one entry"),
+        (lambda e: e[0].pop("attributes") and None, "'attributes': what one entry has, all|'pair_attributes': what"),
+        (put(2, "colour", "red"), "entry 2: 'colour': unknown"),
+        (lambda e: [3, *e], "entry 0: captions, id, image, split missing"),
+        (lambda e: [x for x in e if x["split"] != "test"], "no entry has the split 'test'"),
+        (lambda e: [x for x in e if x["split"] != "train"], "no entry has the split 'train'"),
+        (lambda e: [x if x["split"] != "test" else {**x, "captions": []} for x in e], "no test entry has a caption"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_an_entry_is_named(change, message, rendered, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read("custom", edited(rendered("custom"), tmp_path, change))
+
+
+def test_a_custom_folder_without_its_file_points_to_the_documentation(tmp_path):
+    with pytest.raises(UserError, match=r"expected dataset.json there \(docs/custom.md\)"):
+        read("custom", tmp_path)
+
+
+@pytest.mark.parametrize(("views", "aerial", "ground"), [("a", 1, 0), ("g", 0, 1), ("ag", 1, 1)])
+def test_single_images_of_tbagpr_are_samples_of_their_own(views, aerial, ground, mini_root):
+    both, data = read("AGData", mini_root), read("AGSGData", mini_root, views=views)
+    pictures = [*[s.image for s in both.train] * aerial, *[s.pair for s in both.train] * ground]
+    assert [s.image for s in data.train] == pictures and not data.has_pairs
+    assert {s.caption for s in data.train} == {s.caption for s in both.train}
+    whole, split = both.splits["test"], data.splits["test"]
+    assert split.images == [*whole.images * aerial, *whole.pairs * ground]
+    assert split.image_pids == whole.image_pids * (aerial + ground)
+    assert split.captions == whole.captions and len(split.image_sources) == len(split.images)
+
+
+def test_one_source_of_tbagpr_stands_alone(mini_root, mini_copy):
+    whole = read("AGDataAttr", mini_root)
+    for name, source in (("AGTBPR", 0), ("G2APS", 1)):
+        data = read(name, mini_root)
+        folder = whole.splits["test"].sources[source]
+        assert {s.entry.split("/")[0] for s in data.train} == {folder}
+        assert {s.pid for s in data.train} == set(range(4)) and data.attribute_classes
+        split = whole.splits["test"]
+        own = [c for c, s in zip(split.captions, split.caption_sources, strict=True) if s == source]
+        assert data.splits["test"].captions == own
+    (mini_copy / "attrs.json").unlink()
+    (mini_copy / "G2APS-AG").rename(mini_copy / "elsewhere")
+    assert not read("AGTBPR", mini_copy).attribute_classes
+
+
+def test_views_are_for_single_images_alone(mini_root):
+    with pytest.raises(UserError, match="--views a: --dataset_name AGData has its own"):
+        read("AGData", mini_root, views="a")
+
+
+def test_the_readme_holds_the_table_of_data_sets_as_it_is():
+    assert datasets_table() in (ROOT / "README.md").read_text()
+    assert len(DATASETS) == 9

@@ -1,0 +1,205 @@
+"""Weights by name: fetched from a server on this machine, or put into the cache by hand."""
+
+import hashlib
+import http.server
+import io
+import json
+import threading
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from open_clip import pretrained
+
+import model.backbone as module
+from model.backbone import load_backbone, parse_choice, sizes_of_name
+from model.build import build_evaluation_model
+from tests.helpers import golden_clip, noise, options
+from utils.errors import UserError
+
+# The golden CLIP's shapes, but with two heads of 32 in the text encoder and plain GELU.
+TINY = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16},
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2,
+    },
+}  # fmt: skip
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A model `tiny-clip` in open_clip's registry, with the tag `here`, and an empty cache."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny-clip.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))  # fmt: skip
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    open_clip.add_model_config(tmp_path / "configs")
+    entry = {"url": "", "hf_hub": "", "mean": MEAN, "std": STD}
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-clip", {"here": entry})
+    monkeypatch.setattr(module, "WEIGHTS_CACHE", tmp_path / "cache")
+    return entry
+
+
+class Server:
+    """Serves bytes by path on this machine, and counts what was asked for."""
+
+    def __init__(self) -> None:
+        self.files, self.asked = {}, []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                content = outer.files.get(self.path)
+                self.send_response(404 if content is None else 200)
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.end_headers()
+                return content
+
+            def do_GET(self):
+                outer.asked.append(self.path)
+                self.wfile.write(self.do_HEAD() or b"")
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def as_bytes(weights) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.getvalue()
+
+
+def test_weights_are_downloaded_once_and_their_checksum_is_verified(tiny, server, tmp_path):
+    content = as_bytes(golden_clip())
+    digest = hashlib.sha256(content).hexdigest()
+    path = f"/openaipublic/{digest}/tiny.pt"
+    tiny["url"] = server.url + path
+    server.files[path] = content
+    for _ in range(2):
+        loaded = load_backbone("tiny-clip/here", (96, 32)).state_dict()
+        assert torch.equal(loaded["visual.proj"], golden_clip()["visual.proj"])
+    assert server.asked == [path]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["tiny.pt"]
+
+
+def test_a_download_with_a_wrong_checksum_is_refused(tiny, server):
+    path = f"/openaipublic/{'0' * 64}/tiny.pt"
+    tiny["url"] = server.url + path
+    server.files[path] = as_bytes(golden_clip())
+    with pytest.raises(UserError, match="could not be downloaded .*SHA256 checksum does not"):
+        load_backbone("tiny-clip/here", (96, 32))
+
+
+def test_a_hugging_face_tag_is_downloaded_as_safetensors(tiny, server, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    tiny["hf_hub"] = "someone/tiny/"
+    content = safetensors.torch.save(golden_clip())
+    path = "/someone/tiny/resolve/main/open_clip_model.safetensors"
+    server.files[path] = content
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )  # fmt: skip
+    loaded = load_backbone("tiny-clip/here", (96, 32)).state_dict()
+    assert torch.equal(loaded["visual.proj"], golden_clip()["visual.proj"])
+    assert server.asked.count(path) == 1
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+@torch.no_grad()
+def test_a_tagged_model_equals_open_clips_own_and_keeps_its_input_statistics(tiny, form, tmp_path):
+    (tmp_path / "cache").mkdir()
+    put = tmp_path / f"cache/tiny-clip-here.{form}"
+    if form == "pt":
+        torch.save(golden_clip(), put)
+    else:
+        safetensors.torch.save_file(golden_clip(), put)
+    ours = load_backbone("tiny-clip/here", (64, 64)).eval()
+    assert (ours.sizes.image_mean, ours.sizes.image_std) == (MEAN, STD)
+    theirs = open_clip.create_model("tiny-clip").eval()
+    theirs.load_state_dict(golden_clip(), strict=False)
+    weights = theirs.state_dict()
+    # open_clip resizes no position embedding here: 64 / 16 is the golden grid, 4 x 4.
+    assert weights["visual.positional_embedding"].shape[0] == 17
+    ours.load_state_dict({n: v for n, v in weights.items() if n in ours.state_dict()})
+    images, ids = noise((2, 3, 64, 64), 1), open_clip.tokenize(["a man", "a woman in red"])
+    torch.testing.assert_close(ours.encode_images(images)[0], theirs.encode_image(images))
+    torch.testing.assert_close(ours.encode_captions(ids)[0], theirs.encode_text(ids))
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_a_tagged_model_evaluates_without_its_weights_file(tiny, tmp_path):
+    """Shapes do not tell heads and activation; the name in configs.yaml does."""
+    put = tmp_path / "cache/tiny-clip-here.pt"
+    put.parent.mkdir()
+    torch.save(golden_clip(), put)
+    ours = load_backbone("tiny-clip/here", (96, 32)).eval()
+    put.unlink()
+    weights = {f"base_model.{n}": v for n, v in ours.state_dict().items()}
+    args = options(pretrain_choice="tiny-clip/here")
+    again = build_evaluation_model(args, weights, "best.pth").eval()
+    ids = open_clip.tokenize(["a man with a bag"])
+    assert torch.equal(again.encode_text(ids), ours.encode_captions(ids)[0])
+    assert not torch.equal(
+        build_evaluation_model(options(), weights, "best.pth").eval().encode_text(ids),
+        ours.encode_captions(ids)[0],
+    )
+
+
+def test_offline_the_message_says_which_file_to_put_where(tiny, monkeypatch, tmp_path):
+    def no_network(config, cache_dir):
+        raise OSError("network unreachable")
+
+    monkeypatch.setattr(module, "download_pretrained", no_network)
+    cache = tmp_path / "cache"
+    for choice, file, source in (
+        ("ViT-B/16", "ViT-B-16.pt", "https://openaipublic.*/ViT-B-16.pt"),
+        ("RN50x4", "RN50x4.pt", "https://openaipublic.*/RN50x4.pt"),
+        ("ViT-B-16/laion2b_s34b_b88k", "ViT-B-16-laion2b_s34b_b88k.safetensors", "huggingface.co/laion"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"not at {cache}/{file} .*unreachable.*{source}"):
+            load_backbone(choice, (96, 32))
+
+
+def test_every_plain_clip_of_open_clip_can_be_named_and_others_are_refused():
+    plain, refused = 0, 0
+    for name in open_clip.list_models():
+        for tag in pretrained.list_pretrained_tags_by_model(name):
+            assert parse_choice(f"{name}/{tag}") == (name, tag)
+            try:
+                sizes = sizes_of_name(name, tag)
+            except UserError as error:
+                refused += 1
+                assert "is no plain CLIP" in str(error)
+            else:
+                plain += 1
+                assert sizes.vocab_size == 49408
+    assert plain > 60 and refused > 60
+    large = sizes_of_name("ViT-L-14", "laion2b_s32b_b82k")
+    assert large.image_mean == (0.5, 0.5, 0.5) and not large.quick_gelu
+    assert sizes_of_name("ViT-L-14", "openai").quick_gelu
+    assert sizes_of_name("ViT-H-14", "laion2b_s32b_b79k").head_width == 80
+
+
+def test_an_unknown_tag_is_told():
+    with pytest.raises(UserError, match="no weights 'laion2b_s34b' of ViT-B-16. Did you mean"):
+        load_backbone("ViT-B-16/laion2b_s34b", (96, 32))

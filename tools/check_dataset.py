@@ -1,0 +1,279 @@
+"""Read a whole data set, every image and caption, and say what is wrong with it.
+
+    python tools/check_dataset.py --dataset_name AGDataAttr --root_dir path_to_dataset/TBAGPR
+
+Exit status: 0 if it can be trained on and evaluated honestly, 1 if not (an image cannot be read,
+a picture or an identity is in two splits), 2 if it cannot be read at all. What may be as it should
+be, but deserves a look, is a warning; with --strict warnings fail too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
+
+import open_clip
+from prettytable import PrettyTable
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets.build import read_dataset
+from datasets.records import Data, Image
+from datasets.transforms import read_image
+from utils.attributes import read_attributes
+from utils.errors import UserError, run_main
+from utils.options import parse_some
+
+SHOWN = 5  # examples of each finding
+# What descriptions of people do not contain, but captions written by a program sometimes do.
+CODE = re.compile(r"[{}<>\\=_`|]|https?:|\b(def|import|return|print|null|None|nan|undefined)\b")
+
+
+class Caption(NamedTuple):
+    text: str
+    pid: int
+    where: str
+
+
+@dataclass
+class Part:
+    """A split as the checks see it."""
+
+    captions: list[Caption]
+    images: list[Image]  # of all views
+    pids: set[int]
+    views: dict[str, int]
+
+
+@dataclass
+class Report:
+    """What was found: (fails, title, examples)."""
+
+    findings: list[tuple[bool, str, list[str]]] = field(default_factory=list)
+
+    def add(self, fails: bool, title: str, examples: Iterable[str]) -> None:
+        examples = list(examples)
+        if examples:
+            self.findings.append((fails, title, examples))
+
+    def failed(self, strict: bool) -> bool:
+        return any(fails or strict for fails, _, _ in self.findings)
+
+    def __str__(self) -> str:
+        lines = []
+        for fails, title, examples in self.findings:
+            lines.append(f"{'FAIL' if fails else 'warning'}: {title}: {len(examples)}")
+            lines += [f"    {example}" for example in examples[:SHOWN]]
+            if len(examples) > SHOWN:
+                lines.append(f"    ... and {len(examples) - SHOWN} more")
+        return "\n".join(lines)
+
+
+def parts_of(data: Data) -> dict[str, Part]:
+    """Train, val and test in one form."""
+    samples = data.train
+    images = {view: [] for view in data.views}
+    for sample in samples:
+        for view, image in zip(data.views, (sample.image, sample.pair), strict=False):
+            images[view].append(image)
+    images = {view: list(dict.fromkeys(found)) for view, found in images.items()}
+    parts = {
+        "train": Part(
+            [Caption(s.caption, s.pid, s.entry) for s in samples],
+            [image for found in images.values() for image in found],
+            {s.pid for s in samples},
+            {view: len(found) for view, found in images.items()},
+        )
+    }
+    for name, split in data.splits.items():
+        found = zip(split.captions, split.caption_pids, strict=True)
+        captions = [Caption(t, p, f"{name}, caption {i}") for i, (t, p) in enumerate(found)]
+        views = dict(zip(data.views, (split.images, split.pairs), strict=False))
+        parts[name] = Part(
+            captions,
+            [image for images in views.values() for image in images],
+            {*split.image_pids, *split.caption_pids},
+            {view: len(images) for view, images in views.items()},
+        )
+    return parts
+
+
+class _Looked(Dataset):
+    """Reads an image whole: (problem or "", shorter side, digest of the file)."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, int, str]:
+        path = self.paths[index]
+        try:
+            side = min(read_image(path).size)
+            return "", side, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except UserError as error:
+            return str(error), 0, ""
+
+
+def check_images(parts: dict[str, Part], smallest: int, workers: int, report: Report) -> None:
+    """Every file: readable, not tiny, and the same picture in no other split."""
+    homes: dict[str, set[str]] = defaultdict(set)
+    for name, part in parts.items():
+        for image in part.images:
+            homes[image.path].add(name)
+    paths = list(homes)
+    loader = DataLoader(_Looked(paths), 64, num_workers=workers, collate_fn=list)
+    broken, tiny, by_content = [], [], defaultdict(list)
+    bar = tqdm(total=len(paths), desc="images", unit="image", disable=None)
+    with bar:
+        position = 0
+        for batch in loader:
+            for problem, side, digest in batch:
+                path = paths[position]
+                position += 1
+                if problem:
+                    broken.append(problem)
+                    continue
+                if side < smallest:
+                    tiny.append(f"{path}: {side} pixels")
+                by_content[digest].append(path)
+            bar.update(len(batch))
+    report.add(True, "images that cannot be read", broken)
+    report.add(False, f"images with a side under {smallest} pixels", tiny)
+    shared = []
+    for same in by_content.values():
+        splits = sorted(set().union(*(homes[path] for path in same)))
+        if len(splits) > 1:
+            shared.append(f"{' = '.join(same[:3])} ({', '.join(splits)})")
+    report.add(True, "pictures that are in more than one split", shared)
+
+
+def check_identities(data: Data, parts: dict[str, Part], report: Report) -> None:
+    """No identity in two splits; captions and images of an evaluation split match up."""
+    for one, other in combinations(data.ids, 2):
+        common = sorted(data.ids[one] & data.ids[other], key=str)
+        report.add(True, f"identities in both {one} and {other}", map(str, common))
+    for name, split in data.splits.items():
+        missing = sorted(set(split.caption_pids) - set(split.image_pids))
+        report.add(False, f"{name}: identities with captions but no image", map(str, missing))
+        missing = sorted(set(split.image_pids) - set(split.caption_pids))
+        report.add(False, f"{name}: identities with images but no caption", map(str, missing))
+
+
+def check_captions(parts: dict[str, Part], report: Report) -> None:
+    """Length in tokens, the same text for two people, text that describes nobody."""
+    long, odd = [], []
+    owners: dict[str, dict[tuple[str, int], str]] = defaultdict(dict)
+    for name, part in parts.items():
+        for caption in dict.fromkeys(part.captions):
+            tokens = len(open_clip.tokenizer._tokenizer.encode(caption.text)) + 2
+            if tokens > 77:
+                long.append(f"{caption.where}: {tokens} tokens: {caption.text:.60}...")
+            reason = suspicious(caption.text)
+            if reason:
+                odd.append(f"{caption.where}: {reason}: {caption.text:.80}")
+            owners[" ".join(caption.text.lower().split())][name, caption.pid] = caption.where
+    report.add(False, "captions over 77 tokens, which lose their end", long)
+    report.add(False, "captions that hardly describe a person", odd)
+    shared = [
+        f"{text:.60} ({', '.join(list(found.values())[:3])})"
+        for text, found in owners.items()
+        if len(found) > 1
+    ]
+    report.add(False, "captions that stand for more than one identity", shared)
+
+
+def suspicious(text: str) -> str:
+    """Why a caption looks like no English description, or nothing."""
+    code = CODE.search(text)
+    if code:
+        return f"'{code.group()}' looks like code"
+    foreign = {c for c in text if c.isalpha() and not unicodedata.name(c, "").startswith("LATIN")}
+    if foreign:
+        return f"letters of another script ({''.join(sorted(foreign))[:8]})"
+    if len(re.findall(r"[A-Za-z]+", text)) < 3:
+        return "fewer than three words"
+    return ""
+
+
+def overview(parts: dict[str, Part]) -> str:
+    """Counts per split."""
+    views = list(parts["train"].views)
+    table = PrettyTable(["split", "identities", *(f"{v} images" for v in views), "captions",
+                         "captions per identity", "words per caption"])  # fmt: skip
+    table.align = "r"
+    table.align["split"] = "l"
+    for name, part in parts.items():
+        words = sum(len(c.text.split()) for c in part.captions) / max(1, len(part.captions))
+        table.add_row(
+            [name, len(part.pids), *(part.views[v] for v in views), len(part.captions),
+             f"{len(part.captions) / len(part.pids):.1f}", f"{words:.1f}"]
+        )  # fmt: skip
+    return table.get_string()
+
+
+def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report) -> str:
+    """Share of images per class of each attribute; a class that training lacks is a warning."""
+    table = PrettyTable(["attribute", "class", *(f"{name}, %" for name in parts)])
+    table.align = "r"
+    table.align["attribute"] = table.align["class"] = "l"
+    named = {a.name: a.classes for a in read_attributes(path)}
+    for column, (attribute, count) in enumerate(data.attribute_classes.items()):
+        counts = {
+            name: Counter(image.attributes[column] for image in part.images)
+            for name, part in parts.items()
+        }
+        for value in range(count):
+            title = named.get(attribute, range(count))[value]
+            shares = [100 * c[value] / c.total() for c in counts.values()]
+            table.add_row([attribute if not value else "", title, *(f"{s:.1f}" for s in shares)])
+            if not counts["train"][value]:
+                report.add(False, "classes without a training image", [f"{attribute}: {title}"])
+    return table.get_string()
+
+
+def main() -> None:
+    names = ("dataset_name", "root_dir", "views", "attributes_file", "num_workers")
+
+    def extra(parser) -> None:
+        parser.add_argument(
+            "--min_side", type=int, default=16, metavar="INT",
+            help="smaller images are reported; pixels (default: 16)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--strict", action="store_true", default=False, help="warnings fail too"
+        )
+
+    args = parse_some(names, __doc__.split("\n")[0], extra)
+    data = read_dataset(args)
+    parts, report = parts_of(data), Report()
+    print(f"{data.name} in {args.root_dir}\n{overview(parts)}")
+    if data.attribute_classes:
+        print(f"\n{label_balance(data, parts, args.attributes_file, report)}")
+    if not data.ids:
+        print(
+            "\nIdentities are numbered per split here, so that one in two splits is found by its "
+            "pictures alone."
+        )
+    check_images(parts, args.min_side, args.num_workers, report)
+    check_identities(data, parts, report)
+    check_captions(parts, report)
+    print(f"\n{report}" if report.findings else "")
+    failed = report.failed(args.strict)
+    print("FAIL" if failed else "pass" + (", with warnings" if report.findings else ""))
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    run_main(main)

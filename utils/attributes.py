@@ -1,0 +1,84 @@
+"""FIRM's attributes, their classes and sentences, as `configs/attributes.yaml` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A name and, in label order, the classes with their sentences."""
+
+    name: str
+    classes: tuple[str, ...]
+    sentences: tuple[tuple[str, ...], ...]
+
+
+def read_attributes(path: str | Path) -> list[Attribute]:
+    """Read `configs/attributes.yaml`. Raises UserError naming the entry that is wrong.
+
+    A relative path that is not there is looked for in the project's own folder, so that commands
+    work from anywhere.
+    """
+    own = Path(__file__).parent.parent / path
+    try:
+        with open(
+            path if Path(path).exists() or not own.exists() else own, encoding="utf-8"
+        ) as file:
+            entries = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: expected a list of attributes")
+    attributes = []
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}: attribute {number}"
+        if not isinstance(entry, dict) or set(entry) != {"attribute", "classes"}:
+            raise UserError(f"{where}: expected the keys 'attribute' and 'classes'")
+        classes = entry["classes"]
+        if not isinstance(classes, dict) or len(classes) < 2:
+            raise UserError(f"{where} ({entry['attribute']}): needs two classes or more")
+        for name, sentences in classes.items():
+            if not (
+                isinstance(sentences, list)
+                and sentences
+                and all(isinstance(s, str) and s.strip() for s in sentences)
+            ):
+                raise UserError(f"{where} ({entry['attribute']}): class {name} has no sentences")
+        attributes.append(
+            Attribute(
+                str(entry["attribute"]),
+                tuple(map(str, classes)),
+                tuple(map(tuple, classes.values())),
+            )
+        )
+    return attributes
+
+
+def check_labels(
+    attributes: Sequence[Attribute], classes: Mapping[str, int], data: str, path: str | Path
+) -> None:
+    """Raise UserError unless a data set's labels are those that the file has sentences for.
+
+    Args:
+        classes: number of classes by attribute, in the order of the labels.
+        data: name of the data set.
+    """
+    described = {a.name: len(a.classes) for a in attributes}
+    if list(described.items()) != list(classes.items()):
+        raise UserError(
+            f"{path}: has sentences for {_shown(described)}; the labels of {data} are "
+            f"{_shown(classes)} (--attributes_file)"
+        )
+
+
+def _shown(classes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count} classes)" for name, count in classes.items())
