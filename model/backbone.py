@@ -11,6 +11,7 @@ Weights keep OpenAI's names, so a checkpoint of this project, of IRRA and of CLI
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,26 +355,39 @@ def resize_positions(weights: dict[str, Tensor], backbone: Backbone) -> dict[str
     """Fit the image position embedding of `weights` to the backbone's grid.
 
     Bilinear with `align_corners=False`, the class token's kept, as the reference does. The grid
-    that the weights come from is square (CLIP), or as tall as three times its width (384x128).
+    that the weights come from is square (CLIP), or of about the images' own shape.
     """
     name = position_name(backbone.sizes)
     source = weights.get(name)
     rows, columns = backbone.grid
     if source is None or source.shape[0] == 1 + rows * columns:
         return weights
-    old = _grid_of(source.shape[0] - 1, name)
+    old = _grid_of(source.shape[0] - 1, backbone.image_size, name)
     grid = source[1:].float().T.reshape(1, -1, *old)
     grid = F.interpolate(grid, size=backbone.grid, mode="bilinear", align_corners=False)
     resized = torch.cat([source[:1].float(), grid[0].flatten(1).T])
     return {**weights, name: resized.to(source.dtype)}
 
 
-def _grid_of(count: int, name: str) -> tuple[int, int]:
-    for ratio in (1, 3, 2):
-        columns = round((count / ratio) ** 0.5)
-        if columns * columns * ratio == count:
-            return columns * ratio, columns
-    raise UserError(f"{name}: {count} patches are no grid of 1:1, 3:1 or 2:1; cannot be resized")
+def _grid_of(count: int, image_size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Rows and columns of a position embedding of so many patches, which does not say them.
+
+    A square number is a square grid, as CLIP's; others come from pedestrian images, so the grid is
+    the one whose shape is nearest to the image's. With overlapping patches it is not quite the
+    same: 384x128 at stride 8 has 47x15.
+    """
+    side = math.isqrt(count)
+    if side * side == count:
+        return side, side
+    wanted = image_size[0] / image_size[1]
+    grids = [(count // n, n) for n in range(1, count + 1) if count % n == 0]
+    off, grid = min((abs(math.log(rows / n / wanted)), (rows, n)) for rows, n in grids)
+    if off > math.log(1.6):
+        raise UserError(
+            f"{name}: {count} patches form no grid of about {wanted:.2g}:1, the shape of "
+            f"--img_size {image_size[0]} {image_size[1]}; cannot be resized"
+        )
+    return grid
 
 
 def _attention(tokens: int, device: torch.device) -> AbstractContextManager:

@@ -36,7 +36,7 @@ from utils.options import parse_some
 
 SHOWN = 5  # examples of each finding
 # What descriptions of people do not contain, but captions written by a program sometimes do.
-CODE = re.compile(r"[{}<>\\=_`|]|https?:|\b(def|import|return|print|null|None|nan|undefined)\b")
+CODE = re.compile(r"[{}<>\\=_`|]|https?:|\b(def|import|lambda|null|nan|undefined)\b")
 
 
 class Caption(NamedTuple):

@@ -20,7 +20,7 @@ def main() -> None:
     add("--layout", choices=LAYOUTS, default="TBAGPR", help="files as this data set has them")
     add("--out", type=Path, help="folder of the data set (default: data/mini-LAYOUT)")
     add("--seed", type=int, default=0, help="another seed gives other people")
-    add("--train_ids", type=int, default=1600, help="identities to train on, over both sources")
+    add("--train_ids", type=int, default=2400, help="identities to train on, over both sources")
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
     add("--test_ids", type=int, default=60, help="identities to test on, over both sources")
     add("--pairs", type=int, default=2, help="aerial-ground pairs of images per identity")

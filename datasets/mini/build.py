@@ -199,7 +199,7 @@ def _write_json(path: Path, content) -> None:
 def render(
     root: str | Path,
     seed: int = 0,
-    train_ids: int = 1600,
+    train_ids: int = 2400,
     val_ids: int = 60,
     test_ids: int = 60,
     pairs: int = 2,

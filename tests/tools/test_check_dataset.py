@@ -89,6 +89,7 @@ def test_a_class_that_training_lacks_is_a_warning(mini_copy, monkeypatch, capsys
     [
         ("A man in a grey shirt, with a black backpack.", ""),
         ("The woman's coat is navy-blue; she wears café-coloured shoes.", ""),
+        ("A man in a white t-shirt with a black print.", ""),
         ("{'caption': 'a man'}", "looks like code"),
         ("see https://example.org for this man", "looks like code"),
         ("这个男人 wears a black coat today", "another script"),
