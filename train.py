@@ -14,7 +14,7 @@ import torch
 from prettytable import PrettyTable
 
 from datasets.build import read_dataset, train_loader
-from model.build import build_model, load_fitting
+from model.build import build_training_model, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.trainer import Trainer
@@ -41,7 +41,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     loader = train_loader(data, args, generator, device)
     evaluator = Evaluator(data, args.val_dataset, args, device, views=data.views[:1])
-    model = build_model(args, losses, data.num_identities)
+    model = build_training_model(args, losses, data.num_identities)
     fitted = (
         load_fitting(model, read_weights(args.finetune), args.finetune) if args.finetune else ""
     )

@@ -30,10 +30,19 @@ DRAWS_PLAIN = 1  # the flip
 DRAWS_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2  # flip; crop; erase?; rectangles; place
 
 
-def read_image(path: str, entry: str = "") -> PILImage.Image:
-    """Decode an RGB image. Raises UserError naming the file (and entry) if it cannot be read."""
+def read_image(
+    path: str, entry: str = "", at_least: tuple[int, int] | None = None
+) -> PILImage.Image:
+    """Decode an RGB image. Raises UserError naming the file (and entry) if it cannot be read.
+
+    Args:
+        at_least: height and width; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as
+            long as it stays at least so large, which takes a fraction of the time.
+    """
     try:
         with PILImage.open(path) as image:
+            if at_least is not None:
+                image.draft("RGB", at_least[::-1])
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         where = f" ({entry})" if entry else ""
@@ -44,8 +53,13 @@ def read_image(path: str, entry: str = "") -> PILImage.Image:
 
 
 def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
-    """Read an image and resize it (bilinear, antialiased) to height and width: [3, H, W] uint8."""
-    return tv.pil_to_tensor(tv.resize(read_image(path, entry), list(size)))
+    """Read an image and resize it (bilinear, antialiased) to height and width: [3, H, W] uint8.
+
+    A JPEG of more than four times the size is decoded smaller, but at twice the size or more, so
+    that the resizing filter still decides: the bytes differ by a level or two.
+    """
+    image = read_image(path, entry, at_least=(2 * size[0], 2 * size[1]))
+    return tv.pil_to_tensor(tv.resize(image, list(size)))
 
 
 def normalise(

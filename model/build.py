@@ -102,37 +102,53 @@ class AEAFIRM(nn.Module):
         `pair_images`; for `match2` `attributes` and `pair_attributes` [B, A]; for `mlm`
         `masked_ids` and `masked_labels` [B, L].
         """
-        two_views = "pair_images" in batch
+        return self.losses(self.encode(batch, sentences=True), batch)
+
+    def encode(self, batch: dict[str, Tensor], sentences: bool = False) -> dict[str, Tensor]:
+        """All that the losses need of the encoders, each row from its own sample alone.
+
+        `image`, `pair` and `text` [B, D]; for `mlm` `tokens` [B, N, D] of all views and `masked`
+        [B, L, D]. `sentences` adds what `encode_sentences` gives, which belongs to no sample.
+        """
+        count, masked = len(batch["caption_ids"]), "mlm" in self.loss_names
         images = batch["images"]
-        if two_views:  # one encoder call for both
+        if "pair_images" in batch:  # one encoder call for both views
             images = torch.cat([images, batch["pair_images"]])
         image_VD, tokens_VND = self.base_model.encode_images(images)
-        ids = {"captions": batch["caption_ids"]}
-        if "match2" in self.loss_names:
-            ids["sentences"] = self.sentences.ids
-        if "mlm" in self.loss_names:
+        encoded = dict(zip(("image", "pair"), image_VD.split(count), strict=False))
+        if masked:
+            encoded["tokens"] = torch.cat(tokens_VND.split(count), dim=1)
+        ids = {"text": batch["caption_ids"]}
+        if masked:
             ids["masked"] = batch["masked_ids"]
-        embedded = self.base_model.embed_tokens(*ids.values())
-        texts = {
-            name: self.base_model.encode_captions(ids[name], rows)
-            for name, rows in zip(ids, embedded, strict=True)
-        }
-        text_BD = texts["captions"][0]
-        sentence_SD = texts["sentences"][0].float() if "sentences" in ids else None
-        masked_XT = masked_labels_X = None
+        if sentences and "match2" in self.loss_names:
+            ids["sentences"] = self.sentences.ids
+        for name, rows in zip(ids, self.base_model.embed_tokens(*ids.values()), strict=True):
+            pooled, tokens = self.base_model.encode_captions(ids[name], rows)
+            encoded[name] = tokens if name == "masked" else pooled
+        return encoded
+
+    def encode_sentences(self) -> dict[str, Tensor]:
+        """FIRM's `sentences` [S, D], or nothing without `match2`."""
+        if "match2" not in self.loss_names:
+            return {}
+        return {"sentences": self.base_model.encode_captions(self.sentences.ids)[0]}
+
+    def losses(self, encoded: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted losses by name, of what `encode` returned for the whole batch."""
+        sentence_SD = masked_XT = masked_labels_X = None
+        if "match2" in self.loss_names:
+            sentence_SD = encoded["sentences"].float()
         if "mlm" in self.loss_names:
-            tokens_BND = torch.cat(tokens_VND.chunk(2), dim=1) if two_views else tokens_VND
-            text_BLD = texts["masked"][1]
             masked_XT, masked_labels_X = masked_token_logits(
-                self, text_BLD, tokens_BND, batch["masked_labels"]
+                self, encoded["masked"], encoded["tokens"], batch["masked_labels"]
             )
             masked_XT = masked_XT.float()
-        views = image_VD.float().split(len(text_BD))
-        with torch.autocast(text_BD.device.type, enabled=False):  # loss mathematics in float32
+        with torch.autocast(encoded["text"].device.type, enabled=False):  # mathematics in float32
             step = Step(
-                text_BD=text_BD.float(),
-                image_BD=views[0],
-                pair_BD=views[1] if two_views else None,
+                text_BD=encoded["text"].float(),
+                image_BD=encoded["image"].float(),
+                pair_BD=encoded["pair"].float() if "pair" in encoded else None,
                 pids_B=batch["pids"],
                 scale=self.scale,
                 heads=self,
@@ -250,6 +266,23 @@ def build_model(
     )
     if args.precision == "half":
         open_clip.model.convert_weights_to_fp16(model)
+    return model
+
+
+def build_training_model(
+    args: argparse.Namespace, loss_names: Sequence[str], num_classes: int
+) -> AEAFIRM:
+    """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
+    model = build_model(args, loss_names, num_classes)
+    if model.base_model.sizes.is_resnet and args.accum_steps > 1:
+        raise UserError(
+            "--accum_steps: a ResNet normalises by the statistics of what is encoded together, so "
+            "parts would not give the numbers of the whole batch"
+        )
+    if args.grad_checkpointing:
+        model.base_model.checkpoint_gradients()
+    if args.compile:
+        model.base_model.compile_encoders()
     return model
 
 

@@ -20,7 +20,7 @@ from utils.metrics import Retrieval, retrieval
 
 @dataclass
 class Features:
-    """Unnormalised float32 features on the CPU: captions [Q, D], images [G, D] of each view."""
+    """Unnormalised float32 features: captions [Q, D], images [G, D] of each view."""
 
     captions: Tensor
     views: dict[str, Tensor]
@@ -65,7 +65,7 @@ class Evaluator:
                 with autocast(self.args.precision, self.device):
                     rows.append(encode(batch.to(self.device, non_blocking=True)))
                 bar.update()
-            return torch.cat(rows).cpu()
+            return torch.cat(rows)
 
         def encode_bytes(images: Tensor) -> Tensor:
             sizes = model.base_model.sizes
@@ -90,7 +90,12 @@ class Evaluator:
         captions. A gallery in which no caption has a match is left out.
         """
         split = self.split
-        caption_pids, image_pids = torch.tensor(split.caption_pids), torch.tensor(split.image_pids)
+        lists = (
+            split.caption_pids, split.image_pids, split.caption_sources, split.image_sources
+        )  # fmt: skip
+        caption_pids, image_pids, from_q, from_g = (
+            torch.tensor(values, device=features.captions.device) for values in lists
+        )
         sets = {
             view: (features.captions, images, caption_pids, image_pids)
             for view, images in features.views.items()
@@ -102,7 +107,6 @@ class Evaluator:
             sets[name] = (features.captions, together, caption_pids, image_pids.repeat(count))
         if len(split.sources) > 1:
             view, images = next(iter(features.views.items()))
-            from_q, from_g = (torch.tensor(x) for x in (split.caption_sources, split.image_sources))
             for i, source in enumerate(split.sources):
                 q, g = from_q == i, from_g == i
                 sets[f"{view}, {source}"] = (
@@ -124,7 +128,7 @@ class Evaluator:
         table: dict[str, dict[str, float]] = {name: {} for name in self.attribute_names}
         for view, feature_GD in features.views.items():
             labels_GA = torch.tensor([image.attributes for image in self.images[view]])
-            guess_GA = model.predict_attributes(feature_GD.to(self.device)).cpu()
+            guess_GA = model.predict_attributes(feature_GD).cpu()
             accuracy_A = 100 * (guess_GA == labels_GA).double().mean(dim=0)
             for name, value in zip(self.attribute_names, accuracy_A.tolist(), strict=True):
                 table[name][view] = value

@@ -91,11 +91,8 @@ class Trainer:
         bar.set_description(f"epoch {self.epoch + 1}/{args.num_epoch}")
         for step, batch in enumerate(self.loader, 1):
             batch = to_device(batch, self.device, sizes.image_mean, sizes.image_std)
-            with autocast(args.precision, self.device):
-                losses = model(batch)
-            losses["total"] = sum(losses.values())
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(losses["total"]).backward()
+            losses = self._backward(batch)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             # Sums stay on the device: between log lines nothing waits for it.
@@ -123,6 +120,40 @@ class Trainer:
         self.writer.add_scalar("lr", lr, self.epoch + 1)
         self.writer.add_scalar("samples_per_second", speed, self.epoch + 1)
         return f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
+
+    def _backward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Losses of a batch by name, with `total`; their gradients are in the parameters."""
+
+        def differentiate(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            losses["total"] = sum(losses.values())
+            self.scaler.scale(losses["total"]).backward()
+            return losses
+
+        context, model = autocast(self.args.precision, self.device), self.model
+        if self.args.accum_steps == 1:
+            with context:
+                losses = model(batch)
+            return differentiate(losses)
+        # Gradient caching (Gao et al., 2021): the losses of the whole batch give the gradient of
+        # every feature, and each part, encoded a second time, carries its share to the weights.
+        parts = split_batch(batch, self.args.accum_steps)
+        with torch.no_grad(), context:
+            encoded = [model.encode(part) for part in parts]
+        whole = {k: torch.cat([e[k] for e in encoded]).requires_grad_() for k in encoded[0]}
+        with context:
+            losses = model.losses({**whole, **model.encode_sentences()}, batch)
+        losses = differentiate(losses)
+        start = 0
+        for part in parts:
+            stop = start + len(part["pids"])
+            with context:
+                again = model.encode(part)
+            used = [name for name in again if whole[name].grad is not None]
+            torch.autograd.backward(
+                [again[name] for name in used], [whole[name].grad[start:stop] for name in used]
+            )
+            start = stop
+        return losses
 
     def _means(self, sums: dict[str, torch.Tensor], step: int) -> dict[str, float]:
         values = (torch.stack(list(sums.values())) / step).tolist()  # one wait for the device
@@ -185,6 +216,13 @@ class Trainer:
         self.epoch, self.best = state["epoch"], state["best"]
         self.loader.sampler.generator.set_state(state["generators"]["sampler"])
         self.model.generator.set_state(state["generators"]["firm"])
+
+
+def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """Cut a batch into so many parts of nearly equal size (fewer if it has fewer samples)."""
+    chunks = {name: value.tensor_split(parts) for name, value in batch.items()}
+    rows = [dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)]
+    return [row for row in rows if len(row["pids"])]
 
 
 def _shown(means: dict[str, float]) -> str:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from utils.errors import UserError
 
+CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
+COUNTED = 32  # matches per query up to which counting is faster than sorting
+
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -49,18 +52,20 @@ def retrieval(
     gallery_GD: Tensor,
     query_pids_Q: Tensor,
     gallery_pids_G: Tensor,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Retrieval:
-    """Rank the gallery for every query by cosine similarity, `chunk` queries at a time.
+    """Rank the gallery for every query by cosine similarity, on the features' device.
 
-    Features need no normalisation. Raises UserError for features that are not finite, and where
-    no query has a match.
+    Features need no normalisation. Queries go `chunk` at a time; left out, so many that their
+    similarities fill CHUNK_BYTES, which bounds the memory at any size of the gallery. Raises
+    UserError for features that are not finite, and where no query has a match.
     """
     for name, features in (("query", query_QD), ("gallery", gallery_GD)):
         if not torch.isfinite(features).all():
             raise UserError(f"the {name} features are not finite: the model has diverged")
     query_QD = torch.nn.functional.normalize(query_QD.float(), dim=-1)
     gallery_GD = torch.nn.functional.normalize(gallery_GD.float(), dim=-1)
+    chunk = chunk or max(1, CHUNK_BYTES // (4 * len(gallery_GD)))
     rows = [
         query_metrics(
             query_QD[i : i + chunk] @ gallery_GD.T, query_pids_Q[i : i + chunk], gallery_pids_G
@@ -77,16 +82,17 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     a row of NaN where the gallery has no match. AP is the mean over matches of precision at their
     rank; INP is the number of matches divided by the rank of the last one (Ye et al., TPAMI 2021).
     """
-    match_QG = query_pids_Q[:, None] == gallery_pids_G[None, :]
-    count_Q = match_QG.sum(1)
+    row_X, column_X = (query_pids_Q[:, None] == gallery_pids_G[None, :]).nonzero(as_tuple=True)
+    count_Q = row_X.bincount(minlength=len(query_pids_Q))
     most = int(count_Q.max()) if count_Q.numel() else 0
     if most == 0:
         return torch.full((len(query_pids_Q), 3), torch.nan, dtype=torch.float64)
-    # Only the matches' ranks are needed, so sort values (no indices) and search for each match.
     # Similarities of a query's matches, best first; -inf fills the columns of those with fewer.
-    match_QM = similarity_QG.masked_fill(~match_QG, -torch.inf).topk(most, dim=1).values
-    ascending_QG = similarity_QG.sort(dim=1).values
-    not_below_QM = similarity_QG.shape[1] - torch.searchsorted(ascending_QG, match_QM)
+    nth_X = torch.arange(len(row_X), device=row_X.device) - (count_Q.cumsum(0) - count_Q)[row_X]
+    match_QM = similarity_QG.new_full((len(count_Q), most), -torch.inf)
+    match_QM[row_X, nth_X] = similarity_QG[row_X, column_X]
+    match_QM = match_QM.sort(dim=1, descending=True).values
+    not_below_QM = _not_below(similarity_QG, match_QM)
     matches_not_below_QM = most - torch.searchsorted(match_QM.flip(1).contiguous(), match_QM)
     nth_M = torch.arange(1, most + 1, device=match_QM.device)
     rank_QM = (not_below_QM - matches_not_below_QM + nth_M).double()
@@ -96,6 +102,19 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     rows_Q3 = torch.stack([rank_QM[:, 0], average_precision_Q, count_Q / last_rank_Q], dim=1)
     rows_Q3[count_Q == 0] = torch.nan
     return rows_Q3.cpu()
+
+
+def _not_below(similarity_QG: Tensor, match_QM: Tensor) -> Tensor:
+    """How many of a query's similarities are at least each of its matches', [Q, M].
+
+    Ranks of the matches are all that the metrics need. Counting takes one pass over the
+    similarities per match; sorting them takes as long as some COUNTED passes.
+    """
+    if match_QM.shape[1] <= COUNTED:
+        columns = [(similarity_QG >= v_Q[:, None]).sum(dim=1) for v_Q in match_QM.unbind(1)]
+        return torch.stack(columns, dim=1)
+    ascending_QG = similarity_QG.sort(dim=1).values
+    return similarity_QG.shape[1] - torch.searchsorted(ascending_QG, match_QM)
 
 
 def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:

@@ -108,6 +108,21 @@ GROUPS: dict[str, list[Option]] = {
             "auto = bf16 where the device computes it natively, else fp32",
             choices=("auto", "fp32", "bf16", "fp16", "half"),
         ),
+        _o("compile", bool, False, "compile the encoders with torch.compile; the first steps wait"),
+        _o(
+            "grad_checkpointing",
+            bool,
+            False,
+            "recompute each block in the backward pass: less memory, a third more time",
+        ),
+        _o(
+            "accum_steps",
+            int,
+            1,
+            "parts that a batch is encoded in, twice; the losses still see it whole. For batches "
+            "that do not fit into memory",
+            least=1,
+        ),
         _o("num_workers", int, 8, "processes that load images", least=0),
         _o("log_period", int, 100, "steps between log lines", least=1),
         _o("eval_period", int, 1, "epochs between evaluations and checkpoints", least=1),
@@ -389,6 +404,10 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
             args.batch_size % args.num_instance == 0,
             f"--batch_size {args.batch_size} is no multiple of --num_instance {args.num_instance}",
         )
+    _check(
+        args.accum_steps <= args.batch_size,
+        f"--accum_steps {args.accum_steps} exceeds --batch_size {args.batch_size}",
+    )
     _check(
         args.resume == bool(args.resume_ckpt_file),
         "--resume and --resume_ckpt_file PATH go together",
