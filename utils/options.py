@@ -308,8 +308,14 @@ _TupleLoader.add_constructor(
 )
 
 
-def parse_options(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
+def parse_options(
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
     """All options of a training, from the command line, a preset and the defaults.
+
+    `extra` adds a tool's own options, which come back with the others.
 
     Raises UserError for an unknown key, a value of the wrong type or out of its range, and for
     options that contradict each other.
@@ -318,10 +324,12 @@ def parse_options(argv: Sequence[str] | None = None, description: str = "") -> a
     parser.add_argument(
         "--config_file", metavar="YAML", help="preset; the command line overrides it"
     )
+    extra(parser)
     given = vars(parser.parse_args(argv))
     preset_file = given.pop("config_file", None)
     preset = read_preset(preset_file) if preset_file else {}
-    return resolve({**preset, **given})
+    own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
+    return argparse.Namespace(**vars(resolve({**preset, **given})), **own)
 
 
 def parse_test_options(

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+import torch
+
+import tools.bench as tool
+from model.build import build_training_model
+from tests.helpers import SCRATCH, golden_batch, options, run
+from utils.errors import UserError
+
+SMALL = (
+    *[str(w) for name, value in SCRATCH.items() for w in (f"--{name}", value)],
+    "--img_size", "32", "16", "--batch_size", "4", "--repeat", "2", "--device", "cpu",
+    "--precision", "fp32", "--num_workers", "0", "--test_batch_size", "4",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_galleries(monkeypatch):
+    monkeypatch.setattr(tool, "GALLERIES", (40, 80))
+    monkeypatch.setattr(tool, "QUERIES", 20)
+
+
+def measure(monkeypatch, path, *more):
+    words = (*SMALL, "--loss_names", "supkl+queue+match2+dot", "--json", path, *more)
+    run(tool.main, monkeypatch, *words)
+    return {r["what"].strip(): r for r in json.loads(path.read_text())["rows"]}
+
+
+def test_every_part_is_measured_and_two_files_compare(mini_root, tmp_path, monkeypatch, capsys):
+    what = ("--what", "data", "step", "encode", "rank", "--root_dir", mini_root)
+    new = measure(monkeypatch, tmp_path / "new.json", *what)
+    assert all(r["median_ms"] > 0 for r in new.values())
+    for name in ("step", "image encoder, forward", "text encoder, forward", "losses, forward",
+                 "backward, whole", "optimizer", "encode 4 images", "encode 4 captions",
+                 "rank 20 x 40", "rank 20 x 80", "data, 0 processes"):  # fmt: skip
+        assert name in new
+    old = measure(monkeypatch, tmp_path / "old.json", "--plain", "--what", "step")
+    # 77 tokens everywhere are more work than captions and sentences cut to their longest.
+    assert old["step"]["tflop"] > new["step"]["tflop"] > 0
+    capsys.readouterr()
+    run(tool.main, monkeypatch, "--compare", tmp_path / "old.json", tmp_path / "new.json")
+    shown = capsys.readouterr().out
+    assert "times faster" in shown and "| step" in shown
+
+
+@pytest.mark.parametrize("fusion", ["dot", "cat"])
+def test_the_plain_step_computes_the_same_losses_and_gradients(fusion, clip_file):
+    """So that its time can be compared: it is the same step, done wastefully."""
+    names = ["supkl", "queue", "match2", fusion]
+    args = options(pretrain_choice=str(clip_file), loss_names="+".join(names))
+    results = []
+    for plain in (True, False):
+        model = build_training_model(args, names, num_classes=0)
+        batch = golden_batch()
+        losses = tool.plain_losses(model, batch) if plain else model(batch)
+        sum(losses.values()).backward()
+        results.append((losses, {n: p.grad for n, p in model.named_parameters()}))
+    for mine, theirs in zip(*results, strict=True):
+        for name, value in mine.items():
+            if value is not None:
+                torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UserError, match="x.json: no result of tools/bench.py"):
+        run(tool.main, monkeypatch, "--compare", tmp_path / "x.json", tmp_path / "x.json")
+    with pytest.raises(UserError, match="--plain measures FIRM's loops"):
+        run(tool.main, monkeypatch, *SMALL, "--plain", "--loss_names", "sdm")

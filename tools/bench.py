@@ -1,0 +1,393 @@
+"""Where the time goes: data, a training step in its parts, encoding and ranking.
+
+    python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --json new.json
+    python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --plain --json old.json
+    python tools/bench.py --compare old.json new.json
+
+Takes every option of train.py. Weights are from scratch at ViT-B/16's sizes unless
+--pretrain_choice says otherwise: values do not change the time. The step runs on made-up images and
+captions; `data` needs a data set in --root_dir. Every figure is a median over repetitions with the
+spread from the first to the third quartile; the device is waited for before and after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
+
+import torch
+import torch.nn.functional as F
+from prettytable import PrettyTable
+from torch.utils.flop_counter import FlopCounterMode
+
+from datasets.build import read_dataset, to_device, tokenize, train_loader, trim
+from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN
+from model.build import AEAFIRM, build_training_model
+from model.losses import parse_loss_names
+from processor.trainer import Trainer
+from solver.build import build_optimizer
+from utils.devices import autocast, choose_device, choose_precision
+from utils.errors import UserError, run_main
+from utils.files import write_atomically
+from utils.metrics import query_metrics, retrieval
+from utils.options import parse_options
+
+PARTS = ("data", "step", "encode", "rank")
+GALLERIES = (3_200, 20_000, 100_000)
+QUERIES = 3_200
+TEXT = "a man in grey shirt and blue jeans with black backpack walking woman red coat white shoes"
+
+Row = dict[str, float | str]
+
+
+class Clock:
+    """Times functions on a device."""
+
+    def __init__(self, device: torch.device, repeat: int) -> None:
+        self.device, self.repeat = device, repeat
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def once(self, run: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        self.wait()
+        start = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - start
+
+    def __call__(self, run: Callable[[], object], warm_up: int = 2) -> list[float]:
+        """Seconds of each repetition, after the warm-up."""
+        for _ in range(warm_up):
+            run()
+        return [self.once(run) for _ in range(self.repeat)]
+
+
+def row(name: str, seconds: list[float], **more: float | str) -> Row:
+    """A line of the table: median and quartiles in ms."""
+    first, median, third = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    spread = {"median_ms": 1e3 * median, "q1_ms": 1e3 * first, "q3_ms": 1e3 * third}
+    return {"what": name, **spread, **more}
+
+
+def captions(count: int) -> list[str]:
+    """Made-up captions of 15 to 60 words, as long as real ones."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(15, 61, (count,), generator=generator).tolist()
+    words = TEXT.split()
+    picks = torch.randint(len(words), (count, 60), generator=generator).tolist()
+    return [" ".join(words[w] for w in row[:n]) for row, n in zip(picks, lengths, strict=True)]
+
+
+def made_up_batch(args: argparse.Namespace, pad: bool) -> dict[str, torch.Tensor]:
+    """A training batch of two views; `pad` leaves captions at their full length."""
+    size, generator = args.batch_size, torch.Generator().manual_seed(0)
+    ids = tokenize(captions(size), args.text_length)
+    ids = ids.long() if pad else trim(ids)
+    draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
+    batch = {"pids": torch.arange(size) // 2, "caption_ids": ids, "masked_ids": ids}
+    batch["masked_labels"] = torch.where(torch.arange(ids.shape[1]) % 7 == 3, ids, 0)
+    classes = torch.tensor([2, 3, 2, 3, 3, 3, 2])
+    for view in ("", "pair_"):
+        shape = (size, 3, *args.img_size)
+        batch[f"{view}images"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        batch[f"{view}draws"] = torch.rand((size, draws), generator=generator)
+        batch[f"{view}attributes"] = torch.randint(60, (size, 7), generator=generator) % classes
+    return batch
+
+
+def plain_losses(model: AEAFIRM, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The step as the family's code computes it: a call per view, everything at 77 tokens, and
+    FIRM's head called for each image, attribute and sentence."""
+    encode = model.base_model
+    full = F.pad(model.sentences.ids, (0, 77 - model.sentences.ids.shape[1]))
+    encoded = {
+        "image": encode.encode_images(batch["images"])[0],
+        "pair": encode.encode_images(batch["pair_images"])[0],
+        "text": encode.encode_captions(batch["caption_ids"])[0],
+        "sentences": encode.encode_captions(full)[0],
+    }
+    own_match, head = model.match, model.atr_matching_head
+
+    def looped(sentence_SD: torch.Tensor, image_VD: torch.Tensor) -> torch.Tensor:
+        labels_VA = torch.cat([batch["attributes"], batch["pair_attributes"]])
+        state = model.generator.get_state()
+        drawn = model.sentences.draw(labels_VA, model.generator)
+        model.generator.set_state(state)  # the loss draws the same again
+        logits = image_VD.new_zeros((len(image_VD), len(sentence_SD), 2))
+        for index_VA in drawn:
+            for v, indices in enumerate(index_VA.tolist()):
+                for s in indices:
+                    both = sentence_SD[s], image_VD[v]
+                    fused = both[0] * both[1] if model.fusion == "dot" else torch.cat(both)
+                    logits[v, s] = head(fused)
+        return logits
+
+    model.match = looped
+    try:
+        return model.losses(encoded, batch)
+    finally:
+        model.match = own_match
+
+
+def matrix_peak(device: torch.device, precision: str, clock: Clock) -> float:
+    """FLOP/s of one large matrix product in the precision of the encoders."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "half": torch.float16}.get(precision)
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
+    return 2 * n**3 / min(clock(lambda: a @ a))
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def bench_data(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Pairs per second of the loader alone, by the number of processes."""
+    data = read_dataset(args)
+    for workers in sorted({0, 1, 2, 4, args.num_workers}):
+        args.num_workers = workers
+        batches = train_loader(data, args, torch.Generator().manual_seed(0), device)
+        seconds, found = [], iter(batches)
+        next(found)  # processes start
+        for _ in range(min(args.repeat, len(batches) - 1)):
+            start = time.perf_counter()
+            next(found)
+            seconds.append(time.perf_counter() - start)
+        rate = args.batch_size / statistics.mean(seconds)
+        yield row(f"data, {workers} processes", seconds, per_second=rate, unit="pairs")
+
+
+def bench_step(args: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Row]:
+    """A training step whole, then its parts one after the other."""
+    names = parse_loss_names(args.loss_names, masked=True)
+    model = build_training_model(args, names, num_classes=11003).to(device).train()
+    optimizer = build_optimizer(model.named_parameters(), args)
+    trainer = Trainer(args, model, None, None, optimizer, None, device, Path(), None)
+    raw = made_up_batch(args, pad=args.plain)
+    sizes = model.base_model.sizes
+    context = autocast(args.precision, device)
+
+    def batch() -> dict[str, torch.Tensor]:
+        return to_device(raw, device, sizes.image_mean, sizes.image_std)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if args.plain:
+            with context:
+                losses = plain_losses(model, batch())
+            sum(losses.values()).backward()
+        else:
+            trainer._backward(batch())
+        optimizer.step()
+
+    peak = matrix_peak(device, args.precision, clock)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    flops = counter.get_total_flops()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = clock(step)
+    median = statistics.median(seconds)
+    yield row(
+        "step", seconds, per_second=args.batch_size / median, unit="samples",
+        tflop=flops / 1e12, utilisation=flops / median / peak, peak_tflops=peak / 1e12,
+        memory_mib=memory_mib(device),
+    )  # fmt: skip
+    if args.plain or args.accum_steps > 1:
+        return  # their parts are not those below
+    ready, parts = batch(), {}
+    images = torch.cat([ready["images"], ready["pair_images"]])
+    ids = [ready["caption_ids"]] + [model.sentences.ids] * ("match2" in names)
+
+    def note(name: str, run: Callable[[], object]) -> object:
+        box = []
+        parts.setdefault(name, []).append(clock.once(lambda: box.append(run())))
+        return box[0]
+
+    def texts() -> list:
+        rows = model.base_model.embed_tokens(*ids)
+        return [model.base_model.encode_captions(i, r) for i, r in zip(ids, rows, strict=True)]
+
+    for repetition in range(clock.repeat + 2):
+        if repetition == 2:
+            parts.clear()  # warm-up
+        note("  batch to device, augment", batch)
+        with context:
+            note("  image encoder, forward", lambda: model.base_model.encode_images(images))
+            note("  text encoder, forward", texts)
+            encoded = model.encode(ready, sentences=True)
+            losses = note("  losses, forward", lambda e=encoded: model.losses(e, ready))
+        optimizer.zero_grad(set_to_none=True)
+        # The losses' share of the backward pass, down to the features, then the whole of it.
+        total, features = sum(losses.values()), [v for v in encoded.values() if v.requires_grad]
+        note("  losses, backward", lambda t=total, f=features: torch.autograd.grad(
+            t, f, retain_graph=True, allow_unused=True))  # fmt: skip
+        note("  backward, whole", total.backward)
+        note("  optimizer", optimizer.step)
+    for name, found in parts.items():
+        yield row(name, found, share=statistics.median(found) / median)
+
+
+@torch.no_grad()
+def bench_encode(args: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Encoding for evaluation, without gradients."""
+    model = build_training_model(args, [], num_classes=0).to(device).eval()
+    count = min(args.test_batch_size, 64 if device.type == "cpu" else args.test_batch_size)
+    images = torch.randn(count, 3, *args.img_size, device=device)
+    ids = trim(tokenize(captions(count), args.text_length)).to(device)
+    for name, run in (
+        ("images", lambda: model.encode_image(images)),
+        ("captions", lambda: model.encode_text(ids)),
+    ):
+        with autocast(args.precision, device):
+            seconds = clock(run)
+        rate = count / statistics.median(seconds)
+        yield row(f"encode {count} {name}", seconds, per_second=rate, unit=name)
+
+
+def ranked_by_loop(similarity_QG, query_pids_Q, gallery_pids_G) -> list[tuple[float, float]]:
+    """AP and INP by a loop over queries, as evaluation is often written."""
+    results = []
+    for scores, pid in zip(similarity_QG, query_pids_Q, strict=True):
+        hits = gallery_pids_G[scores.argsort(descending=True)] == pid
+        ranks = hits.nonzero()[:, 0] + 1
+        precision = torch.arange(1, len(ranks) + 1, device=ranks.device) / ranks
+        results.append((precision.mean().item(), (len(ranks) / ranks[-1]).item()))
+    return results
+
+
+def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Ranking and metrics, against a loop over queries and against sorting alone."""
+    generator = torch.Generator().manual_seed(0)
+    for size in GALLERIES:
+        query, gallery = (torch.randn(n, 512, generator=generator).to(device) for n in (QUERIES, size))  # fmt: skip  # noqa: E501
+        query_pids = (torch.arange(QUERIES) % min(800, size // 4)).to(device)
+        gallery_pids = (torch.arange(size) % (size // 4)).to(device)
+        name = f"rank {QUERIES} x {size}"
+        once = Clock(device, min(3, clock.repeat))
+        held = memory_mib(device)
+        seconds = once(lambda q=query, g=gallery, i=query_pids, j=gallery_pids: retrieval(q, g, i, j), 1)  # fmt: skip  # noqa: E501
+        yield row(name, seconds, memory_mib=memory_mib(device) - held)
+        part = 3_200 if size == GALLERIES[0] else 320  # of the queries; the rest take as long
+        similarity, pids = query[:part] @ gallery.T, query_pids[:part]
+        metrics = once(lambda s=similarity, i=pids, j=gallery_pids: query_metrics(s, i, j), 1)
+        yield row(f"  metrics of {part} queries", metrics)
+        yield row(f"  sorting {part} queries alone", once(lambda s=similarity: s.sort(dim=1), 1))
+        if size == GALLERIES[0]:
+            loop = lambda s=similarity, i=pids, j=gallery_pids: ranked_by_loop(s, i, j)  # noqa: E731
+            yield row(f"  loop over {part} queries", Clock(device, 1)(loop, 0))
+
+
+def table_of(rows: list[Row]) -> str:
+    """The figures as a table."""
+    table = PrettyTable(["what", "ms", "quartiles", "per second", "share", "notes"])
+    table.align = "r"
+    table.align["what"] = table.align["notes"] = "l"
+    for r in rows:
+        notes = []
+        if "tflop" in r:
+            notes.append(
+                f"{r['tflop']:.2f} TFLOP, {100 * r['utilisation']:.0f} % of a measured matrix "
+                f"peak of {r['peak_tflops']:.2f} TFLOP/s"
+            )
+        if "memory_mib" in r:
+            notes.append(f"{r['memory_mib']:.0f} MiB")
+        table.add_row(
+            [
+                r["what"],
+                f"{r['median_ms']:.1f}",
+                f"{r['q1_ms']:.1f} to {r['q3_ms']:.1f}",
+                f"{r['per_second']:.1f} {r['unit']}" if "per_second" in r else "",
+                f"{100 * r['share']:.1f} %" if "share" in r else "",
+                "; ".join(notes),
+            ]
+        )
+    return table.get_string()
+
+
+def compare(paths: list[str]) -> str:
+    """Ratios of two files' medians, for what both measured."""
+    files = []
+    for path in paths:
+        try:
+            files.append({r["what"]: r for r in json.loads(Path(path).read_text())["rows"]})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no result of tools/bench.py: {error}") from None
+    old, new = files
+    table = PrettyTable(["what", f"{paths[0]}, ms", f"{paths[1]}, ms", "times faster"])
+    table.align = "r"
+    table.align["what"] = "l"
+    for name in old:
+        if name in new:
+            a, b = old[name]["median_ms"], new[name]["median_ms"]
+            table.add_row([name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"])
+    return table.get_string()
+
+
+def machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"  # noqa: E501
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Bench")
+    add = group.add_argument
+    add("--what", nargs="+", choices=PARTS, default=["step", "encode", "rank"], help="what to measure (default: step encode rank)")  # fmt: skip  # noqa: E501
+    add("--repeat", type=int, default=10, metavar="INT", help="repetitions of each (default: 10)")
+    add("--plain", action="store_true", default=False,
+        help="the step without this project's savings: float32, a call per view, 77 tokens "
+        "everywhere, FIRM in loops")  # fmt: skip
+    add("--json", default="", metavar="FILE", help="write the figures there too")
+    add("--compare", nargs=2, default=None, metavar="FILE", help="only print the ratios of two files")  # fmt: skip  # noqa: E501
+
+
+def main() -> None:
+    args = parse_options(None, __doc__.split("\n")[0], add_options)
+    if args.compare:
+        print(compare(args.compare))
+        return
+    if args.pretrain_choice == "ViT-B/16":
+        args.pretrain_choice = "scratch"  # the same sizes
+    device = choose_device(args.device)
+    args.precision = "fp32" if args.plain else choose_precision(args.precision, device)
+    if args.plain and "match2" not in args.loss_names.split("+"):
+        raise UserError("--plain measures FIRM's loops: it needs match2 in --loss_names")
+    clock = Clock(device, args.repeat)
+    about = (
+        f"{machine(device)}; {args.precision}{', plain' if args.plain else ''}; "
+        f"batch {args.batch_size} pairs of {args.img_size[0]}x{args.img_size[1]}, {args.loss_names}"
+    )
+    print(about)
+    rows: list[Row] = []
+    benches = {
+        "data": lambda: bench_data(args, device),
+        "step": lambda: bench_step(args, device, clock),
+        "encode": lambda: bench_encode(args, device, clock),
+        "rank": lambda: bench_rank(device, clock),
+    }
+    for name in args.what:
+        rows += benches[name]()
+    print(table_of(rows))
+    if args.json:
+        text = json.dumps({"about": about, "rows": rows}, indent=2)
+        write_atomically(Path(args.json), lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    run_main(main)
