@@ -8,7 +8,7 @@ for batch in loader: ...         # a dict of tensors, see TrainDataset
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +145,8 @@ class TrainDataset(Dataset):
     `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `draws` (and `pair_draws`)
     [B, K] uniform numbers for their augmentation, `pids` [B], `index` [B] of the samples,
     `caption_ids` [B, L]; with attributes `attributes` and `pair_attributes` [B, A]; with masking
-    `masked_ids` and `masked_labels` [B, L]. L is the longest caption of the batch.
+    `masked_ids` and `masked_labels` [B, L] and `masked_at` [X], where the X labels stand in the
+    flattened captions. L is the longest caption of the batch.
 
     Args:
         images: the samples' images; with two views those of all pairs follow.
@@ -197,6 +198,8 @@ class TrainDataset(Dataset):
         for name in ("caption_ids", "masked_ids", "masked_labels"):
             if name in batch:
                 batch[name] = batch[name][:, :length].long()
+        if "masked_labels" in batch:  # here, because finding them on a GPU would wait for it
+            batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
         return batch
 
 
@@ -209,6 +212,37 @@ def to_device(
         if f"{view}images" in batch:
             draws = batch.pop(f"{view}draws")
             batch[f"{view}images"] = train_transform(batch[f"{view}images"], draws, mean, std)
+    return batch
+
+
+def on_device(
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Iterator[dict[str, Tensor]]:
+    """Batches through `to_device`; on CUDA the next one is copied while the last is computed on."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield to_device(batch, device, mean, std)
+        return
+    copies, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            moved = to_device(batch, device, mean, std), copies.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = moved
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: dict[str, Tensor], copied: torch.cuda.Event) -> dict[str, Tensor]:
+    """Let the computing stream wait for its batch, and the allocator know who uses it."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+    for value in batch.values():
+        value.record_stream(stream)
     return batch
 
 

@@ -100,7 +100,7 @@ class AEAFIRM(nn.Module):
 
         batch: `images` [B, 3, H, W] and `caption_ids` [B, L], `pids` [B]; with two views
         `pair_images`; for `match2` `attributes` and `pair_attributes` [B, A]; for `mlm`
-        `masked_ids` and `masked_labels` [B, L].
+        `masked_ids` and `masked_labels` [B, L] and `masked_at` [X], where labels are in B * L.
         """
         return self.losses(self.encode(batch, sentences=True), batch)
 
@@ -140,10 +140,11 @@ class AEAFIRM(nn.Module):
         if "match2" in self.loss_names:
             sentence_SD = encoded["sentences"].float()
         if "mlm" in self.loss_names:
-            masked_XT, masked_labels_X = masked_token_logits(
-                self, encoded["masked"], encoded["tokens"], batch["masked_labels"]
-            )
-            masked_XT = masked_XT.float()
+            at_X = batch["masked_at"]
+            masked_labels_X = batch["masked_labels"].flatten()[at_X]
+            masked_XT = masked_token_logits(
+                self, encoded["masked"], encoded["tokens"], at_X
+            ).float()
         with torch.autocast(encoded["text"].device.type, enabled=False):  # mathematics in float32
             step = Step(
                 text_BD=encoded["text"].float(),

@@ -43,9 +43,9 @@ def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Mod
 
 
 def masked_token_logits(
-    parts: nn.Module, text_BLD: Tensor, image_BND: Tensor, labels_BL: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Vocabulary logits [X, T] and labels [X] of the X masked tokens (label not 0).
+    parts: nn.Module, text_BLD: Tensor, image_BND: Tensor, at_X: Tensor
+) -> Tensor:
+    """Vocabulary logits [X, T] of the X masked tokens, which stand at `at_X` of the B * L.
 
     Masked caption tokens attend to the image tokens through one cross-attention layer and a
     transformer (IRRA, sec. 3.2); a dense-QuickGELU-LayerNorm-linear classifier follows, for the
@@ -54,5 +54,4 @@ def masked_token_logits(
     image_BND = parts.ln_pre_i(image_BND)
     x_BLD = parts.cross_attn(parts.ln_pre_t(text_BLD), image_BND, image_BND, need_weights=False)[0]
     x_BLD = parts.ln_post(parts.cross_modal_transformer(x_BLD))
-    masked_BL = labels_BL != 0
-    return parts.mlm_head(x_BLD[masked_BL]), labels_BL[masked_BL]
+    return parts.mlm_head(x_BLD.flatten(0, 1)[at_X])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets.build import to_device
+from datasets.build import on_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -89,8 +89,8 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         since, samples, epoch_start, epoch_samples = time.perf_counter(), 0, time.perf_counter(), 0
         bar.set_description(f"epoch {self.epoch + 1}/{args.num_epoch}")
-        for step, batch in enumerate(self.loader, 1):
-            batch = to_device(batch, self.device, sizes.image_mean, sizes.image_std)
+        batches = on_device(self.loader, self.device, sizes.image_mean, sizes.image_std)
+        for step, batch in enumerate(batches, 1):
             self.optimizer.zero_grad(set_to_none=True)
             losses = self._backward(batch)
             self.scaler.step(self.optimizer)

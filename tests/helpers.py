@@ -62,6 +62,7 @@ def golden_batch(step: int = 0, two_views: bool = True) -> dict[str, torch.Tenso
         "attributes": torch.tensor(saved["attributes_aerial"]),
         "masked_ids": masked,
         "masked_labels": labels,
+        "masked_at": labels.flatten().nonzero()[:, 0],
     }
     if two_views:
         batch["pair_images"] = noise((4, 3, 96, 32), 2 * step + 1, 1.5)

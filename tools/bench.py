@@ -98,6 +98,7 @@ def made_up_batch(args: argparse.Namespace, pad: bool) -> dict[str, torch.Tensor
     draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
     batch = {"pids": torch.arange(size) // 2, "caption_ids": ids, "masked_ids": ids}
     batch["masked_labels"] = torch.where(torch.arange(ids.shape[1]) % 7 == 3, ids, 0)
+    batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
     classes = torch.tensor([2, 3, 2, 3, 3, 3, 2])
     for view in ("", "pair_"):
         shape = (size, 3, *args.img_size)

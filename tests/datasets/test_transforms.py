@@ -13,6 +13,7 @@ from datasets.transforms import (
     erased_area,
     load_image,
     normalise,
+    read_image,
     train_transform,
 )
 
@@ -41,6 +42,20 @@ def test_loading_and_normalising_equals_torchvision(tmp_path):
     )
     found = normalise(load_image(str(tmp_path / "a.png"), (HEIGHT, WIDTH))[None])[0]
     torch.testing.assert_close(found, reference(image), rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_differs_by_little(tmp_path):
+    """A smooth photograph-like picture of six times the size: bytes differ by two levels at most."""
+    rough = torch.rand((1, 3, 24, 8), generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(rough, (6 * HEIGHT, 6 * WIDTH), mode="bicubic").clamp(0, 1)[0]
+    image = PILImage.fromarray((255 * smooth).byte().permute(1, 2, 0).numpy())
+    path = str(tmp_path / "large.jpg")
+    image.save(path, quality=95)
+    assert read_image(path).size == (6 * WIDTH, 6 * HEIGHT)
+    assert read_image(path, at_least=(2 * HEIGHT, 2 * WIDTH)).size == (3 * WIDTH, 3 * HEIGHT)
+    whole = v2.functional.resize(v2.functional.pil_to_tensor(read_image(path)), [HEIGHT, WIDTH])
+    difference = (load_image(path, (HEIGHT, WIDTH)).int() - whole.int()).abs()
+    assert difference.max() <= 4 and difference.float().mean() < 0.5
 
 
 def test_the_plain_transform_flips_half_of_the_images_and_changes_nothing_else():

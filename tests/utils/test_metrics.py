@@ -95,3 +95,27 @@ def test_features_that_are_not_finite_are_refused():
     bad[1, 0] = torch.nan
     with pytest.raises(UserError, match="the gallery features are not finite"):
         retrieval(torch.ones(2, 2), bad, torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_counting_and_sorting_give_the_same_ranks(seed, monkeypatch):
+    """Few matches are counted, many are searched for in the sorted row; ties and all."""
+    import utils.metrics as module
+
+    generator = torch.Generator().manual_seed(seed)
+    similarity = torch.randint(8, (30, 60), generator=generator).float()
+    pids = [torch.randint(4, (n,), generator=generator) for n in (30, 60)]
+    counted = query_metrics(similarity, *pids)
+    monkeypatch.setattr(module, "COUNTED", 0)
+    assert torch.equal(counted, query_metrics(similarity, *pids))
+
+
+def test_a_gallery_larger_than_a_chunk_of_memory_gives_the_same_figures(monkeypatch):
+    import utils.metrics as module
+
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(n, 8, generator=generator) for n in (25, 70))
+    pids = torch.arange(25) % 10, torch.arange(70) % 10
+    whole = retrieval(query, gallery, *pids)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 70 * 3)  # three queries at a time
+    assert retrieval(query, gallery, *pids) == whole
