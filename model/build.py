@@ -31,7 +31,7 @@ from model.firm import SentenceTable, match_logits, predict_attributes
 from model.losses import LOSSES, Step
 from model.mlm import cross_modal_parts, masked_token_logits
 from utils.attributes import read_attributes
-from utils.errors import UserError
+from utils.errors import UserError, suggest
 
 PREFIX = "base_model."  # of the backbone's weights in a checkpoint
 
@@ -189,12 +189,20 @@ class AEAFIRM(nn.Module):
 def build_sentences(args: argparse.Namespace) -> SentenceTable:
     """FIRM's sentence table from `--attributes_file`, tokenized and cut to the longest."""
     attributes = read_attributes(args.attributes_file)
+    names = [a.name for a in attributes]
+    for name in args.firm_attributes:
+        if name not in names:
+            raise UserError(
+                f"--firm_attributes {name}: {args.attributes_file} has {', '.join(names)}."
+                f"{suggest(name, names)}"
+            )
+    columns = [names.index(name) for name in args.firm_attributes or names]
+    attributes = [attributes[column] for column in columns]
     texts = [text for a in attributes for group in a.sentences for text in group]
     ids_SL = open_clip.tokenize(texts, context_length=args.text_length)
     ids_SL = ids_SL[:, : int((ids_SL != 0).sum(dim=1).max())]
-    return SentenceTable(
-        [[len(group) for group in a.sentences] for a in attributes], ids_SL, args.negatives
-    )
+    counts = [[len(group) for group in a.sentences] for a in attributes]
+    return SentenceTable(counts, ids_SL, args.negatives, columns)
 
 
 def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None = None) -> Backbone:

@@ -23,10 +23,15 @@ class SentenceTable(nn.Module):
         classes: for each attribute, for each class, how many sentences it has.
         ids_SL: token ids of all sentences, attribute by attribute and class by class.
         negatives: the negative's class, "next" ((class + 1) mod n) or "random" (any other).
+        columns: which columns of the labels the attributes are; left out: all, in order.
     """
 
     def __init__(
-        self, classes: Sequence[Sequence[int]], ids_SL: Tensor, negatives: str = "next"
+        self,
+        classes: Sequence[Sequence[int]],
+        ids_SL: Tensor,
+        negatives: str = "next",
+        columns: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         total = sum(map(sum, classes))
@@ -44,12 +49,20 @@ class SentenceTable(nn.Module):
             first.append(starts + padding)
             count.append([*counts, *padding])
         # Not persistent: the sentences come from configs/, not from a checkpoint.
-        for name, value in (("ids", ids_SL), ("first", first), ("count", count)):
+        columns = range(len(classes)) if columns is None else columns
+        sizes = [len(c) for c in classes]
+        for name, value in (
+            ("ids", ids_SL), ("first", first), ("count", count), ("classes", sizes),
+            ("columns", list(columns)),
+        ):  # fmt: skip
             self.register_buffer(name, torch.as_tensor(value), persistent=False)
-        self.register_buffer("classes", torch.tensor([len(c) for c in classes]), persistent=False)
 
     def draw(self, labels_VA: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Indices [V, A] of a positive and of a negative sentence, uniform within their class."""
+        """Indices [V, A] of a positive and of a negative sentence, uniform within their class.
+
+        Labels are those of the data set, of which the table's `columns` are taken.
+        """
+        labels_VA = labels_VA[:, self.columns]
         shape, device = labels_VA.shape, generator.device
         u = torch.rand((3, *shape), generator=generator, device=device).to(labels_VA.device)
         step_VA = torch.ones_like(labels_VA)

@@ -125,12 +125,14 @@ class Evaluator:
         The labels are those of training: five voted per identity, angle and altitude per image.
         """
         model.eval()
-        table: dict[str, dict[str, float]] = {name: {} for name in self.attribute_names}
+        columns = model.sentences.columns.tolist()
+        names = [self.attribute_names[column] for column in columns]
+        table: dict[str, dict[str, float]] = {name: {} for name in names}
         for view, feature_GD in features.views.items():
             labels_GA = torch.tensor([image.attributes for image in self.images[view]])
             guess_GA = model.predict_attributes(feature_GD).cpu()
-            accuracy_A = 100 * (guess_GA == labels_GA).double().mean(dim=0)
-            for name, value in zip(self.attribute_names, accuracy_A.tolist(), strict=True):
+            accuracy_A = 100 * (guess_GA == labels_GA[:, columns]).double().mean(dim=0)
+            for name, value in zip(names, accuracy_A.tolist(), strict=True):
                 table[name][view] = value
         return table
 

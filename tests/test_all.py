@@ -150,7 +150,7 @@ def test_short_trainings_of_every_kind_run_and_evaluate(
         ("CUHK-PEDES", {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1}),
         ("ICFG-PEDES", {"loss_names": "itc+id"}),
         ("RSTPReid", {"loss_names": "sdm", "MLM": True, "val_dataset": "val"}),
-        ("custom", {"loss_names": RECIPE}),
+        ("custom", {"loss_names": RECIPE, "firm_attributes": ["gender", "age"]}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["loss_names"],
 )

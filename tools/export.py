@@ -28,11 +28,16 @@ FAMILY = re.compile(
     r"base_model\.|atr_matching_head\.|classifier\.|cross_attn\.|cross_modal_transformer\."
     r"|ln_pre_[ti]\.|ln_post\.|mlm_head\.(dense|ln|fc)\."
 )
-# Options that this project added, which other code would not know.
-OWN_OPTIONS = (
-    "device", "precision", "finetune", "image_cache", "views", "negatives", "attributes_file",
-    "slack", "queue_batches", "adam_eps", "embed_dim", "vision_width", "vision_layers",
-    "vision_patch_size", "text_width", "text_layers",
+# The family's flags; others would mean nothing there.
+FAMILY_OPTIONS = (
+    "name", "output_dir", "log_period", "eval_period", "val_dataset", "resume", "resume_ckpt_file",
+    "pretrain_choice", "temperature", "img_aug", "cmt_depth", "masked_token_rate",
+    "masked_token_unchanged_rate", "lr_factor", "MLM", "loss_names", "mlm_loss_weight",
+    "id_loss_weight", "match_loss_weight", "vocab_size", "text_length", "optimizer", "lr",
+    "bias_lr_factor", "momentum", "weight_decay", "weight_decay_bias", "alpha", "beta", "num_epoch",
+    "gamma", "warmup_factor", "warmup_epochs", "warmup_method", "lrscheduler", "target_lr", "power",
+    "dataset_name", "sampler", "num_instance", "root_dir", "batch_size", "test_batch_size",
+    "num_workers",
 )  # fmt: skip
 
 
@@ -70,7 +75,7 @@ def main() -> None:
     if args.half:
         kept = {n: v.half() if v.is_floating_point() else v for n, v in kept.items()}
     folder = Path(args.output)
-    options = {k: v for k, v in vars(args).items() if k not in (*OWN_OPTIONS, "output", "half")}
+    options = {name: getattr(args, name) for name in FAMILY_OPTIONS}
     options |= {
         "img_size": tuple(args.img_size),
         "milestones": tuple(args.milestones),

@@ -234,6 +234,13 @@ GROUPS: dict[str, list[Option]] = {
             "configs/attributes.yaml",
             "FIRM: attributes and their sentences",
         ),
+        _o(
+            "firm_attributes",
+            str,
+            [],
+            "FIRM: only these attributes, by name; left out: all of --attributes_file",
+            count="+",
+        ),
         _o("match_loss_weight", float, 1.0, "weight of match2", least=0),
         _o("id_loss_weight", float, 1.0, "weight of id", least=0),
         _o("mlm_loss_weight", float, 1.0, "weight of mlm", least=0),
@@ -428,12 +435,25 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:
-    """The options that a preset sets, typed. Raises UserError for an unknown key."""
+    """The options that a preset sets, typed; `base: other.yaml` beside it is read first.
+
+    Raises UserError for an unknown key, and for bases that go round in a circle.
+    """
+    return _read_preset(Path(path), ())
+
+
+def _read_preset(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in derived:
+        raise UserError(f"{path}: is its own base, by way of {derived[-1]}")
     values = _read_yaml(path)
+    base = values.pop("base", None)
+    inherited = {}
+    if base is not None:
+        inherited = _read_preset(path.parent / str(base), (*derived, path.resolve()))
     for key in values:
         if key not in OPTIONS:
             raise UserError(f"{path}: unknown option '{key}'.{suggest(str(key), OPTIONS)}")
-    return {key: OPTIONS[key].coerce(value, str(path)) for key, value in values.items()}
+    return inherited | {key: OPTIONS[key].coerce(v, str(path)) for key, v in values.items()}
 
 
 def write_config(path: Path, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from model.firm import (
 )
 from tests.helpers import ROOT, golden, options
 from utils.attributes import read_attributes
+from utils.errors import UserError
 
 COUNTS = [[2, 1], [1, 3, 2]]  # two attributes of two and three classes, 9 sentences
 
@@ -98,3 +99,26 @@ def test_the_sentences_shipped_are_the_papers():
     assert counts == figures["sentences_per_class"]
     ids = build_sentences(options()).ids
     assert ids.shape == (figures["total"], figures["longest_tokens"])
+
+
+def test_some_attributes_take_their_own_columns_of_the_labels():
+    """Sentences drawn for two of seven attributes are of the label's class, and of the next."""
+    args = options(firm_attributes=["altitude", "age"])
+    attributes = {a.name: a for a in read_attributes(args.attributes_file)}
+    chosen = build_sentences(args)
+    owners = [(n, c) for n in args.firm_attributes
+              for c, group in enumerate(attributes[n].sentences) for _ in group]  # fmt: skip
+    assert len(owners) == len(chosen.ids)
+    labels = torch.tensor([[0, 2, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 1, 0]])
+    positive, negative = chosen.draw(labels, torch.Generator().manual_seed(0))
+    assert [[owners[s] for s in row] for row in positive.tolist()] == [
+        [("altitude", 1), ("age", 2)], [("altitude", 0), ("age", 0)]
+    ]  # fmt: skip
+    assert [[owners[s] for s in row] for row in negative.tolist()] == [
+        [("altitude", 0), ("age", 0)], [("altitude", 1), ("age", 1)]
+    ]  # fmt: skip
+
+
+def test_an_unknown_attribute_is_told():
+    with pytest.raises(UserError, match="--firm_attributes hight: .* Did you mean 'height'"):
+        build_sentences(options(firm_attributes=["hight"]))

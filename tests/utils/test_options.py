@@ -143,3 +143,18 @@ def test_help_names_every_option_with_its_default(capsys):
 def test_config_is_plain_yaml(tmp_path):
     write_config(tmp_path / "c.yaml", parse_options([]))
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["img_size"] == [384, 128]
+
+
+def test_a_preset_takes_from_its_base_what_it_does_not_set(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: 2e-4\nnum_epoch: 7\nname: a\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nname: b\nslack: 0.3\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/c.yaml").write_text("base: ../b.yaml\nnum_epoch: 9\n")
+    found = read_preset(tmp_path / "sub/c.yaml")
+    assert found == {"lr": 2e-4, "num_epoch": 9, "name": "b", "slack": 0.3}
+    (tmp_path / "a.yaml").write_text("base: sub/c.yaml\n")
+    with pytest.raises(UserError, match="c.yaml: is its own base, by way of"):
+        read_preset(tmp_path / "sub/c.yaml")
+    (tmp_path / "a.yaml").write_text("base: none.yaml\n")
+    with pytest.raises(UserError, match="none.yaml: No such file"):
+        read_preset(tmp_path / "a.yaml")
