@@ -158,3 +158,14 @@ def test_a_preset_takes_from_its_base_what_it_does_not_set(tmp_path):
     (tmp_path / "a.yaml").write_text("base: none.yaml\n")
     with pytest.raises(UserError, match="none.yaml: No such file"):
         read_preset(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_that_ships_is_accepted_and_repeats_nothing_of_its_base(path):
+    if path.stem == "attributes":
+        return
+    assert parse_options(["--config_file", str(path)])
+    own = yaml.safe_load(path.read_text())
+    if "base" in own:
+        inherited = read_preset(path.parent / own.pop("base"))
+        assert not [name for name, value in own.items() if inherited.get(name) == value]
