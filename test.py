@@ -10,9 +10,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+import numpy as np
+
 from datasets.build import read_dataset
 from model.build import build_evaluation_model
-from processor.evaluator import Evaluator, attribute_table, gallery_table
+from processor.evaluator import (
+    Evaluator,
+    attribute_table,
+    gallery_table,
+    interval_table,
+    intervals,
+)
+from processor.queries import per_query, write_queries
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_device, choose_precision
 from utils.errors import run_main
@@ -22,7 +31,7 @@ from utils.options import parse_test_options
 
 
 def main() -> None:
-    args, path, notes = parse_test_options(description=__doc__.split("\n")[0])
+    args, path, notes = parse_test_options(None, __doc__.split("\n")[0], add_options)
     log = setup_logger()
     for note in notes:
         log.info(note)
@@ -34,18 +43,26 @@ def main() -> None:
     best = checkpoint.get("best", {})
     log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")
 
+    queries: dict[str, np.ndarray] = {}
     results = {"checkpoint": str(path), "epoch": checkpoint.get("epoch"), "splits": {}}
     # The split that chose the checkpoint comes too, so that its figures can be compared.
     for name in dict.fromkeys((args.val_dataset, "test")):
         evaluator = Evaluator(data, name, args, device)
         features = evaluator.encode(model)
         galleries = evaluator.galleries(features)
-        results["splits"][name] = {"galleries": {k: asdict(r) for k, r in galleries.items()}}
+        figures = {k: ranked.summary() for k, ranked in galleries.items()}
+        results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
+        queries |= per_query(name, galleries)
         chose = name == args.val_dataset
         role = "chose this checkpoint" if chose else "had no part in choosing this checkpoint"
-        log.info(f"\n{name} split, which {role}\n{gallery_table(galleries)}")
+        log.info(f"\n{name} split, which {role}\n{gallery_table(figures)}")
+        if args.bootstrap:
+            found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
+            results["splits"][name]["intervals"] = found
+            log.info(f"\n95 % intervals, {args.bootstrap} draws of identities")
+            log.info(interval_table(found))
         if best.get("split") == name:
-            now = next(iter(galleries.values())).percentages()
+            now = next(iter(figures.values())).percentages()
             same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in now.items())
             then = " ".join(f"{k} {best[k]:.2f}" for k in now)
             log.info(
@@ -57,7 +74,15 @@ def main() -> None:
             log.info(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}")
     target = path.parent / "test_results.json"
     write_atomically(target, lambda file: file.write(json.dumps(results, indent=2).encode()))
-    log.info(f"\nwritten to {target}")
+    write_queries(path.parent / "test_queries.npz", queries)
+    log.info(f"\nwritten to {target} and, caption by caption, to test_queries.npz beside it")
+
+
+def add_options(parser) -> None:
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, metavar="INT",
+        help="draws for 95 %% intervals over identities, for example 2000 (default: none)",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

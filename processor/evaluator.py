@@ -15,7 +15,8 @@ from datasets.records import Data
 from datasets.transforms import normalise
 from model.build import AEAFIRM
 from utils.devices import autocast
-from utils.metrics import Retrieval, retrieval
+from utils.metrics import FIGURES, Ranked, Retrieval, rank
+from utils.uncertainty import bootstrap
 
 
 @dataclass
@@ -81,13 +82,13 @@ class Evaluator:
 
     def evaluate(self, model: AEAFIRM) -> Retrieval:
         """All captions against the first view's images: the paper's figures."""
-        return self.galleries(self.encode(model))[next(iter(self.images))]
+        return next(iter(self.galleries(self.encode(model)).values())).summary()
 
-    def galleries(self, features: Features) -> dict[str, Retrieval]:
-        """Metrics on every gallery there is.
+    def galleries(self, features: Features) -> dict[str, Ranked]:
+        """Results of every query on every gallery there is.
 
         Each view, all views together, and the first view of each source with that source's
-        captions. A gallery in which no caption has a match is left out.
+        captions. A gallery in which no caption has a match is left out, unless it is the first.
         """
         split = self.split
         lists = (
@@ -113,9 +114,9 @@ class Evaluator:
                     features.captions[q], images[g], caption_pids[q], image_pids[g]
                 )  # fmt: skip
         return {
-            name: retrieval(*tensors)
+            name: rank(*tensors)
             for name, tensors in sets.items()
-            if torch.isin(tensors[2], tensors[3]).any()
+            if name == next(iter(sets)) or torch.isin(tensors[2], tensors[3]).any()
         }
 
     @torch.no_grad()
@@ -139,7 +140,7 @@ class Evaluator:
 
 def gallery_table(galleries: dict[str, Retrieval]) -> str:
     """The galleries' figures in percent, a row each."""
-    table = PrettyTable(["gallery", "queries", "images", "R@1", "R@5", "R@10", "mAP", "mINP"])
+    table = PrettyTable(["gallery", "queries", "images", *FIGURES])
     table.align = "r"
     table.align["gallery"] = "l"
     for name, r in galleries.items():
@@ -152,6 +153,22 @@ def gallery_table(galleries: dict[str, Retrieval]) -> str:
         if r.unmatched
     ]
     return "\n".join(lines)
+
+
+def intervals(ranked: Ranked, draws: int, seed: int) -> dict[str, list[float]]:
+    """95 % interval of each figure of a gallery, bootstrapped over identities."""
+    low, high = bootstrap(ranked.percentages(), ranked.pids_Q, draws, seed).tolist()
+    return {name: [a, b] for name, a, b in zip(FIGURES, low, high, strict=True)}
+
+
+def interval_table(galleries: dict[str, dict[str, list[float]]]) -> str:
+    """The intervals, a gallery a row."""
+    table = PrettyTable(["gallery", *FIGURES])
+    table.align = "r"
+    table.align["gallery"] = "l"
+    for name, found in galleries.items():
+        table.add_row([name, *(f"{low:.2f} to {high:.2f}" for low, high in found.values())])
+    return table.get_string()
 
 
 def attribute_table(accuracy: dict[str, dict[str, float]]) -> str:

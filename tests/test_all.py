@@ -12,6 +12,7 @@ import yaml
 
 import test as test_entry
 import train as train_entry
+from processor.queries import read_queries
 from tests.helpers import SCRATCH, golden_clip, run
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -71,9 +72,22 @@ def test_evaluation_repeats_the_best_epochs_figures_on_every_gallery(finished, m
     assert (
         galleries["aerial"]["r1"] == stored["R@1"] and galleries["aerial"]["mAP"] == stored["mAP"]
     )
+    # Every figure is the mean of what stands caption by caption in the archive.
+    for name, figures in galleries.items():
+        ranked = read_queries(finished / "test_queries.npz", "test", name)
+        means = ranked.percentages()[~ranked.rows_Q3[:, 0].isnan()].mean(dim=0).tolist()
+        assert means == pytest.approx([figures[k] for k in ("r1", "r5", "r10", "mAP", "mINP")])
     accuracy = results["splits"]["test"]["attribute_accuracy"]
     assert len(accuracy) == 7
     assert all(0 <= row[view] <= 100 for row in accuracy.values() for view in ("aerial", "ground"))
+
+
+def test_intervals_hold_their_figures_and_are_written_too(finished, monkeypatch, capsys):
+    run(test_entry.main, monkeypatch, "--config_file", finished / "configs.yaml", "--bootstrap", 200)  # fmt: skip
+    assert "95 % intervals, 200 draws of identities" in capsys.readouterr().out
+    split = json.loads((finished / "test_results.json").read_text())["splits"]["test"]
+    low, high = split["intervals"]["aerial"]["mAP"]
+    assert 0 <= low <= split["galleries"]["aerial"]["mAP"] <= high <= 100
 
 
 def test_the_clean_protocol_reports_both_splits(mini_root, tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
+FIGURES = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
 COUNTED = 32  # matches per query up to which counting is faster than sorting
 
 
@@ -38,27 +39,41 @@ class Retrieval:
 
     def percentages(self) -> dict[str, float]:
         """The five figures by their usual names, in the usual order."""
-        return {
-            "R@1": self.r1,
-            "R@5": self.r5,
-            "R@10": self.r10,
-            "mAP": self.mAP,
-            "mINP": self.mINP,
-        }
+        values = (self.r1, self.r5, self.r10, self.mAP, self.mINP)
+        return dict(zip(FIGURES, values, strict=True))
 
 
-def retrieval(
+@dataclass(frozen=True)
+class Ranked:
+    """What a ranking gave each query: `query_metrics`' rows [Q, 3], identities [Q], gallery."""
+
+    rows_Q3: Tensor
+    pids_Q: Tensor
+    gallery: int
+
+    def summary(self) -> Retrieval:
+        """Means over the queries with a match. Raises UserError if there is none."""
+        return summarize(self.rows_Q3, self.gallery)
+
+    def percentages(self) -> Tensor:
+        """R@1, R@5, R@10, AP and INP of each query in percent, [Q, 5]; NaN without a match."""
+        first, ap, inp = self.rows_Q3.unbind(1)
+        hits = [torch.where(first.isnan(), torch.nan, (first <= k).double()) for k in (1, 5, 10)]
+        return 100 * torch.stack([*hits, ap, inp], dim=1)
+
+
+def rank(
     query_QD: Tensor,
     gallery_GD: Tensor,
     query_pids_Q: Tensor,
     gallery_pids_G: Tensor,
     chunk: int | None = None,
-) -> Retrieval:
+) -> Ranked:
     """Rank the gallery for every query by cosine similarity, on the features' device.
 
     Features need no normalisation. Queries go `chunk` at a time; left out, so many that their
     similarities fill CHUNK_BYTES, which bounds the memory at any size of the gallery. Raises
-    UserError for features that are not finite, and where no query has a match.
+    UserError for features that are not finite.
     """
     for name, features in (("query", query_QD), ("gallery", gallery_GD)):
         if not torch.isfinite(features).all():
@@ -72,7 +87,12 @@ def retrieval(
         )
         for i in range(0, len(query_QD), chunk)
     ]
-    return summarize(torch.cat(rows), len(gallery_GD))
+    return Ranked(torch.cat(rows), query_pids_Q.cpu(), len(gallery_GD))
+
+
+def retrieval(*args, **kwargs) -> Retrieval:
+    """`rank`, then the means. Raises UserError where no query has a match."""
+    return rank(*args, **kwargs).summary()
 
 
 def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""How far a figure would move on other people: bootstrap and permutation over identities.
+
+The captions of one person stand or fall together, so identities are drawn, not captions. A figure
+is a mean over captions, M figures side by side; captions without a match (NaN) are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def by_identity(values_QM: Tensor, pids_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums [I, M] of the captions' values and their number [I], for each identity."""
+    kept = ~values_QM.isnan().any(dim=1)
+    _, identity_Q = pids_Q[kept].unique(return_inverse=True)
+    count = int(identity_Q.max()) + 1
+    sums_IM = torch.zeros(count, values_QM.shape[1], dtype=torch.float64)
+    sums_IM.index_add_(0, identity_Q, values_QM[kept].double())
+    return sums_IM, identity_Q.bincount(minlength=count).double()
+
+
+def bootstrap(
+    values_QM: Tensor, pids_Q: Tensor, draws: int, seed: int = 0, level: float = 0.95
+) -> Tensor:
+    """Lower and upper end [2, M] of the percentile interval of each mean (Efron, 1979).
+
+    Args:
+        values_QM: per caption, for example 1 for a hit and 0 for a miss.
+        draws: how often as many identities are drawn, with replacement, as there are.
+        level: share of the draws between the ends.
+    """
+    sums_IM, number_I = by_identity(values_QM, pids_Q)
+    generator = torch.Generator().manual_seed(seed)
+    count = len(number_I)
+    picks_NI = torch.randint(count, (draws, count), generator=generator)
+    times_NI = torch.zeros(draws, count, dtype=torch.float64)
+    times_NI.scatter_add_(1, picks_NI, torch.ones_like(times_NI))
+    means_NM = (times_NI @ sums_IM) / (times_NI @ number_I)[:, None]
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    return means_NM.quantile(ends, dim=0)
+
+
+def permutation_p(values_QM: Tensor, pids_Q: Tensor, draws: int, seed: int = 0) -> Tensor:
+    """Two-sided p-values [M] of the means of paired differences, by flipping signs per identity.
+
+    Under the hypothesis that two runs are alike, a person's differences could as well have had the
+    other sign. p = (1 + flips at least as extreme) / (1 + draws), so it is never 0.
+    """
+    sums_IM, number_I = by_identity(values_QM, pids_Q)
+    generator = torch.Generator().manual_seed(seed)
+    signs_NI = torch.randint(2, (draws, len(number_I)), generator=generator).double() * 2 - 1
+    flipped_NM, seen_M = (signs_NI @ sums_IM).abs(), sums_IM.sum(dim=0).abs()
+    # A hair below, so that a flip that gives the same sum counts whatever its rounding.
+    return (1 + (flipped_NM >= seen_M * (1 - 1e-12)).sum(dim=0)) / (1 + draws)
