@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from datasets.build import read_dataset
+from datasets.build import read_dataset, selecting_splits
 from model.build import build_evaluation_model
 from processor.evaluator import (
     Evaluator,
@@ -46,14 +46,15 @@ def main() -> None:
     queries: dict[str, np.ndarray] = {}
     results = {"checkpoint": str(path), "epoch": checkpoint.get("epoch"), "splits": {}}
     # The split that chose the checkpoint comes too, so that its figures can be compared.
-    for name in dict.fromkeys((args.val_dataset, "test")):
+    chooser = best.get("split", selecting_splits(args.val_dataset)[0])
+    for name in dict.fromkeys((chooser, "test")):
         evaluator = Evaluator(data, name, args, device)
         features = evaluator.encode(model)
         galleries = evaluator.galleries(features)
         figures = {k: ranked.summary() for k, ranked in galleries.items()}
         results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
         queries |= per_query(name, galleries)
-        chose = name == args.val_dataset
+        chose = name == chooser
         role = "chose this checkpoint" if chose else "had no part in choosing this checkpoint"
         log.info(f"\n{name} split, which {role}\n{gallery_table(figures)}")
         if args.bootstrap:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from prettytable import PrettyTable
 
-from datasets.build import read_dataset, train_loader
+from datasets.build import read_dataset, selecting_splits, train_loader
 from model.build import build_training_model, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
@@ -24,6 +24,7 @@ from utils.checkpoint import read_weights
 from utils.devices import choose_device, choose_precision
 from utils.errors import run_main
 from utils.logger import new_run_dir, setup_logger
+from utils.metrics import FIGURES
 from utils.options import parse_options, write_config
 
 
@@ -40,7 +41,8 @@ def main() -> None:
         check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
     generator = torch.Generator().manual_seed(args.seed)
     loader = train_loader(data, args, generator, device)
-    evaluator = Evaluator(data, args.val_dataset, args, device, views=data.views[:1])
+    splits = selecting_splits(args.val_dataset)
+    evaluators = [Evaluator(data, split, args, device, data.views[:1]) for split in splits]
     model = build_training_model(args, losses, data.num_identities)
     fitted = (
         load_fitting(model, read_weights(args.finetune), args.finetune) if args.finetune else ""
@@ -52,12 +54,12 @@ def main() -> None:
         run_dir = new_run_dir(args.output_dir, args.dataset_name, args.name)
     log = setup_logger(run_dir / "train_log.txt")
     log.info(f"run folder: {run_dir}")
-    describe(log, data, evaluator, args, device)
+    describe(log, data, evaluators, args, device)
     if fitted:
         log.info(fitted)
     optimizer = build_optimizer(model.to(device).named_parameters(), args)
     scheduler = build_scheduler(optimizer, args)
-    trainer = Trainer(args, model, loader, evaluator, optimizer, scheduler, device, run_dir, log)
+    trainer = Trainer(args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log)
     if args.resume:
         trainer.resume(args.resume_ckpt_file)
         log.info(f"resumed after epoch {trainer.epoch}")
@@ -65,21 +67,27 @@ def main() -> None:
         write_config(run_dir / "configs.yaml", args)
     best = trainer.train()
 
-    table = PrettyTable(["best epoch", "split", "R@1", "R@5", "R@10", "mAP", "mINP"])
+    table = PrettyTable(["best epoch", "chosen on", "figures of", *FIGURES])
     table.float_format = ".2"
-    table.add_row([best["epoch"], best["split"], *(best[n] for n in table.field_names[2:])])
+    for chosen_on, found in best.items():
+        for split, figures in found["figures"].items():
+            table.add_row([found["epoch"], chosen_on, split, *figures.values()])
     log.info(table.get_string())
     log.info(f"evaluate it with: python test.py --config_file {run_dir / 'configs.yaml'}")
 
 
-def describe(log: logging.Logger, data, evaluator, args, device) -> None:
-    split = evaluator.split
-    log.info(
-        f"{data.name}: {data.num_identities} identities, {len(data.train)} samples; "
-        f"{evaluator.name}: {len(split.captions)} captions, {len(split.images)} images"
+def describe(log: logging.Logger, data, evaluators, args, device) -> None:
+    sizes = "; ".join(
+        f"{e.name}: {len(e.split.captions)} captions, {len(e.split.images)} images"
+        for e in evaluators
     )
-    chosen = "this is the paper's protocol" if evaluator.name == "test" else "test stays unseen"
-    log.info(f"best.pth is chosen by R@1 on the {evaluator.name} split: {chosen}")
+    log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples; {sizes}")
+    chosen = {
+        "test": "best.pth is chosen by R@1 on the test split: this is the paper's protocol",
+        "val": "best.pth is chosen by R@1 on the val split: test stays unseen",
+        "both": "best.pth is chosen by R@1 on the val split, best_test.pth on the test split",
+    }
+    log.info(chosen[args.val_dataset])
     log.info(f"losses {args.loss_names}; {device.type}, {args.precision}, seed {args.seed}")
 
 

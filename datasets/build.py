@@ -93,11 +93,16 @@ def read_dataset(args: argparse.Namespace) -> Data:
     if args.views != "ag" and name != "AGSGData":
         raise UserError(f"--views {args.views}: --dataset_name {name} has its own; for AGSGData")
     data = DATASETS[name].read(args)
-    if args.val_dataset not in data.splits:
+    if not set(selecting_splits(args.val_dataset)) <= set(data.splits):
         raise UserError(
             f"--val_dataset {args.val_dataset}: {name} has only {', '.join(data.splits)}"
         )
     return data
+
+
+def selecting_splits(val_dataset: str) -> tuple[str, ...]:
+    """The splits that choose a checkpoint; the first one's is best.pth."""
+    return ("val", "test") if val_dataset == "both" else (val_dataset,)
 
 
 def datasets_table() -> str:

@@ -1,7 +1,8 @@
 """A training run: epochs of steps, an evaluation, a checkpoint; read it top to bottom.
 
 The run's folder receives train_log.txt, TensorBoard events, best.pth (weights of the epoch with
-the highest R@1) and last.pth (everything that `--resume` needs).
+the highest R@1; with `--val_dataset both` that of val, and best_test.pth that of test) and last.pth
+(everything that `--resume` needs).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class Trainer:
     Args:
         model: on its device.
         loader: training batches; its sampler's generator is part of the checkpoint.
-        evaluator: of the split that chooses best.pth.
+        evaluators: of the splits that choose a checkpoint; the first chooses best.pth.
         run_dir: receives all files.
     """
 
@@ -42,22 +44,24 @@ class Trainer:
         args: argparse.Namespace,
         model: AEAFIRM,
         loader: DataLoader,
-        evaluator: Evaluator,
+        evaluators: Sequence[Evaluator],
         optimizer: Optimizer,
         scheduler: LRScheduler,
         device: torch.device,
         run_dir: Path,
         logger: logging.Logger,
     ) -> None:
-        self.args, self.model, self.loader, self.evaluator = args, model, loader, evaluator
+        self.args, self.model, self.loader, self.evaluators = args, model, loader, evaluators
         self.optimizer, self.scheduler, self.device = optimizer, scheduler, device
         self.run_dir, self.log = run_dir, logger
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         self.epoch = 0  # epochs done
-        self.best: dict[str, Any] = {"R@1": -1.0, "epoch": 0}
+        # By the split that chose it: its `epoch`, and all splits' `figures` there.
+        self.best: dict[str, dict[str, Any]] = {}
 
-    def train(self) -> dict[str, Any]:
-        """Run the remaining epochs. Returns the best epoch's figures, with `epoch`."""
+    def train(self) -> dict[str, dict[str, Any]]:
+        """Run the remaining epochs. Returns, by the split that chose it, the best `epoch` and
+        every evaluated split's `figures` there."""
         args = self.args
         steps = len(self.loader)
         self.writer = SummaryWriter(self.run_dir)
@@ -168,19 +172,24 @@ class Trainer:
         return means
 
     def _evaluate(self) -> str:
-        result = self.evaluator.evaluate(self.model)
-        figures = result.percentages()
-        for name, value in figures.items():
-            self.writer.add_scalar(f"{self.evaluator.name}/{name}", value, self.epoch)
-        better = figures["R@1"] > self.best["R@1"]
-        if better:
-            self.best = {**figures, "epoch": self.epoch, "split": self.evaluator.name}
-            save_checkpoint(
-                self.run_dir / "best.pth",
-                {"model": self.model.state_dict(), "epoch": self.epoch, "best": self.best},
+        figures = {e.name: e.evaluate(self.model).percentages() for e in self.evaluators}
+        line = ""
+        for number, (split, values) in enumerate(figures.items()):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, self.epoch)
+            line += f"  {split}: " + " ".join(
+                f"{name} {value:.2f}" for name, value in values.items()
             )
-        shown = " ".join(f"{name} {value:.2f}" for name, value in figures.items())
-        return f"  {self.evaluator.name}: {shown}" + ("  best" if better else "")
+            best = self.best.get(split)
+            if best is None or values["R@1"] > best["figures"][split]["R@1"]:
+                self.best[split] = {"epoch": self.epoch, "figures": figures}
+                chosen = {**values, "epoch": self.epoch, "split": split}
+                save_checkpoint(
+                    self.run_dir / (f"best_{split}.pth" if number else "best.pth"),
+                    {"model": self.model.state_dict(), "epoch": self.epoch, "best": chosen},
+                )
+                line += "  best"
+        return line
 
     def state(self) -> dict[str, Any]:
         """Everything that going on with the run needs."""

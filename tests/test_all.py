@@ -56,7 +56,8 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert len(re.findall(r"epoch \d/3  loss .*supkl .*match2 .*test: R@1", log)) == 3
     assert "best.pth is chosen by R@1 on the test split: this is the paper's protocol" in log
     best, last = (load_checkpoint(finished / f"{n}.pth") for n in ("best", "last"))
-    assert last["epoch"] == 3 and best["epoch"] == best["best"]["epoch"] == last["best"]["epoch"]
+    assert last["epoch"] == 3 and best["epoch"] == best["best"]["epoch"]
+    assert last["best"]["test"]["epoch"] == best["epoch"]
     assert (last["model"]["queue.pids"] >= 0).any()
 
 
@@ -96,6 +97,24 @@ def test_the_clean_protocol_reports_both_splits(mini_root, tmp_path, monkeypatch
     shown = capsys.readouterr().out
     assert "val split, which chose this checkpoint" in shown and ": equal" in shown
     assert "test split, which had no part in choosing this checkpoint" in shown
+
+
+def test_both_protocols_are_tracked_in_one_run(mini_root, tmp_path, monkeypatch, capsys):
+    """val chooses best.pth, test best_test.pth; the log has the test figures of both epochs."""
+    folder = train(monkeypatch, mini_root, tmp_path, val_dataset="both", num_epoch=4)
+    lines = (folder / "train_log.txt").read_text().splitlines()
+    epochs = [dict(re.findall(r"(val|test): R@1 ([\d.]+)", x)) for x in lines if "epoch" in x and "val:" in x]  # fmt: skip
+    assert len(epochs) == 4 and all(set(e) == {"val", "test"} for e in epochs)
+    capsys.readouterr()
+    for split, file in (("val", "best.pth"), ("test", "best_test.pth")):
+        scores = [float(e[split]) for e in epochs]
+        checkpoint = load_checkpoint(folder / file)
+        assert checkpoint["epoch"] == 1 + scores.index(max(scores))  # the first of equals
+        row = next(x for x in lines if re.search(rf"\| +{split} +\| +test +\|", x))
+        assert f" {epochs[checkpoint['epoch'] - 1]['test']} " in row
+        run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml", "--checkpoint", folder / file)  # fmt: skip
+        shown = capsys.readouterr().out
+        assert f"{split} split, which chose this checkpoint" in shown and ": equal" in shown
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(

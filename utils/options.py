@@ -130,8 +130,9 @@ GROUPS: dict[str, list[Option]] = {
             "val_dataset",
             str,
             "test",
-            "split whose R@1 chooses best.pth; test is the paper's protocol, val the clean one",
-            choices=("test", "val"),
+            "split whose R@1 chooses best.pth; test is the paper's protocol, val the clean one; "
+            "both: val chooses best.pth, test best_test.pth",
+            choices=("test", "val", "both"),
         ),
         _o("resume", bool, False, "go on with the run of --resume_ckpt_file, in its folder"),
         _o("resume_ckpt_file", str, "", "checkpoint to go on from, usually RUN/last.pth"),
