@@ -73,10 +73,11 @@ def main() -> None:
             accuracy = evaluator.attribute_accuracy(model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}")
-    target = path.parent / "test_results.json"
+    stem = "test" if path.stem == "best" else path.stem
+    target = path.parent / f"{stem}_results.json"
     write_atomically(target, lambda file: file.write(json.dumps(results, indent=2).encode()))
-    write_queries(path.parent / "test_queries.npz", queries)
-    log.info(f"\nwritten to {target} and, caption by caption, to test_queries.npz beside it")
+    write_queries(path.parent / f"{stem}_queries.npz", queries)
+    log.info(f"\nwritten to {target} and, caption by caption, to {stem}_queries.npz beside it")
 
 
 def add_options(parser) -> None:

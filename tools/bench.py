@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.build import read_dataset, to_device, tokenize, train_loader, trim
 from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN
+from model.backbone import parse_choice, sizes_of_name
 from model.build import AEAFIRM, build_training_model
 from model.losses import parse_loss_names
 from processor.trainer import Trainer
@@ -245,6 +246,27 @@ def bench_step(args: argparse.Namespace, device: torch.device, clock: Clock) -> 
         yield row(name, found, share=statistics.median(found) / median)
 
 
+def without_weights(args: argparse.Namespace) -> None:
+    """Take a named ViT's sizes from scratch: speed does not depend on the values of its weights."""
+    named = parse_choice(args.pretrain_choice)
+    sizes = sizes_of_name(*named) if named else None
+    if sizes is not None and not sizes.is_resnet and sizes.head_width == 64:
+        for name in ("embed_dim", "vision_width", "vision_layers", "vision_patch_size",
+                     "text_width", "text_layers"):  # fmt: skip
+            setattr(args, name, getattr(sizes, name))
+        args.pretrain_choice = "scratch"
+
+
+def measured_step(args: argparse.Namespace) -> float:
+    """Seconds of one training step, from three after a warm-up."""
+    args = argparse.Namespace(**vars(args), plain=False)
+    without_weights(args)
+    device = choose_device(args.device)
+    args.precision = choose_precision(args.precision, device)
+    clock = Clock(device, 3)
+    return next(bench_step(args, device, clock))["median_ms"] / 1e3
+
+
 @torch.no_grad()
 def bench_encode(args: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Row]:
     """Encoding for evaluation, without gradients."""
@@ -363,8 +385,7 @@ def main() -> None:
     if args.compare:
         print(compare(args.compare))
         return
-    if args.pretrain_choice == "ViT-B/16":
-        args.pretrain_choice = "scratch"  # the same sizes
+    without_weights(args)
     device = choose_device(args.device)
     args.precision = "fp32" if args.plain else choose_precision(args.precision, device)
     if args.plain and "match2" not in args.loss_names.split("+"):

@@ -1,0 +1,406 @@
+"""Train and evaluate the rows of a table, each with several seeds, and print the table.
+
+    python tools/reproduce.py --table main --root_dir path_to_dataset/TBAGPR --seeds 1 2 3
+    python tools/reproduce.py --table mini --root_dir data/mini-TBAGPR --seeds 1 2
+
+A table is a file in configs/tables/ (or any path): rows of options over a base preset, with the
+published figures. Each row and seed is a job with a folder of its own under --output_dir, whose
+name is a hash of its resolved options, the data and the code. So what is done is skipped, what was
+cut off goes on from its last checkpoint, and a change of any of the three makes a new job. A job
+that fails is reported, and the others go on. The table is printed and written as Markdown, LaTeX
+and CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import queue
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
+
+import yaml
+from prettytable import PrettyTable, TableStyle
+from tqdm import tqdm
+
+from datasets.build import read_dataset
+from tools.bench import measured_step
+from utils.attributes import read_attributes
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError, run_main, suggest
+from utils.files import write_atomically
+from utils.metrics import FIGURES
+from utils.options import OPTIONS, read_preset, resolve, write_config
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "configs/tables"
+ROW_KEYS = {"name", "base", "options", "published", "needs"}
+# What may differ between two machines without making another experiment of it.
+INDIFFERENT = (
+    "name", "output_dir", "root_dir", "device", "num_workers", "image_cache", "log_period",
+    "finetune", "attributes_file", "resume", "resume_ckpt_file", "test_batch_size",
+)  # fmt: skip
+# Which checkpoint gives the test figures of a protocol.
+PROTOCOLS = {
+    "paper": "best epoch chosen on test (the paper's protocol)",
+    "clean": "best epoch chosen on val (test unseen until the end)",
+}
+CHECKPOINTS = {
+    "test": {"paper": "best.pth"},
+    "val": {"clean": "best.pth"},
+    "both": {"paper": "best_test.pth", "clean": "best.pth"},
+}
+
+
+@dataclass
+class Job:
+    """One row with one seed."""
+
+    row: str
+    seed: int
+    args: argparse.Namespace
+    folder: Path
+    error: str = ""
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What a finished job left, or None."""
+        path = self.folder / "done.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    @property
+    def last(self) -> Path | None:
+        """The checkpoint to go on from, if there is one."""
+        found = sorted(self.folder.glob("logs/*/*/last.pth"), key=lambda p: p.stat().st_mtime_ns)
+        return found[-1] if found else None
+
+
+@dataclass
+class Table:
+    """A table file, read and checked."""
+
+    name: str
+    title: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_table(name: str) -> Table:
+    """`configs/tables/NAME.yaml`, or a path. Raises UserError naming what is wrong in it."""
+    path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
+    known = sorted(p.stem for p in TABLES.glob("*.yaml"))
+    if not path.is_file():
+        raise UserError(
+            f"--table {name}: no such table.{suggest(name, known)} Known: {', '.join(known)}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not {"title", "base", "rows"} <= set(content):
+        raise UserError(f"{path}: expected the keys title, base, rows and perhaps options")
+    rows = []
+    for row in content["rows"]:
+        if not isinstance(row, dict) or "name" not in row or set(row) - ROW_KEYS:
+            raise UserError(f"{path}: a row needs a name, and may have {', '.join(ROW_KEYS)}")
+        values = read_preset(path.parent / row.get("base", content["base"]))
+        for key, value in {**content.get("options", {}), **row.get("options", {})}.items():
+            if key not in OPTIONS:
+                raise UserError(f"{path}, row {row['name']}: unknown option '{key}'")
+            values[key] = OPTIONS[key].coerce(value, f"{path}, row {row['name']}")
+        rows.append({**row, "name": str(row["name"]), "values": values})
+    return Table(path.stem, content["title"], rows)
+
+
+def make_jobs(table: Table, given: argparse.Namespace) -> tuple[list[Job], dict[str, str]]:
+    """All jobs of a table, and the rows that cannot run with the reason."""
+    jobs, left_out = [], {}
+    data, code = fingerprint(Path(given.root_dir)), code_version()
+    for row in table.rows:
+        if row.get("needs") == "finetune" and not given.mllm4text:
+            left_out[row["name"]] = "needs --mllm4text, a checkpoint of MLLM4Text-ReID"
+            continue
+        values = {**row["values"], "root_dir": given.root_dir, "device": given.device}
+        for name in ("num_workers", "image_cache", "num_epoch", "precision"):
+            if getattr(given, name) is not None:
+                values[name] = getattr(given, name)
+        weights = ""
+        if row.get("needs") == "finetune":
+            values["finetune"], weights = given.mllm4text, file_hash(Path(given.mllm4text))
+        for seed in given.seeds:
+            args = resolve({**values, "seed": seed, "name": "job"})
+            options = {k: v for k, v in vars(args).items() if k not in INDIFFERENT}
+            sentences = repr(read_attributes(args.attributes_file))
+            text = json.dumps([options, data, code, weights, sentences], sort_keys=True)
+            key = hashlib.sha256(text.encode()).hexdigest()[:12]
+            slug = re.sub(r"[^a-z0-9]+", "-", row["name"].lower()).strip("-")
+            folder = Path(given.output_dir, table.name, f"{slug}-seed{seed}-{key}")
+            jobs.append(Job(row["name"], seed, args, folder))
+    return jobs, left_out
+
+
+def fingerprint(root: Path) -> str:
+    """A hash of a data set: the contents of its JSON files, names and sizes of all others."""
+    if not root.is_dir():
+        raise UserError(f"--root_dir {root}: no such folder")
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        digest.update(f"\n{path.relative_to(root)}\0{path.stat().st_size}".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def code_version() -> str:
+    """A hash of all code that takes part in training and evaluation."""
+    rooms = ("datasets", "model", "processor", "solver", "utils")
+    files = [ROOT / "train.py", ROOT / "test.py"]
+    files += [p for room in rooms for p in (ROOT / room).glob("*.py")]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (--mllm4text)") from None
+
+
+class Runner:
+    """Runs jobs, one at a time or one per GPU.
+
+    Args:
+        bar: counts epochs over all jobs.
+    """
+
+    def __init__(self, bar: tqdm, gpus: list[str]) -> None:
+        self.bar = bar
+        self.gpus: queue.Queue[str | None] = queue.Queue()
+        for gpu in gpus or [None]:
+            self.gpus.put(gpu)
+        self.children: set[subprocess.Popen] = set()
+        self.stopping = False
+
+    def run(self, job: Job) -> None:
+        """Train (or go on), evaluate every protocol's checkpoint, and note the figures."""
+        if self.stopping:
+            return
+        gpu = self.gpus.get()
+        self.bar.set_postfix_str(f"{job.row}, seed {job.seed}")
+        try:
+            started = time.time()
+            job.folder.mkdir(parents=True, exist_ok=True)
+            config = job.folder / "options.yaml"
+            job.args.output_dir = str(job.folder / "logs")
+            write_config(config, job.args)
+            more = ["--resume", "--resume_ckpt_file", str(job.last)] if job.last else []
+            self._call(job, gpu, "train.py", "--config_file", str(config), *more)
+            run = job.last.parent
+            figures = {}
+            for protocol, file in CHECKPOINTS[job.args.val_dataset].items():
+                self._call(
+                    job, gpu, "test.py", "--config_file", str(run / "configs.yaml"),
+                    "--checkpoint", str(run / file),
+                )  # fmt: skip
+                stem = "test" if file == "best.pth" else Path(file).stem
+                result = json.loads((run / f"{stem}_results.json").read_text())
+                first = next(iter(result["splits"]["test"]["galleries"].values()))
+                values = [first[name] for name in ("r1", "r5", "r10", "mAP", "mINP")]
+                figures[protocol] = {
+                    **dict(zip(FIGURES, values, strict=True)),
+                    "epoch": result["epoch"],
+                    "queries": str(run / f"{stem}_queries.npz"),
+                }
+            done = {"row": job.row, "seed": job.seed, "seconds": time.time() - started, **figures}
+            write_atomically(
+                job.folder / "done.json",
+                lambda file: file.write(json.dumps(done, indent=2).encode()),
+            )
+        except UserError as error:
+            job.error = str(error)
+            if not self.stopping:
+                tqdm.write(f"FAILED {job.row}, seed {job.seed}: {error}")
+        finally:
+            self.gpus.put(gpu)
+
+    def _call(self, job: Job, gpu: str | None, *command: str) -> None:
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
+        console = job.folder / "console.txt"
+        line = ""
+        with open(console, "a", encoding="utf-8") as log:
+            child = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            self.children.add(child)
+            for line in child.stdout:
+                log.write(line)
+                if re.match(r"epoch \d+/\d+  loss", line):
+                    self.bar.update()
+            code = child.wait()
+            self.children.discard(child)
+        if code:
+            raise UserError(f"{' '.join(line.split()) or f'exit status {code}'} (see {console})")
+
+    def stop(self) -> None:
+        """End the children; their last checkpoints stay."""
+        self.stopping = True
+        for child in list(self.children):
+            child.terminate()
+
+
+def run_jobs(jobs: list[Job], gpus: list[str]) -> None:
+    """Run what is not done, with one bar over the epochs of all."""
+    waiting = [job for job in jobs if job.results is None]
+    total = sum(job.args.num_epoch for job in waiting)
+    already = sum(epochs_done(job) for job in waiting)
+    bar = tqdm(total=total, initial=already, unit="epoch", dynamic_ncols=True, disable=None)
+    runner = Runner(bar, gpus)
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with bar, ThreadPoolExecutor(max(1, len(gpus))) as pool:
+        try:
+            list(pool.map(runner.run, waiting))
+        except KeyboardInterrupt:
+            runner.stop()
+            raise
+
+
+def epochs_done(job: Job) -> int:
+    """Epochs in a job's last checkpoint."""
+    try:
+        return load_checkpoint(job.last)["epoch"] if job.last else 0
+    except UserError:
+        return 0
+
+
+def tables_of(table: Table, jobs: list[Job], left_out: dict[str, str]) -> Iterator[tuple]:
+    """(protocol, PrettyTable) of mean and standard deviation over seeds, beside the published."""
+    for protocol in PROTOCOLS:
+        if not any(protocol in CHECKPOINTS[job.args.val_dataset] for job in jobs):
+            continue
+        shown = PrettyTable(["method", "seeds", *FIGURES, "published R@1", "difference"])
+        shown.align = "r"
+        shown.align["method"] = "l"
+        for row in table.rows:
+            found = [j.results[protocol] for j in jobs if j.row == row["name"] and j.results
+                     and protocol in j.results]  # fmt: skip
+            cells = [spread([f[name] for f in found]) for name in FIGURES]
+            published = row.get("published", {}).get("R@1")
+            difference = ""
+            if found and published is not None:
+                difference = f"{statistics.mean(f['R@1'] for f in found) - published:+.2f}"
+            failed = [j for j in jobs if j.row == row["name"] and j.error]
+            name = row["name"]
+            if name in left_out:
+                name += f" ({left_out[name]})"
+            elif failed:
+                name += f" ({len(failed)} failed)"
+            seeds = ", ".join(str(j.seed) for j in jobs if j.row == row["name"] and j.results)
+            shown.add_row([name, seeds, *cells, "" if published is None else f"{published:.2f}",
+                           difference])  # fmt: skip
+        yield protocol, shown
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and from two values on the standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder: Path) -> str:
+    """Write table.md, table.tex and table.csv; returns what to print."""
+    markdown, latex, csv, console = [f"# {table.title}\n"], [], [], []
+    for protocol, shown in tables_of(table, jobs, left_out):
+        console.append(f"{table.title}: {PROTOCOLS[protocol]}\n{shown.get_string()}")
+        latex.append(f"% {PROTOCOLS[protocol]}\n{escaped(shown.get_latex_string())}")
+        csv.append(shown.get_csv_string().replace("\r\n", "\n"))
+        lines = copy.copy(shown)
+        lines.set_style(TableStyle.MARKDOWN)
+        markdown.append(f"{PROTOCOLS[protocol][0].upper()}{PROTOCOLS[protocol][1:]}:\n\n{lines}\n")
+    note = "Mean ± standard deviation over seeds, percent. One gallery: the first view's images."
+    markdown.append(note)
+    for name, text in (("md", "\n".join(markdown)), ("tex", "\n".join(latex)),
+                       ("csv", "\n".join(csv))):  # fmt: skip
+        write_atomically(folder / f"table.{name}", lambda f, t=text: f.write((t + "\n").encode()))
+    return "\n\n".join(console)
+
+
+def escaped(latex: str) -> str:
+    """`&` and `\\\\` are the table's own; the rest that LaTeX minds is escaped."""
+    return latex.replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
+
+
+def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
+    """What would run, with hours estimated from a few measured steps of each row."""
+    table = PrettyTable(["method", "seed", "state", "epochs left", "hours"])
+    table.align = "r"
+    table.align["method"] = table.align["state"] = "l"
+    per_epoch: dict[str, float] = {}
+    total = 0.0
+    for job in jobs:
+        left = 0 if job.results else job.args.num_epoch - epochs_done(job)
+        state = "done" if job.results else f"goes on from {job.last}" if job.last else "to run"
+        if left and job.row not in per_epoch:
+            samples = len(read_dataset(job.args).train)
+            steps = -(-samples // job.args.batch_size)
+            per_epoch[job.row] = steps * measured_step(job.args)
+        hours = left * per_epoch.get(job.row, 0) / 3600
+        total += hours
+        table.add_row([job.row, job.seed, state, left, f"{hours:.2f}"])
+    for name, reason in left_out.items():
+        table.add_row([name, "", reason, "", ""])
+    return (
+        f"{table.get_string()}\n{total:.2f} hours of training on this machine, one job at a time; "
+        "loading and evaluation come on top"
+    )
+
+
+def main() -> None:
+    names = ", ".join(sorted(p.stem for p in TABLES.glob("*.yaml")))
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--table", required=True, help=f"{names}, or a YAML file")
+    add("--root_dir", required=True, help="folder that holds the data set")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one job of every row for each")
+    add("--output_dir", default="logs/reproduce", help="receives all jobs")
+    add("--mllm4text", default="", help="checkpoint of MLLM4Text-ReID, for the rows from it")
+    add("--gpus", nargs="+", default=[], help="spread the jobs over these GPUs, one each")
+    add("--device", default="auto", choices=OPTIONS["device"].choices, help="of every job")
+    add("--precision", choices=OPTIONS["precision"].choices, help="overrides the rows' own")
+    add("--num_epoch", type=int, help="overrides the rows' own")
+    add("--num_workers", type=int, help="overrides the rows' own")
+    add("--image_cache", help="overrides the rows' own")
+    add("--dry_run", action="store_true", help="only list what would run, with estimated hours")
+    given = parser.parse_args()
+    table = read_table(given.table)
+    jobs, left_out = make_jobs(table, given)
+    if given.dry_run:
+        print(plan(jobs, left_out))
+        return
+    run_jobs(jobs, given.gpus)
+    print(write_tables(table, jobs, left_out, Path(given.output_dir, table.name)))
+    failed = [job for job in jobs if job.error]
+    for job in failed:
+        print(f"FAILED {job.row}, seed {job.seed}: {job.error}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run_main(main)
