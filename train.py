@@ -17,7 +17,7 @@ from datasets.build import read_dataset, selecting_splits, train_loader
 from model.build import build_training_model, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
-from processor.trainer import Trainer
+from processor.trainer import Trainer, read_state
 from solver.build import build_optimizer, build_scheduler
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import read_weights
@@ -49,6 +49,7 @@ def main() -> None:
     )
 
     if args.resume:
+        state = read_state(args.resume_ckpt_file)
         run_dir = Path(args.resume_ckpt_file).parent
     else:
         run_dir = new_run_dir(args.output_dir, args.dataset_name, args.name)
@@ -61,10 +62,9 @@ def main() -> None:
     scheduler = build_scheduler(optimizer, args)
     trainer = Trainer(args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log)
     if args.resume:
-        trainer.resume(args.resume_ckpt_file)
+        trainer.resume(state, args.resume_ckpt_file)
         log.info(f"resumed after epoch {trainer.epoch}")
-    else:
-        write_config(run_dir / "configs.yaml", args)
+    write_config(run_dir / "configs.yaml", args)
     best = trainer.train()
 
     table = PrettyTable(["best epoch", "chosen on", "figures of", *FIGURES])

@@ -8,6 +8,7 @@ for batch in loader: ...         # a dict of tensors, see TrainDataset
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,7 @@ def _image_files(
 ) -> ImageFiles:
     files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
     if args.image_cache:
-        files.use_cache(args.image_cache, args.num_workers)
+        files.use_cache(args.image_cache, min(args.num_workers, os.cpu_count() or 1))
     return files
 
 
@@ -305,8 +306,9 @@ def caption_batches(captions: Sequence[str], args: argparse.Namespace) -> Iterat
 
 
 def _workers(args: argparse.Namespace, device: torch.device) -> dict:
+    workers = min(args.num_workers, os.cpu_count() or 1)
     return {
-        "num_workers": args.num_workers,
-        "persistent_workers": args.num_workers > 0,
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",
     }

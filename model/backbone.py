@@ -12,6 +12,9 @@ Weights keep OpenAI's names, so a checkpoint of this project, of IRRA and of CLI
 from __future__ import annotations
 
 import math
+import socket
+import urllib.parse
+import urllib.request
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants as hub_constants
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.pretrained import (
@@ -417,6 +421,15 @@ def _position_embedding(grid: tuple[int, int], width: int) -> nn.Parameter:
     return nn.Parameter(width**-0.5 * torch.randn(1 + grid[0] * grid[1], width))
 
 
+def _reach(config: dict) -> None:
+    """Raise OSError at once where the hub is out of reach: its own library tries for a minute."""
+    if not config.get("hf_hub") or urllib.request.getproxies():
+        return
+    address = urllib.parse.urlsplit(hub_constants.ENDPOINT)
+    port = address.port or {"http": 80}.get(address.scheme, 443)
+    socket.create_connection((address.hostname, port), timeout=10).close()
+
+
 def _fetch(choice: str, model: str, tag: str) -> Path:
     """The weights' file: from the cache if it was put there, else downloaded to it."""
     config = get_pretrained_cfg(model, tag)
@@ -428,8 +441,11 @@ def _fetch(choice: str, model: str, tag: str) -> Path:
         config = {**config, "hf_hub": ""}
     url, hub = config.get("url", ""), config.get("hf_hub", "")
     target = cache / (url.rsplit("/", 1)[-1] if tag == "openai" else f"{model}-{tag}.safetensors")
-    source = url if tag == "openai" or not hub else f"https://huggingface.co/{hub.rstrip('/')}"
+    source = url
+    if hub:
+        source = f"open_clip_model.safetensors (or open_clip_pytorch_model.bin, then as .bin) of https://huggingface.co/{hub.rstrip('/')}"
     try:
+        _reach(config)
         # open_clip verifies the SHA-256 that stands in OpenAI's address, also of a file already
         # there; Hugging Face's library verifies its own.
         return Path(download_pretrained(config, cache_dir=str(cache)))

@@ -167,16 +167,17 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
         dataset: its name, for messages.
         pairs, attributes: whether its samples have both views, and attribute labels.
     """
+    single = [name for name, row in LOSSES.items() if row.compute and not row.pairs]
     for name in names:
         if LOSSES[name].pairs and not pairs:
             raise UserError(
                 f"--loss_names: '{name}' needs an aerial and a ground image per caption; "
-                f"the samples of {dataset} have one image"
+                f"the samples of {dataset} have one image. For one view: {', '.join(single)}"
             )
         if LOSSES[name].attributes and not attributes:
             raise UserError(
-                f"--loss_names: '{name}' needs attribute labels; {dataset} comes without "
-                "(AGDataAttr has them)"
+                f"--loss_names: '{name}' needs attribute labels; {dataset} comes without them here "
+                "(AGDataAttr has them, and a custom data set may)"
             )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from processor.evaluator import Evaluator
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import autocast
 from utils.errors import UserError
+
+# What `Trainer.state` holds and going on with a run needs.
+STATE = ("model", "optimizer", "scheduler", "scaler", "epoch", "best", "generators")
 
 
 class Trainer:
@@ -72,7 +76,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=None,  # no bar where stderr is no terminal; the log has every figure
         )
-        with self.writer, bar:
+        with self.writer, bar, self._interruptible():
             while self.epoch < args.num_epoch:
                 started = time.perf_counter()
                 line = self._train_epoch(bar)
@@ -84,6 +88,23 @@ class Trainer:
                 seconds = time.perf_counter() - started
                 self.log.info(f"epoch {self.epoch}/{args.num_epoch}  {line}  {seconds:.1f} s")
         return self.best
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Say on Ctrl-C how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            last = self.run_dir / "last.pth"
+            self.log.info(
+                f"interrupted in epoch {self.epoch + 1}; "
+                + (
+                    f"go on with: python train.py --resume --resume_ckpt_file {last}"
+                    if last.exists()
+                    else f"there is no checkpoint yet, {self.run_dir} may be deleted"
+                )
+            )
+            raise
 
     def _train_epoch(self, bar: tqdm) -> str:
         args, model = self.args, self.model
@@ -206,25 +227,42 @@ class Trainer:
             },
         }
 
-    def resume(self, path: str) -> None:
-        """Go on from a checkpoint of `state()`. Raises UserError if it is none or does not fit."""
-        state = load_checkpoint(path)
-        missing = sorted(set(self.state()) - set(state))
-        if missing:
-            raise UserError(
-                f"{path}: cannot be resumed, it lacks {', '.join(missing)}; "
-                "give last.pth, or start from its weights with --finetune"
-            )
+    def resume(self, state: dict[str, Any], path: str) -> None:
+        """Go on from `read_state(path)`. Raises UserError if it does not fit the options.
+
+        Learning rates are those of the present options at that epoch, so that a run may be given
+        more epochs.
+        """
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path}: does not fit these options: {error}") from None
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.last_epoch = state["epoch"]
+        for group, base, factor in zip(
+            self.optimizer.param_groups,
+            self.scheduler.base_lrs,
+            self.scheduler.lr_lambdas,
+            strict=True,
+        ):
+            group["initial_lr"], group["lr"] = base, base * factor(state["epoch"])
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best = state["epoch"], state["best"]
         self.loader.sampler.generator.set_state(state["generators"]["sampler"])
         self.model.generator.set_state(state["generators"]["firm"])
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """A checkpoint that a run can go on from. Raises UserError if it is none."""
+    state = load_checkpoint(path)
+    missing = sorted(set(STATE) - set(state))
+    if missing:
+        raise UserError(
+            f"{path}: cannot be resumed, it lacks {', '.join(missing)}; "
+            "give last.pth, or start from its weights with --finetune"
+        )
+    return state
 
 
 def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:

@@ -39,6 +39,8 @@ def flags(root, out, **more):
 def train(monkeypatch, root, out, **more):
     """Train and return the run's folder."""
     run(train_entry.main, monkeypatch, *flags(root, out, **more))
+    if out is None:  # a resumed run stays in its folder
+        return more["resume_ckpt_file"].parent
     return max(out.glob("*/*/"), key=lambda p: p.stat().st_mtime_ns)
 
 
@@ -145,12 +147,67 @@ def test_a_resumed_run_ends_as_the_unbroken_one(finished, mini_root, tmp_path, m
             train(patch, mini_root, tmp_path)
     (last,) = tmp_path.glob("*/*/last.pth")
     assert load_checkpoint(last)["epoch"] == 2
-    folder = train(monkeypatch, mini_root, tmp_path, resume=True, resume_ckpt_file=last)
+    folder = train(monkeypatch, mini_root, None, resume=True, resume_ckpt_file=last)
     assert folder == last.parent
     resumed, unbroken = (load_checkpoint(f / "last.pth") for f in (folder, finished))
     assert resumed["best"] == unbroken["best"] and resumed["epoch"] == 3
     for name, value in unbroken["model"].items():
         assert torch.equal(resumed["model"][name], value), name
+
+
+def test_a_run_goes_on_with_its_own_options_and_with_more_epochs(
+    mini_root, tmp_path, monkeypatch, capsys
+):
+    """`--resume --resume_ckpt_file RUN/last.pth` is enough; learning rates are the new schedule's."""
+    folder = train(monkeypatch, mini_root, tmp_path, num_epoch=2)
+    run(train_entry.main, monkeypatch, "--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 4)  # fmt: skip
+    assert yaml.safe_load((folder / "configs.yaml").read_text())["num_epoch"] == 4
+    longer = train(monkeypatch, mini_root, tmp_path / "longer", num_epoch=4)
+
+    def rates(where):
+        log = (where / "train_log.txt").read_text()
+        return re.findall(r"epoch (\d/4)  loss .*lr ([\d.e-]+)", log)
+
+    assert rates(folder) == rates(longer)[2:]
+
+
+def test_what_cannot_be_resumed_is_told_and_leaves_nothing(finished, tmp_path, monkeypatch):
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk/no.pth").write_text("no checkpoint")
+    log = (finished / "train_log.txt").read_text()
+    for path, message in (
+        (tmp_path / "none/last.pth", "last.pth: no such file"),
+        (tmp_path / "junk/no.pth", "no.pth: no checkpoint: not a file of torch.save"),
+        (finished / "lst.pth", "lst.pth: no such file"),
+        (finished / "best.pth", "cannot be resumed, it lacks generators, optimizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(train_entry.main, monkeypatch, "--resume", "--resume_ckpt_file", path)  # fmt: skip
+    assert [p.name for p in tmp_path.rglob("*")] == ["junk", "no.pth"]
+    assert (finished / "train_log.txt").read_text() == log
+    with pytest.raises(UserError, match="leave --output_dir out"):
+        run(train_entry.main, monkeypatch, "--resume", "--resume_ckpt_file", finished / "last.pth", "--output_dir", tmp_path)  # fmt: skip
+
+
+def test_an_interrupted_run_says_how_to_go_on(mini_root, tmp_path, monkeypatch):
+    from processor.trainer import Trainer
+
+    original = Trainer._train_epoch
+
+    def interrupted(self, bar):
+        if self.epoch == stop:
+            raise KeyboardInterrupt
+        return original(self, bar)
+
+    for stop, message in ((0, "there is no checkpoint yet"), (1, "--resume --resume_ckpt_file")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_train_epoch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(patch, mini_root, tmp_path / str(stop))
+        (log,) = (tmp_path / str(stop)).glob("*/*/train_log.txt")
+        assert (
+            f"interrupted in epoch {stop + 1}; " in log.read_text() and message in log.read_text()
+        )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +293,7 @@ def test_the_originals_checkpoint_evaluates_as_it_is(
     torch.save(state, tmp_path / "best.pth")
     (tmp_path / "configs.yaml").write_text(
         f"dataset_name: AGDataAttr\nroot_dir: {mini_root}\nimg_size: !!python/tuple\n- 96\n- 32\n"
-        "stride_size: 16\nloss_names: supkl+queue\nlocal_rank: 0\nnum_workers: 0\ntraining: false\n"
+        "stride_size: 16\nloss_names: supkl+queue\nlocal_rank: 0\nnum_workers: 0\ntraining: false\nfoo: 1\n"
     )
     run(
         test_entry.main,
@@ -247,7 +304,7 @@ def test_the_originals_checkpoint_evaluates_as_it_is(
         "fp32",
     )
     shown = capsys.readouterr().out
-    assert "ignored, unknown here: local_rank, training" in shown and "aerial, G2APS-AG" in shown
+    assert "ignored, unknown here: foo" in shown and "aerial, G2APS-AG" in shown
 
 
 def refused(message, monkeypatch, root, out, **more):

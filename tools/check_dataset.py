@@ -10,6 +10,7 @@ be, but deserves a look, is a warning; with --strict warnings fail too.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 import unicodedata
@@ -210,8 +211,9 @@ def suspicious(text: str) -> str:
 def overview(parts: dict[str, Part]) -> str:
     """Counts per split."""
     views = list(parts["train"].views)
-    table = PrettyTable(["split", "identities", *(f"{v} images" for v in views), "captions",
-                         "captions per identity", "words per caption"])  # fmt: skip
+    shown = [f"{view.removesuffix('image').strip()} images".strip() for view in views]
+    head = ["split", "identities", *shown, "captions", "captions per identity", "words per caption"]
+    table = PrettyTable(head)
     table.align = "r"
     table.align["split"] = "l"
     for name, part in parts.items():
@@ -266,7 +268,7 @@ def main() -> None:
             "\nIdentities are numbered per split here, so that one in two splits is found by its "
             "pictures alone."
         )
-    check_images(parts, args.min_side, args.num_workers, report)
+    check_images(parts, args.min_side, min(args.num_workers, os.cpu_count() or 1), report)
     check_identities(data, parts, report)
     check_captions(parts, report)
     print(f"\n{report}" if report.findings else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import types
 import zipfile
 from collections import OrderedDict
@@ -68,10 +69,15 @@ def _load(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start not in (b"PK", b"\x80\x02"):  # neither of torch.save's formats
+            raise UserError(f"{path}: no checkpoint: not a file of torch.save") from None
+        # torch's own words advise to load it unsafely; of them only the culprit is of use.
+        found = re.search(r"Unsupported (?:global|class|operand)[^.]*\.?[^.]*", str(error))
         raise UserError(
             f"{path}: refused: it holds more than tensors and plain values, and loading it could "
-            f"run code, or it is damaged ({reason})"
+            f"run code, or it is damaged ({found.group() if found else 'unreadable'})"
         ) from None
     except Exception as error:
         reason = str(error).split("\n")[0]

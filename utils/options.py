@@ -123,7 +123,7 @@ GROUPS: dict[str, list[Option]] = {
             "that do not fit into memory",
             least=1,
         ),
-        _o("num_workers", int, 8, "processes that load images", least=0),
+        _o("num_workers", int, 8, "processes that load images; one per core at most", least=0),
         _o("log_period", int, 100, "steps between log lines", least=1),
         _o("eval_period", int, 1, "epochs between evaluations and checkpoints", least=1),
         _o(
@@ -134,7 +134,7 @@ GROUPS: dict[str, list[Option]] = {
             "both: val chooses best.pth, test best_test.pth",
             choices=("test", "val", "both"),
         ),
-        _o("resume", bool, False, "go on with the run of --resume_ckpt_file, in its folder"),
+        _o("resume", bool, False, "go on with the run of --resume_ckpt_file: its folder, options"),
         _o("resume_ckpt_file", str, "", "checkpoint to go on from, usually RUN/last.pth"),
         _o("finetune", str, "", "checkpoint whose weights are loaded where names and shapes fit"),
     ],
@@ -298,6 +298,8 @@ SCRATCH_ONLY = (
     "embed_dim", "vision_width", "vision_layers", "vision_patch_size", "text_width", "text_layers",
 )  # fmt: skip
 # test.py takes the rest from the run's configs.yaml.
+# What other code of this family keeps in its configs.yaml besides options.
+_BOOKKEEPING = {"training", "test", "distributed", "local_rank"}
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
 TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_workers")
 
@@ -335,6 +337,11 @@ def parse_options(
     extra(parser)
     given = vars(parser.parse_args(argv))
     preset_file = given.pop("config_file", None)
+    if given.get("resume") and "output_dir" in given:
+        raise UserError("--resume goes on in its checkpoint's folder; leave --output_dir out")
+    if given.get("resume") and given.get("resume_ckpt_file") and preset_file is None:
+        own = Path(given["resume_ckpt_file"]).parent / "configs.yaml"
+        preset_file = own if own.is_file() else None  # a run goes on with its own options
     preset = read_preset(preset_file) if preset_file else {}
     own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
     return argparse.Namespace(**vars(resolve({**preset, **given})), **own)
@@ -365,7 +372,7 @@ def parse_test_options(
     config_file = Path(given.pop("config_file"))
     checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
     recorded = _read_yaml(config_file)
-    unknown = sorted(set(recorded) - set(OPTIONS))
+    unknown = sorted(set(recorded) - set(OPTIONS) - _BOOKKEEPING)
     notes = [f"{config_file}: ignored, unknown here: {', '.join(unknown)}"] if unknown else []
     recorded = {
         name: OPTIONS[name].coerce(value, str(config_file))
@@ -396,8 +403,9 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
         for name in SCRATCH_ONLY:
             if getattr(args, name) != OPTIONS[name].default:
                 raise UserError(
-                    f"--{name} needs --pretrain_choice scratch: "
-                    f"'{args.pretrain_choice}' has its own sizes"
+                    f"--{name} {getattr(args, name)} is for --pretrain_choice scratch; "
+                    f"'{args.pretrain_choice}' has its own sizes (if a preset sets it, take "
+                    "another one)"
                 )
     else:
         for name in ("vision_width", "text_width"):
@@ -405,7 +413,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
                 raise UserError(f"--{name} must be a multiple of 64 (one head per 64 channels)")
     _check(
         args.warmup_epochs < args.num_epoch,
-        f"--warmup_epochs {args.warmup_epochs} leaves nothing of --num_epoch {args.num_epoch}",
+        f"--warmup_epochs {args.warmup_epochs} leaves nothing of --num_epoch {args.num_epoch}; "
+        "give --warmup_epochs 0, or more epochs",
     )
     _check(
         args.milestones == sorted(set(args.milestones)),
@@ -509,7 +518,7 @@ def _build_parser(options, description: str) -> argparse.ArgumentParser:
         for o in members:
             shown = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
             help_text = o.help.replace("%", "%%")
-            if shown not in (None, "", False):
+            if shown not in (None, "") and shown is not False:
                 help_text += f" (default: {shown})"
             if o.type is bool:
                 section.add_argument(

@@ -18,7 +18,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--layout", choices=LAYOUTS, default="TBAGPR", help="files as this data set has them")
-    add("--out", type=Path, help="folder of the data set (default: data/mini-LAYOUT)")
+    add("--out", type=Path, default=Path("data/mini-LAYOUT"), help="folder of the data set")
     add("--seed", type=int, default=0, help="another seed gives other people")
     add("--train_ids", type=int, default=2400, help="identities to train on, over both sources")
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
@@ -28,7 +28,7 @@ def main() -> None:
     add("--force", action="store_true", help="replace what is at the folder already")
     add("--figure", type=Path, help="only draw this picture of test people of the set at --out")
     args = parser.parse_args()
-    args.out = args.out or Path(f"data/mini-{args.layout}")
+    args.out = Path(str(args.out).replace("LAYOUT", args.layout))
     if args.figure:
         draw_figure(args.out, args.figure)
         print(f"wrote {args.figure}")

@@ -236,7 +236,7 @@ def render(
             return False
         raise FileExistsError(
             f"{root} exists and is not the complete set of these parameters; "
-            "remove it, choose another folder, or replace it with --force (force=True)"
+            "remove it, choose another folder, or replace it with --force"
         )
     unfinished = root.with_name(root.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -170,6 +170,7 @@ def test_offline_the_message_says_which_file_to_put_where(tiny, monkeypatch, tmp
         raise OSError("network unreachable")
 
     monkeypatch.setattr(module, "download_pretrained", no_network)
+    monkeypatch.setattr(module, "_reach", lambda config: None)
     cache = tmp_path / "cache"
     for choice, file, source in (
         ("ViT-B/16", "ViT-B-16.pt", "https://openaipublic.*/ViT-B-16.pt"),
@@ -178,6 +179,21 @@ def test_offline_the_message_says_which_file_to_put_where(tiny, monkeypatch, tmp
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"not at {cache}/{file} .*unreachable.*{source}"):
             load_backbone(choice, (96, 32))
+
+
+def test_a_hub_out_of_reach_is_told_at_once(tiny, server, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    server.http.shutdown()
+    server.http.server_close()
+    tiny["hf_hub"] = "someone/tiny/"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(module, "download_pretrained", None)  # would be a TypeError
+    with pytest.raises(
+        UserError, match="Connection refused.*open_clip_model.safetensors .*someone/tiny"
+    ):
+        load_backbone("tiny-clip/here", (96, 32))
 
 
 def test_every_plain_clip_of_open_clip_can_be_named_and_others_are_refused():

@@ -1,0 +1,298 @@
+"""One or several runs as one HTML file that needs nothing else: curves, tables, ranked pictures.
+
+    python tools/report.py logs/AGDataAttr/<run> [more runs] --output report.html
+
+Runs must have been evaluated (test.py). For each: its figures, curves of losses and metrics, recall
+against rank, FIRM's accuracy per attribute, all options, and for each gallery of the test split
+sheets of captions with their ten best images, hits framed green and misses red: the worst failures
+and random ones. --root_dir says where the data set lies if it has moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
+
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datasets.build import read_dataset
+from datasets.transforms import read_image
+from model.build import build_evaluation_model
+from processor.evaluator import Evaluator
+from processor.queries import read_queries
+from utils.checkpoint import load_checkpoint
+from utils.devices import choose_device, choose_precision
+from utils.errors import UserError, run_main
+from utils.files import write_atomically
+from utils.metrics import FIGURES
+from utils.options import OPTIONS, parse_test_options
+
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+THUMBNAIL = 120  # pixels high
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --hit: #16a34a; --miss: #dc2626; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 11px; }
+figure { margin: 0; } figcaption { font-weight: 600; }
+.query { border-bottom: 1px solid var(--line); padding: .6rem 0; }
+.row { display: flex; gap: .3rem; overflow-x: auto; padding-bottom: .3rem; }
+.row img { height: 120px; border: 4px solid var(--miss); border-radius: 4px; }
+.row img.hit { border-color: var(--hit); }
+details > summary { cursor: pointer; font-weight: 600; margin: .5rem 0; }
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .3em; }
+"""
+
+
+@dataclass
+class Run:
+    """What a run's folder says."""
+
+    folder: Path
+    name: str
+    results: dict
+    scalars: dict[str, list[tuple[int, float]]]
+    colour: str
+
+
+def read_run(folder: Path, colour: str) -> Run:
+    """Raises UserError if the folder is no evaluated run."""
+    path = folder / "test_results.json"
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; evaluate the run first (test.py)") from None
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    scalars = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    return Run(folder, folder.name, results, scalars, colour)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An HTML table whose cells are escaped."""
+
+    def cells(values: Sequence[object], tag: str) -> str:
+        return "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values)
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
+
+
+def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xlabel: str) -> str:
+    """An SVG line chart. lines: name -> (colour, points); empty if there is nothing to draw."""
+    points = [p for _, line in lines.values() for p in line]
+    if not points:
+        return ""
+    width, height, left, bottom, top = 320, 200, 46, 30, 8
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
+    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+
+    def place(x: float, y: float) -> str:
+        u = left + (x - x0) / (x1 - x0) * (width - left - 8)
+        return f"{u:.1f},{height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top):.1f}"
+
+    parts = []
+    for k in range(5):
+        value = y0 + (y1 - y0) * k / 4
+        _, v = place(x0, value).split(",")
+        parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{v}" y2="{v}" stroke="#8884"/>')
+        parts.append(f'<text x="{left - 4}" y="{v}" dy="4" text-anchor="end">{value:.4g}</text>')
+    for value, anchor in ((x0, "start"), (x1, "end")):
+        u, _ = place(value, y0).split(",")
+        parts.append(f'<text x="{u}" y="{height - 14}" text-anchor="{anchor}">{value:g}</text>')
+    parts.append(
+        f'<text x="{(left + width) / 2}" y="{height - 2}" text-anchor="middle">{xlabel}</text>'
+    )
+    for name, (colour, line) in lines.items():
+        path = " ".join(place(x, y) for x, y in line)
+        label = html.escape(name)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2">'
+            f"<title>{label}</title></polyline>"
+        )
+        parts += [f'<circle cx="{place(x, y).split(",")[0]}" cy="{place(x, y).split(",")[1]}" '
+                  f'r="2.5" fill="{colour}"><title>{label}: {y:.4g} at {x:g}</title></circle>'
+                  for x, y in (line if len(line) <= 60 else ())]  # fmt: skip
+    keys = " ".join(
+        f'<span class="key" style="background:{colour}"></span>{html.escape(name)}'
+        for name, (colour, _) in lines.items()
+    )
+    return (
+        f"<figure><figcaption>{html.escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>{keys}</figure>'
+    )
+
+
+def curves(runs: Sequence[Run]) -> str:
+    """Every scalar that TensorBoard has, the runs side by side."""
+    tags = list(dict.fromkeys(tag for run in runs for tag in run.scalars))
+    charts = [
+        plot(tag, {r.name: (r.colour, r.scalars[tag]) for r in runs if tag in r.scalars}, "epoch")
+        for tag in tags
+    ]
+    return f'<div class="plots">{"".join(charts)}</div>'
+
+
+def recall_curves(runs: Sequence[Run], most: int = 50) -> str:
+    """Share of captions with a match among the first k images, by gallery."""
+    charts = []
+    for gallery in runs[0].results["splits"]["test"]["galleries"]:
+        lines = {}
+        for run in runs:
+            if gallery in run.results["splits"]["test"]["galleries"]:
+                ranked = read_queries(run.folder / "test_queries.npz", "test", gallery)
+                first = ranked.rows_Q3[:, 0]
+                first = first[~first.isnan()]
+                share = [(k, 100 * (first <= k).double().mean().item()) for k in range(1, most + 1)]
+                lines[run.name] = (run.colour, share)
+        charts.append(plot(f"recall, {gallery}, %", lines, "images looked at"))
+    return f'<div class="plots">{"".join(charts)}</div>'
+
+
+def figures_table(runs: Sequence[Run]) -> str:
+    """Every run, split and gallery."""
+    rows = []
+    for run in runs:
+        for split, content in run.results["splits"].items():
+            for gallery, r in content["galleries"].items():
+                values = [f"{r[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP")]
+                rows.append(
+                    [run.name, run.results["epoch"], split, gallery, r["queries"], r["gallery"]]
+                    + values
+                )
+    head = ["run", "epoch", "split", "gallery", "captions", "images", *FIGURES]
+    return table(head, rows)
+
+
+def attributes_table(run: Run) -> str:
+    accuracy = run.results["splits"]["test"].get("attribute_accuracy")
+    if not accuracy:
+        return ""
+    views = list(next(iter(accuracy.values())))
+    rows = [[name, *(f"{row[v]:.1f}" for v in views)] for name, row in accuracy.items()]
+    return "<h3>FIRM's accuracy per attribute, %</h3>" + table(["attribute", *views], rows)
+
+
+def thumbnail(path: str) -> str:
+    """A small JPEG as a data address."""
+    image = read_image(path)
+    image.thumbnail((THUMBNAIL * 2, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@torch.no_grad()
+def sheets(run: Run, given: argparse.Namespace) -> str:
+    """For each view: captions with their ten best images, the worst failures and random ones."""
+    words = ["--config_file", str(run.folder / "configs.yaml"), "--device", given.device]
+    words += ["--root_dir", given.root_dir] if given.root_dir else []
+    args, path, _ = parse_test_options([*words, "--num_workers", "0"])
+    args.image_cache = ""
+    device = choose_device(args.device)
+    args.precision = choose_precision(args.precision, device)
+    model = build_evaluation_model(args, load_checkpoint(path)["model"], str(path)).to(device)
+    evaluator = Evaluator(read_dataset(args), "test", args, device)
+    features, split = evaluator.encode(model), evaluator.split
+    views = {view: (f, evaluator.images[view]) for view, f in features.views.items()}
+    if len(views) > 1:
+        everything = [torch.cat([f for f, _ in views.values()]),
+                      [image for _, images in views.values() for image in images]]  # fmt: skip
+        views[" + ".join(views)] = tuple(everything)
+    caption_pids = torch.tensor(split.caption_pids)
+    parts = []
+    for name, (image_GD, images) in views.items():
+        gallery_pids = torch.tensor(split.image_pids).repeat(len(images) // len(split.image_pids))
+        similarity = F.normalize(features.captions, dim=1) @ F.normalize(image_GD, dim=1).T
+        best_QK = similarity.topk(min(10, len(images)), dim=1).indices.cpu()
+        ranked = read_queries(run.folder / "test_queries.npz", "test", name)
+        first = ranked.rows_Q3[:, 0].nan_to_num(0)
+        worst = first.argsort(descending=True)[: given.queries].tolist()
+        order = torch.randperm(len(first), generator=torch.Generator().manual_seed(0)).tolist()
+        for title, chosen in (("worst", worst), ("random", order[: given.queries])):
+            rows = []
+            for q in chosen:
+                shown = "".join(
+                    f'<img class="{"hit" if gallery_pids[g] == caption_pids[q] else "miss"}" '
+                    f'alt="rank {k}" title="rank {k}, similarity {similarity[q, g]:.3f}" '
+                    f'src="{thumbnail(images[g].path)}">'
+                    for k, g in enumerate(best_QK[q].tolist(), 1)
+                )
+                rank = f"first match at rank {int(first[q])}" if first[q] else "no match in gallery"
+                rows.append(
+                    f'<div class="query">{html.escape(split.captions[q])} <small>({rank} of '
+                    f'{len(images)})</small><div class="row">{shown}</div></div>'
+                )
+            opened = " open" if not parts else ""
+            parts.append(
+                f"<details{opened}><summary>{html.escape(name)}: {len(rows)} {title} captions"
+                f"</summary>{''.join(rows)}</details>"
+            )
+    return "".join(parts)
+
+
+def options_table(run: Run) -> str:
+    args, _, _ = parse_test_options(["--config_file", str(run.folder / "configs.yaml")])
+    rows = [[name, getattr(args, name), "" if getattr(args, name) == o.default else "changed"]
+            for name, o in OPTIONS.items()]  # fmt: skip
+    return (
+        f"<details><summary>All options</summary>{table(['option', 'value', ''], rows)}</details>"
+    )
+
+
+def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
+    """The whole page."""
+    parts = [
+        "<h2>Figures</h2>", figures_table(runs),
+        "<h2>Recall against rank, test</h2>", recall_curves(runs),
+        "<h2>Training</h2>", curves(runs),
+    ]  # fmt: skip
+    for run in runs:
+        parts += [f"<h2>{html.escape(run.name)}</h2>", attributes_table(run), options_table(run)]
+        if given.queries:
+            parts += ["<h3>Captions and their ten best images</h3>", sheets(run, given)]
+    title = " and ".join(run.name for run in runs)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", default="report.html", type=Path, help="the HTML file")
+    parser.add_argument("--root_dir", default="", help="the data set's folder, if it has moved")
+    parser.add_argument("--queries", default=8, type=int, help="captions per sheet; 0 for none")
+    parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
+    given = parser.parse_args()
+    runs = [read_run(f, COLOURS[i % len(COLOURS)]) for i, f in enumerate(given.runs)]
+    page = report(runs, given)
+    write_atomically(given.output, lambda file: file.write(page.encode()))
+    print(f"wrote {given.output}, {len(page) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    run_main(main)
