@@ -215,7 +215,7 @@ def bench_step(args: argparse.Namespace, device: torch.device, clock: Clock) -> 
         return  # their parts are not those below
     ready, parts = batch(), {}
     images = torch.cat([ready["images"], ready["pair_images"]])
-    ids = [ready["caption_ids"]] + [model.sentences.ids] * ("match2" in names)
+    ids = [ready["caption_ids"]] + ([model.sentences.ids] if "match2" in names else [])
 
     def note(name: str, run: Callable[[], object]) -> object:
         box = []

@@ -1,0 +1,96 @@
+import base64
+import html.parser
+import io
+import re
+
+import pytest
+from PIL import Image as PILImage
+
+import test as test_entry
+import tools.report as tool
+import train as train_entry
+from processor.queries import read_queries
+from tests.helpers import SCRATCH, run
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def evaluated(mini_root, tmp_path_factory):
+    """Two short runs, evaluated."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for losses in ("supkl+match2+dot", "itc"):
+            values = {
+                "root_dir": mini_root, "output_dir": out, "batch_size": 6, "num_epoch": 2,
+                "warmup_epochs": 0, "num_workers": 0, "device": "cpu", "precision": "fp32",
+                "loss_names": losses, "name": losses, **SCRATCH,
+            }  # fmt: skip
+            words = [w for name, value in values.items() for w in (f"--{name}", str(value))]
+            run(train_entry.main, monkeypatch, *words, "--img_size", 32, 16)
+        runs = sorted(out.glob("*/*"))
+        for folder in runs:
+            run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
+    return runs
+
+
+class Page(html.parser.HTMLParser):
+    """Counts tags, checks that they are closed, and keeps images."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.tags = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        elif tag not in ("meta", "line", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_page_of_two_runs_is_whole_and_needs_nothing_else(evaluated, tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    run(tool.main, monkeypatch, *evaluated, "--output", out, "--queries", 3, "--device", "cpu")
+    text = out.read_text()
+    page = Page(text)
+    assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
+    assert 'name="viewport"' in text
+    for words in ("Recall against rank", "loss/supkl", "samples_per_second", "R@1", "All options",
+                  "FIRM&#x27;s accuracy per attribute" if "FIRM&#x27;s" in text else "FIRM's accuracy"):  # fmt: skip
+        assert words in text
+    # Two runs, three galleries, the worst and random ones, three captions, ten images.
+    assert len(page.images) == 2 * 3 * 2 * 3 * 10
+    picture = base64.b64decode(page.images[0]["src"].split(",")[1])
+    assert PILImage.open(io.BytesIO(picture)).height == tool.THUMBNAIL
+
+
+def test_frames_agree_with_the_results_of_every_caption(evaluated, tmp_path, monkeypatch):
+    """The first green frame of a sheet stands at the rank that test_queries.npz has."""
+    out = tmp_path / "report.html"
+    run(tool.main, monkeypatch, evaluated[0], "--output", out, "--queries", 20, "--device", "cpu")
+    found = re.findall(r"first match at rank (\d+) of.*?<div class=\"row\">(.*?)</div>", out.read_text())  # fmt: skip
+    assert len(found) > 20
+    for rank, images in found:
+        frames = re.findall(r'class="(hit|miss)"', images)
+        assert (frames.index("hit") + 1 if "hit" in frames else 0) == (int(rank) if int(rank) <= 10 else 0)  # fmt: skip
+    ranked = read_queries(evaluated[0] / "test_queries.npz", "test", "aerial")
+    assert {int(r) for r, _ in found} & {int(r) for r in ranked.rows_Q3[:, 0]}
+
+
+def test_a_run_that_was_not_evaluated_is_told(evaluated, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="evaluate the run first"):
+        run(tool.main, monkeypatch, tmp_path, "--output", tmp_path / "x.html")
+
+
+def test_captions_and_names_are_escaped():
+    assert "<b>" not in tool.table(["<b>"], [["a & <b>"]])
+    chart = tool.plot("<b>", {"<b>": ("red", [(0, 1.0), (1, 1.0)])}, "epoch")
+    assert "<b>" not in chart and "nan" not in chart
