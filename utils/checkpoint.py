@@ -71,7 +71,7 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         with open(path, "rb") as file:
             start = file.read(2)
-        if start not in (b"PK", b"\x80\x02"):  # neither of torch.save's formats
+        if start != b"PK" and start[:1] != b"\x80":  # neither of torch.save's formats
             raise UserError(f"{path}: no checkpoint: not a file of torch.save") from None
         # torch's own words advise to load it unsafely; of them only the culprit is of use.
         found = re.search(r"Unsupported (?:global|class|operand)[^.]*\.?[^.]*", str(error))

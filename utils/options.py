@@ -340,7 +340,10 @@ def parse_options(
     if given.get("resume") and "output_dir" in given:
         raise UserError("--resume goes on in its checkpoint's folder; leave --output_dir out")
     if given.get("resume") and given.get("resume_ckpt_file") and preset_file is None:
-        own = Path(given["resume_ckpt_file"]).parent / "configs.yaml"
+        last = Path(given["resume_ckpt_file"])
+        if not last.is_file():
+            raise UserError(f"{last}: no such file (--resume_ckpt_file)")
+        own = last.parent / "configs.yaml"
         preset_file = own if own.is_file() else None  # a run goes on with its own options
     preset = read_preset(preset_file) if preset_file else {}
     own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}

@@ -40,7 +40,7 @@ def test_an_export_has_the_familys_names_and_evaluates_the_same(
     with pytest.raises(yaml.YAMLError):
         yaml.safe_load(text)  # the tag is there, as in the family's own files
     args, _, notes = parse_test_options(["--config_file", str(out / "configs.yaml")])
-    assert args.stride_size == 16 and args.output_dir == str(out) and notes
+    assert args.stride_size == 16 and args.output_dir == str(out) and not notes
     # The same features, so the same figures.
     features = []
     for file in (config, out / "configs.yaml"):

@@ -46,7 +46,7 @@ class Page(html.parser.HTMLParser):
         self.tags.append(tag)
         if tag == "img":
             self.images.append(dict(attrs))
-        elif tag not in ("meta", "line", "circle"):
+        elif tag not in ("meta",):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):

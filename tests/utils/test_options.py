@@ -89,13 +89,13 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--batchsize 3", "unrecognized arguments: --batchsize 3"),
         ("--num_epoch x", "--num_epoch: command line: num_epoch takes a value of type int"),
         ("--config_file nowhere.yaml", "nowhere.yaml: No such file or directory"),
-        ("--vision_layers 2", "--vision_layers needs --pretrain_choice scratch"),
+        ("--vision_layers 2", "--vision_layers 2 is for --pretrain_choice scratch"),
         ("--num_epoch 5", "--warmup_epochs 5 leaves nothing of --num_epoch 5"),
         ("--milestones 9 3", "--milestones must increase"),
         ("--sampler identity --batch_size 10", "no multiple of --num_instance 4"),
         ("--resume", "--resume and --resume_ckpt_file PATH go together"),
         ("--masked_token_rate 0.95", "exceed 1 together"),
-        ("--resume --resume_ckpt_file a --finetune b", "give one"),
+        (f"--resume --resume_ckpt_file {ROOT}/LICENSE --finetune b", "give one"),
         ("--pretrain_choice scratch --vision_width 100", "multiple of 64"),
     ],
 )
@@ -109,12 +109,12 @@ def test_evaluation_reads_the_originals_configs_with_tuple_tags_and_foreign_keys
     path = preset(
         tmp_path,
         "img_size: !!python/tuple\n- 384\n- 128\nmilestones: !!python/tuple\n- 20\n- 50\n"
-        "local_rank: 0\nlr: 1.0e-05\ntest: false\nstride_size: 16\n",
+        "local_rank: 0\nlr: 1.0e-05\ntest: false\nstride_size: 16\nfoo: 1\n",
     )
     args, checkpoint, notes = parse_test_options(["--config_file", path, "--root_dir", "there"])
     assert args.img_size == [384, 128] and args.milestones == [20, 50] and args.root_dir == "there"
     assert checkpoint == tmp_path / "best.pth"
-    assert notes == [f"{path}: ignored, unknown here: local_rank, test"]
+    assert notes == [f"{path}: ignored, unknown here: foo"]
 
 
 def test_evaluation_refuses_options_of_training(tmp_path):
