@@ -15,6 +15,7 @@ import base64
 import html
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 11p
 figure { margin: 0; } figcaption { font-weight: 600; }
 .query { border-bottom: 1px solid var(--line); padding: .6rem 0; }
 .row { display: flex; gap: .3rem; overflow-x: auto; padding-bottom: .3rem; }
-.row img { height: 120px; border: 4px solid var(--miss); border-radius: 4px; }
-.row img.hit { border-color: var(--hit); }
+.row img { height: 120px; border: 4px dashed var(--miss); border-radius: 4px; }
+.row img.hit { border: 4px solid var(--hit); }
 details > summary { cursor: pointer; font-weight: 600; margin: .5rem 0; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .3em; }
 """
@@ -96,6 +97,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
 
 
+def round_values(low: float, high: float) -> list[float]:
+    """Three to six values of 1, 2 or 5 times a power of ten between two others."""
+    power = 10 ** math.floor(math.log10((high - low) / 3))
+    step = next(s * power for s in (5, 2, 1) if s * power <= (high - low) / 3)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
 def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xlabel: str) -> str:
     """An SVG line chart. lines: name -> (colour, points); empty if there is nothing to draw."""
     points = [p for _, line in lines.values() for p in line]
@@ -110,8 +119,7 @@ def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xl
         return f"{u:.1f},{height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top):.1f}"
 
     parts = []
-    for k in range(5):
-        value = y0 + (y1 - y0) * k / 4
+    for value in round_values(y0, y1):
         _, v = place(x0, value).split(",")
         parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{v}" y2="{v}" stroke="#8884"/>')
         parts.append(f'<text x="{left - 4}" y="{v}" dy="4" text-anchor="end">{value:.4g}</text>')
@@ -119,7 +127,7 @@ def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xl
         u, _ = place(value, y0).split(",")
         parts.append(f'<text x="{u}" y="{height - 14}" text-anchor="{anchor}">{value:g}</text>')
     parts.append(
-        f'<text x="{(left + width) / 2}" y="{height - 2}" text-anchor="middle">{xlabel}</text>'
+        f'<text x="{(left + width) / 2:.0f}" y="{height - 2}" text-anchor="middle">{xlabel}</text>'
     )
     for name, (colour, line) in lines.items():
         path = " ".join(place(x, y) for x, y in line)

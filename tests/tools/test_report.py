@@ -94,3 +94,11 @@ def test_captions_and_names_are_escaped():
     assert "<b>" not in tool.table(["<b>"], [["a & <b>"]])
     chart = tool.plot("<b>", {"<b>": ("red", [(0, 1.0), (1, 1.0)])}, "epoch")
     assert "<b>" not in chart and "nan" not in chart
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (79.59, 100), (1.19, 1.32), (-3, 4), (0, 2e-5)])
+def test_axes_have_a_few_round_values(low, high):
+    values = tool.round_values(low, high)
+    assert 3 <= len(values) <= 8 and low - 1e-9 <= values[0] and values[-1] <= high + 1e-9
+    step = values[1] - values[0]
+    assert f"{step:.0e}"[0] in "125"
