@@ -227,28 +227,26 @@ def on_device(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches through `to_device`; on CUDA the next one is copied while the last is computed on."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield to_device(batch, device, mean, std)
-        return
-    copies, ahead = torch.cuda.Stream(device), None
+    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented, on a
+    stream of its own, while the last is computed on. (On a CPU streams are empty shells.)"""
+    streams = torch.get_device_module(device)
+    copies, ahead = streams.Stream(), None
     for batch in batches:
-        with torch.cuda.stream(copies):
+        with streams.stream(copies):
             moved = to_device(batch, device, mean, std), copies.record_event()
         if ahead is not None:
-            yield _arrived(*ahead)
+            yield _arrived(*ahead, streams.current_stream())
         ahead = moved
     if ahead is not None:
-        yield _arrived(*ahead)
+        yield _arrived(*ahead, streams.current_stream())
 
 
-def _arrived(batch: dict[str, Tensor], copied: torch.cuda.Event) -> dict[str, Tensor]:
+def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[str, Tensor]:
     """Let the computing stream wait for its batch, and the allocator know who uses it."""
-    stream = torch.cuda.current_stream()
     stream.wait_event(copied)
     for value in batch.values():
-        value.record_stream(stream)
+        if value.is_cuda:
+            value.record_stream(stream)
     return batch
 
 

@@ -99,6 +99,8 @@ def _id(step: Step) -> Tensor:
 
 
 def _mlm(step: Step) -> Tensor:
+    """Cross-entropy of the masked words. With two views they attend to the tokens of both images,
+    one sequence after the other, since either may show what the word says."""
     return F.cross_entropy(step.masked_XT, step.masked_labels_X)
 
 
@@ -124,7 +126,7 @@ LOSSES: dict[str, Loss] = {
     "biitc": Loss("itc of text-aerial and text-ground", lambda s: _itc(s, False), pairs=True),
     "cmpm": Loss("cross-modal projection matching", _cmpm),
     "id": Loss("identity classification of every feature", _id),
-    "mlm": Loss("masked language modelling from image tokens", _mlm, masked=True),
+    "mlm": Loss("masked language modelling from the image tokens of all views", _mlm, masked=True),
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from datasets.build import (
     caption_batches,
     image_loader,
     mask_tokens,
+    on_device,
+    to_device,
     tokenize,
     train_loader,
     trim,
@@ -101,6 +103,18 @@ def test_batches_are_the_same_for_any_number_of_workers_and_differ_by_seed(mini_
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(here[0]["index"], other[0]["index"])
+
+
+def test_batches_one_ahead_are_the_same_in_the_same_order(mini_root):
+    found, _ = batches(mini_root)
+    ahead = list(on_device(found, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
+    assert len(ahead) == len(found) > 1
+    for batch, moved in zip(found, ahead, strict=True):
+        expected = to_device(batch, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+        assert expected.keys() == moved.keys() and "draws" not in moved
+        assert all(torch.equal(expected[name], moved[name]) for name in moved)
+        assert moved["pair_images"].dtype == torch.float32
+    assert list(on_device([], CPU, (0.5,) * 3, (0.2,) * 3)) == []
 
 
 def test_augmentation_differs_between_epochs_and_leaves_the_global_generator_alone(mini_root):
