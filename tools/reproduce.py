@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import hashlib
 import json
 import os
@@ -180,6 +181,18 @@ def file_hash(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror} (--mllm4text)") from None
 
 
+def locked(folder: Path) -> int:
+    """A lock on a job's folder, as a file descriptor; children inherit it, so that it holds while
+    any of them lives. Raises UserError if another process has it."""
+    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is at work here; run it again later") from None
+    return descriptor
+
+
 class Runner:
     """Runs jobs, one at a time or one per GPU.
 
@@ -193,6 +206,7 @@ class Runner:
         for gpu in gpus or [None]:
             self.gpus.put(gpu)
         self.children: set[subprocess.Popen] = set()
+        self.locks: dict[Path, int] = {}
         self.stopping = False
 
     def run(self, job: Job) -> None:
@@ -204,6 +218,7 @@ class Runner:
         try:
             started = time.time()
             job.folder.mkdir(parents=True, exist_ok=True)
+            self.locks[job.folder] = locked(job.folder)
             config = job.folder / "options.yaml"
             job.args.output_dir = str(job.folder / "logs")
             write_config(config, job.args)
@@ -235,6 +250,8 @@ class Runner:
             if not self.stopping:
                 tqdm.write(f"FAILED {job.row}, seed {job.seed}: {error}")
         finally:
+            if job.folder in self.locks:
+                os.close(self.locks.pop(job.folder))
             self.gpus.put(gpu)
 
     def _call(self, job: Job, gpu: str | None, *command: str) -> None:
@@ -244,7 +261,7 @@ class Runner:
         with open(console, "a", encoding="utf-8") as log:
             child = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)
             for line in child.stdout:

@@ -160,3 +160,18 @@ def test_what_is_wrong_in_a_table_is_named(table, tmp_path):
         tool.read_table(str(table([{"name": "x", "options": {"lrr": 1}}])))
     with pytest.raises(UserError, match="a row needs a name"):
         tool.read_table(str(table([{"nam": "x"}])))
+
+
+def test_a_job_that_another_process_runs_is_left_to_it(
+    table, mini_root, tmp_path, monkeypatch, capsys
+):
+    out, path = tmp_path / "out", table(ROWS[1:])
+    given = dict.fromkeys(("num_workers", "image_cache", "num_epoch", "precision"))
+    given |= {"root_dir": str(mini_root), "device": "cpu", "seeds": [1], "output_dir": str(out)}
+    jobs, _ = tool.make_jobs(tool.read_table(str(path)), tool.argparse.Namespace(**given, mllm4text=""))  # fmt: skip
+    jobs[0].folder.mkdir(parents=True)
+    holder = tool.locked(jobs[0].folder)
+    assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1) == 1
+    assert "another process is at work here" in capsys.readouterr().out and not done(out)
+    os.close(holder)
+    os.close(tool.locked(jobs[0].folder))  # free again
