@@ -57,7 +57,8 @@ def test_a_table_is_run_written_and_traced_to_single_captions(
 ):
     out = tmp_path / "out"
     path = table([{**ROWS[0], "options": {**ROWS[0]["options"], "val_dataset": "both"}}])
-    assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2) == 0
+    # Both seeds at once, as on two GPUs.
+    assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--gpus", 0, 1) == 0
     results = list(done(out).values())
     assert [r["seed"] for r in sorted(results, key=lambda r: r["seed"])] == [1, 2]
     shown = capsys.readouterr().out
