@@ -142,12 +142,12 @@ def make_jobs(table: Table, given: argparse.Namespace) -> tuple[list[Job], dict[
         if row.get("needs") == "finetune":
             values["finetune"], weights = given.mllm4text, file_hash(Path(given.mllm4text))
         for seed in given.seeds:
-            args = resolve({**values, "seed": seed, "name": "job"})
+            slug = re.sub(r"[^a-z0-9]+", "-", row["name"].lower()).strip("-")
+            args = resolve({**values, "seed": seed, "name": f"{slug}-seed{seed}"})
             options = {k: v for k, v in vars(args).items() if k not in INDIFFERENT}
             sentences = repr(read_attributes(args.attributes_file))
             text = json.dumps([options, data, code, weights, sentences], sort_keys=True)
             key = hashlib.sha256(text.encode()).hexdigest()[:12]
-            slug = re.sub(r"[^a-z0-9]+", "-", row["name"].lower()).strip("-")
             folder = Path(given.output_dir, table.name, f"{slug}-seed{seed}-{key}")
             jobs.append(Job(row["name"], seed, args, folder))
     return jobs, left_out
