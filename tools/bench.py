@@ -91,8 +91,10 @@ def captions(count: int) -> list[str]:
     return [" ".join(words[w] for w in row[:n]) for row, n in zip(picks, lengths, strict=True)]
 
 
-def made_up_batch(args: argparse.Namespace, pad: bool) -> dict[str, torch.Tensor]:
-    """A training batch of two views; `pad` leaves captions at their full length."""
+def made_up_batch(
+    args: argparse.Namespace, pad: bool, pairs: bool = True
+) -> dict[str, torch.Tensor]:
+    """A training batch, of two views unless `pairs` is off; `pad` leaves captions uncut."""
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
     ids = tokenize(captions(size), args.text_length)
     ids = ids.long() if pad else trim(ids)
@@ -101,7 +103,7 @@ def made_up_batch(args: argparse.Namespace, pad: bool) -> dict[str, torch.Tensor
     batch["masked_labels"] = torch.where(torch.arange(ids.shape[1]) % 7 == 3, ids, 0)
     batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
     classes = torch.tensor([2, 3, 2, 3, 3, 3, 2])
-    for view in ("", "pair_"):
+    for view in ("", "pair_") if pairs else ("",):
         shape = (size, 3, *args.img_size)
         batch[f"{view}images"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         batch[f"{view}draws"] = torch.rand((size, draws), generator=generator)
@@ -175,14 +177,18 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def bench_step(
-    args: argparse.Namespace, device: torch.device, clock: Clock, quick: bool = False
+    args: argparse.Namespace,
+    device: torch.device,
+    clock: Clock,
+    quick: bool = False,
+    pairs: bool = True,
 ) -> Iterator[Row]:
     """A training step whole, then its parts one after the other; `quick`: its time alone."""
     names = parse_loss_names(args.loss_names, masked=True)
     model = build_training_model(args, names, num_classes=11003).to(device).train()
     optimizer = build_optimizer(model.named_parameters(), args)
     trainer = Trainer(args, model, None, None, optimizer, None, device, Path(), None)
-    raw = made_up_batch(args, pad=args.plain)
+    raw = made_up_batch(args, args.plain, pairs)
     sizes = model.base_model.sizes
     context = autocast(args.precision, device)
 
@@ -262,9 +268,9 @@ def without_weights(args: argparse.Namespace) -> None:
         args.pretrain_choice = "scratch"
 
 
-def measured_step(args: argparse.Namespace) -> float:
+def measured_step(args: argparse.Namespace, pairs: bool) -> float:
     """Seconds of one training step, from two after a warm-up; on a CPU of at most eight samples,
-    scaled up."""
+    scaled up. `pairs`: samples of two views."""
     args = argparse.Namespace(**vars(args), plain=False)
     without_weights(args)
     device = choose_device(args.device)
@@ -272,7 +278,7 @@ def measured_step(args: argparse.Namespace) -> float:
     scale = 1.0
     if device.type == "cpu" and args.batch_size > 8:
         scale, args.batch_size = args.batch_size / 8, 8
-    found = next(bench_step(args, device, Clock(device, 2), quick=True))
+    found = next(bench_step(args, device, Clock(device, 2), quick=True, pairs=pairs))
     return scale * found["median_ms"] / 1e3
 
 

@@ -373,9 +373,9 @@ def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
         left = 0 if job.results else job.args.num_epoch - epochs_done(job)
         state = "done" if job.results else f"goes on from {job.last}" if job.last else "to run"
         if left and job.row not in per_epoch:
-            samples = len(read_dataset(job.args).train)
-            steps = -(-samples // job.args.batch_size)
-            per_epoch[job.row] = steps * measured_step(job.args)
+            data = read_dataset(job.args)
+            steps = -(-len(data.train) // job.args.batch_size)
+            per_epoch[job.row] = steps * measured_step(job.args, data.has_pairs)
         hours = left * per_epoch.get(job.row, 0) / 3600
         total += hours
         table.add_row([job.row, job.seed, state, left, f"{hours:.2f}"])
