@@ -36,6 +36,8 @@ def write_queries(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def read_queries(path: Path, split: str, gallery: str) -> Ranked:
     """One gallery's results. Raises UserError if they are not there."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; evaluate the run first (test.py)")
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = sorted({name.rsplit("/", 1)[0] for name in archive.files})

@@ -75,10 +75,12 @@ class Run:
 def read_run(folder: Path, colour: str) -> Run:
     """Raises UserError if the folder is no evaluated run."""
     path = folder / "test_results.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; evaluate the run first (test.py)")
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; evaluate the run first (test.py)") from None
+        raise UserError(f"{path}: no results of test.py: {error}") from None
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     scalars = {

@@ -215,6 +215,8 @@ class Runner:
             return
         gpu = self.gpus.get()
         self.bar.set_postfix_str(f"{job.row}, seed {job.seed}")
+        begun = f"goes on from epoch {epochs_done(job)}" if job.last else "starts"
+        tqdm.write(f"{job.row}, seed {job.seed}: {begun}; {job.folder / 'console.txt'}")
         try:
             started = time.time()
             job.folder.mkdir(parents=True, exist_ok=True)
@@ -245,6 +247,8 @@ class Runner:
                 job.folder / "done.json",
                 lambda file: file.write(json.dumps(done, indent=2).encode()),
             )
+            scores = ", ".join(f"{p} R@1 {found['R@1']:.2f}" for p, found in figures.items())
+            tqdm.write(f"{job.row}, seed {job.seed}: done in {done['seconds']:.0f} s, {scores}")
         except UserError as error:
             job.error = str(error)
             if not self.stopping:
@@ -283,6 +287,7 @@ class Runner:
 def run_jobs(jobs: list[Job], gpus: list[str]) -> None:
     """Run what is not done, with one bar over the epochs of all."""
     waiting = [job for job in jobs if job.results is None]
+    tqdm.write(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done already")
     total = sum(job.args.num_epoch for job in waiting)
     already = sum(epochs_done(job) for job in waiting)
     bar = tqdm(total=total, initial=already, unit="epoch", dynamic_ncols=True, disable=None)
@@ -371,18 +376,19 @@ def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
     total = 0.0
     for job in jobs:
         left = 0 if job.results else job.args.num_epoch - epochs_done(job)
-        state = "done" if job.results else f"goes on from {job.last}" if job.last else "to run"
+        state = f"goes on after epoch {epochs_done(job)}" if left and job.last else "to run"
+        state = "done" if job.results else "to evaluate" if not left else state
         if left and job.row not in per_epoch:
             data = read_dataset(job.args)
             steps = -(-len(data.train) // job.args.batch_size)
             per_epoch[job.row] = steps * measured_step(job.args, data.has_pairs)
         hours = left * per_epoch.get(job.row, 0) / 3600
         total += hours
-        table.add_row([job.row, job.seed, state, left, f"{hours:.2f}"])
+        table.add_row([job.row, job.seed, state, left, f"{hours:.3f}"])
     for name, reason in left_out.items():
         table.add_row([name, "", reason, "", ""])
     return (
-        f"{table.get_string()}\n{total:.2f} hours of training on this machine, one job at a time; "
+        f"{table.get_string()}\n{total:.3f} hours of training on this machine, one job at a time; "
         "loading and evaluation come on top"
     )
 
@@ -407,6 +413,9 @@ def main() -> None:
     add("--dry_run", action="store_true", help="only list what would run, with estimated hours")
     given = parser.parse_args()
     table = read_table(given.table)
+    changed = [f"{n} {getattr(given, n)}" for n in ("num_epoch", "precision") if getattr(given, n)]
+    if changed:  # the title must not promise what was not run
+        table.title += f" (but {', '.join(changed)})"
     jobs, left_out = make_jobs(table, given)
     if given.dry_run:
         print(plan(jobs, left_out))
