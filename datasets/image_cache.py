@@ -50,9 +50,8 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         if self.cache is not None:
-            return torch.from_numpy(
-                np.array(self.cache[self.rows[index]])
-            )  # a copy: the map is read-only
+            image = self.cache[self.rows[index]]
+            return torch.from_numpy(np.array(image))  # a copy, since the map is read-only
         return load_image(self.paths[index], self.size, self.entries[index])
 
     def use_cache(self, folder: str | Path, num_workers: int = 0) -> None:

@@ -23,7 +23,13 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants as hub_constants
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from huggingface_hub import try_to_load_from_cache
+from open_clip.constants import (
+    HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
+    OPENAI_DATASET_MEAN,
+    OPENAI_DATASET_STD,
+)
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.pretrained import (
     download_pretrained,
@@ -443,7 +449,16 @@ def _fetch(choice: str, model: str, tag: str) -> Path:
     target = cache / (url.rsplit("/", 1)[-1] if tag == "openai" else f"{model}-{tag}.safetensors")
     source = url
     if hub:
-        source = f"open_clip_model.safetensors (or open_clip_pytorch_model.bin, then as .bin) of https://huggingface.co/{hub.rstrip('/')}"
+        source = (
+            "open_clip_model.safetensors (or open_clip_pytorch_model.bin, then as .bin) of "
+            f"https://huggingface.co/{hub.rstrip('/')}"
+        )
+        # What was downloaded before needs no network.
+        repository, name = hub.rsplit("/", 1)
+        for file in (name,) if name else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+            found = try_to_load_from_cache(repository, file, cache_dir=str(cache))
+            if isinstance(found, str):
+                return Path(found)
     try:
         _reach(config)
         # open_clip verifies the SHA-256 that stands in OpenAI's address, also of a file already

@@ -30,7 +30,7 @@ from utils.devices import autocast
 from utils.errors import UserError
 
 # What `Trainer.state` holds and going on with a run needs.
-STATE = ("model", "optimizer", "scheduler", "scaler", "epoch", "best", "generators")
+STATE = ("model", "optimizer", "scaler", "epoch", "best", "generators")
 
 
 class Trainer:
@@ -217,7 +217,6 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "best": self.best,

@@ -122,6 +122,10 @@ def test_a_hugging_face_tag_is_downloaded_as_safetensors(tiny, server, monkeypat
     loaded = load_backbone("tiny-clip/here", (96, 32)).state_dict()
     assert torch.equal(loaded["visual.proj"], golden_clip()["visual.proj"])
     assert server.asked.count(path) == 1
+    server.http.shutdown()  # what was downloaded needs no network
+    server.http.server_close()
+    again = load_backbone("tiny-clip/here", (96, 32)).state_dict()
+    assert torch.equal(again["visual.proj"], loaded["visual.proj"])
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt"])
