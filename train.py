@@ -3,12 +3,12 @@
     python train.py --config_file configs/mini.yaml --root_dir data/mini-TBAGPR
     python train.py --name irra --batch_size 64 --MLM --loss_names 'supkl+queue+match2+dot' \\
         --dataset_name AGDataAttr --root_dir path_to_dataset/TBAGPR --num_epoch 60
+    torchrun --nproc_per_node 4 train.py ...   # the same on four GPUs
 """
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 from prettytable import PrettyTable
@@ -19,19 +19,21 @@ from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.trainer import Trainer, read_state
 from solver.build import build_optimizer, build_scheduler
+from utils import distributed
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import read_weights
-from utils.devices import choose_device, choose_precision
+from utils.devices import choose_precision
 from utils.errors import run_main
-from utils.logger import new_run_dir, setup_logger
+from utils.logger import setup_logger
 from utils.metrics import FIGURES
 from utils.options import parse_options, write_config
+from utils.runs import CONFIG, open_run
 
 
 def main() -> None:
     args = parse_options(description=__doc__.split("\n")[0])
     # All that can be wrong is checked before anything is built, and before a folder is made.
-    device = choose_device(args.device)
+    world, device = distributed.start(args.device)
     args.precision = choose_precision(args.precision, device)
     losses = parse_loss_names(args.loss_names, args.MLM)
     data = read_dataset(args)
@@ -40,31 +42,38 @@ def main() -> None:
         attributes = read_attributes(args.attributes_file)
         check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
     generator = torch.Generator().manual_seed(args.seed)
-    loader = train_loader(data, args, generator, device)
-    splits = selecting_splits(args.val_dataset)
-    evaluators = [Evaluator(data, split, args, device, data.views[:1]) for split in splits]
-    model = build_training_model(args, losses, data.num_identities)
-    fitted = (
-        load_fitting(model, read_weights(args.finetune), args.finetune) if args.finetune else ""
-    )
-
-    if args.resume:
-        state = read_state(args.resume_ckpt_file)
-        run_dir = Path(args.resume_ckpt_file).parent
-    else:
-        run_dir = new_run_dir(args.output_dir, args.dataset_name, args.name)
-    log = setup_logger(run_dir / "train_log.txt")
+    loader = train_loader(data, args, generator, device, world)
+    evaluators = [
+        Evaluator(data, split, args, device, data.views[:1], world)
+        for split in selecting_splits(args.val_dataset)
+    ]
+    if args.on_bad_image == "skip":
+        for evaluator in evaluators:
+            evaluator.check_images()
+    with world.leader_first():  # the first downloads weights, the others find them
+        model = build_training_model(args, losses, data.num_identities, world).to(device)
+    resumed, fitted = args.resume != "no", ""
+    if args.finetune and not resumed:
+        fitted = load_fitting(model, read_weights(args.finetune), args.finetune)
+    state, notes = read_state(args.resume_ckpt_file, args.keep_last) if resumed else (None, [])
+    run_dir = open_run(args, world)
+    log = setup_logger(run_dir / "train_log.txt", world.rank)
     log.info(f"run folder: {run_dir}")
-    describe(log, data, evaluators, args, device)
+    describe(log, data, evaluators, args, device, world)
     if fitted:
         log.info(fitted)
-    optimizer = build_optimizer(model.to(device).named_parameters(), args)
+    optimizer = build_optimizer(model.named_parameters(), args)
     scheduler = build_scheduler(optimizer, args)
-    trainer = Trainer(args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log)
-    if args.resume:
+    trainer = Trainer(
+        args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world
+    )
+    if state:
         trainer.resume(state, args.resume_ckpt_file)
-        log.info(f"resumed after epoch {trainer.epoch}")
-    write_config(run_dir / "configs.yaml", args)
+        for note in notes:
+            log.info(f"passed over: {note}")
+        log.info(f"resumed after {trainer.epoch} epochs and {trainer.step} steps")
+    if world.leads:
+        write_config(run_dir / CONFIG, args)
     best = trainer.train()
 
     table = PrettyTable(["best epoch", "chosen on", "figures of", *FIGURES])
@@ -73,10 +82,11 @@ def main() -> None:
         for split, figures in found["figures"].items():
             table.add_row([found["epoch"], chosen_on, split, *figures.values()])
     log.info(table.get_string())
-    log.info(f"evaluate it with: python test.py --config_file {run_dir / 'configs.yaml'}")
+    log.info(f"evaluate it with: python test.py --config_file {run_dir / CONFIG}")
+    distributed.finish()
 
 
-def describe(log: logging.Logger, data, evaluators, args, device) -> None:
+def describe(log: logging.Logger, data, evaluators, args, device, world) -> None:
     sizes = "; ".join(
         f"{e.name}: {len(e.split.captions)} captions, {len(e.split.images)} images"
         for e in evaluators
@@ -88,7 +98,10 @@ def describe(log: logging.Logger, data, evaluators, args, device) -> None:
         "both": "best.pth is chosen by R@1 on the val split, best_test.pth on the test split",
     }
     log.info(chosen[args.val_dataset])
-    log.info(f"losses {args.loss_names}; {device.type}, {args.precision}, seed {args.seed}")
+    processes = f"{world.size} processes, " if world.size > 1 else ""
+    log.info(
+        f"losses {args.loss_names}; {processes}{device.type}, {args.precision}, seed {args.seed}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -21,11 +22,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets.image_cache import ImageFiles
 from datasets.pedes import PEDES, read_custom, read_pedes
 from datasets.records import Data, Image, TrainSample
-from datasets.samplers import IdentitySampler, Key, RandomSampler
+from datasets.samplers import IdentitySampler, Key, RandomSampler, evaluation_batches
 from datasets.tbagpr import SOURCES, one_view, read_tbagpr
-from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, train_transform
+from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, BrokenImage, train_transform
 from utils.attributes import read_attributes
+from utils.distributed import ALONE, World
 from utils.errors import UserError, suggest
+from utils.interrupt import ignore_in_worker
 
 MASK_ID = 49405  # stands for the mask; CLIP's vocabulary has the rare word "jekyll" there
 MASK_RATE = 0.15
@@ -152,11 +155,13 @@ class TrainDataset(Dataset):
     [B, K] uniform numbers for their augmentation, `pids` [B], `index` [B] of the samples,
     `caption_ids` [B, L]; with attributes `attributes` and `pair_attributes` [B, A]; with masking
     `masked_ids` and `masked_labels` [B, L] and `masked_at` [X], where the X labels stand in the
-    flattened captions. L is the longest caption of the batch.
+    flattened captions. L is the longest caption of the batch, for masked ones `text_length`.
+    `skipped`, if there, is a list of messages on samples that were replaced.
 
     Args:
         images: the samples' images; with two views those of all pairs follow.
         draws: uniform numbers per image.
+        skip: replace a sample whose image is broken by the next of the epoch.
     """
 
     def __init__(
@@ -166,8 +171,10 @@ class TrainDataset(Dataset):
         draws: int = DRAWS_PLAIN,
         text_length: int = 77,
         masking: tuple[float, float] | None = None,
+        skip: bool = False,
     ) -> None:
         self.samples, self.images, self.draws, self.masking = samples, images, draws, masking
+        self.skip = skip
         self.caption_ids = tokenize(
             [s.caption for s in samples], text_length
         )  # once for all epochs
@@ -179,14 +186,25 @@ class TrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: Key) -> dict[str, Tensor | int]:
-        sample, ids = self.samples[key.index], self.caption_ids[key.index]
-        generator = torch.Generator().manual_seed(key.seed)
-        item = {"index": key.index, "pids": sample.pid, "caption_ids": ids}
-        item["images"] = self.images[key.index]
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        skipped: list[str] = []
+        for index in (key.index, *key.spares):
+            try:
+                return self._item(index, key.seed) | ({"skipped": skipped} if skipped else {})
+            except BrokenImage as error:
+                if not self.skip:
+                    raise
+                skipped.append(str(error))
+        raise UserError(f"{len(skipped)} broken images in a row, the last: {skipped[-1]}")
+
+    def _item(self, index: int, seed: int) -> dict[str, Tensor | int]:
+        sample, ids = self.samples[index], self.caption_ids[index]
+        generator = torch.Generator().manual_seed(seed)
+        item = {"index": index, "pids": sample.pid, "caption_ids": ids}
+        item["images"] = self.images[index]
         item["draws"] = torch.rand(self.draws, generator=generator)
         if sample.pair is not None:
-            item["pair_images"] = self.images[len(self.samples) + key.index]
+            item["pair_images"] = self.images[len(self.samples) + index]
             item["pair_draws"] = torch.rand(self.draws, generator=generator)
         if sample.image.attributes is not None:
             item["attributes"] = torch.tensor(sample.image.attributes)
@@ -198,12 +216,19 @@ class TrainDataset(Dataset):
 
     @staticmethod
     def collate(items: list[dict]) -> dict[str, Tensor]:
-        """Stack the samples and cut the captions to the longest."""
+        """Stack the samples and cut the captions to the longest.
+
+        Masked captions keep their padding: in the original's cross-modal transformer words attend
+        to it, so without it a sample's loss would depend on the other captions of its batch.
+        """
+        skipped = [message for item in items for message in item.pop("skipped", ())]
         batch = default_collate(items)
-        length = trim(batch["caption_ids"]).shape[1]
-        for name in ("caption_ids", "masked_ids", "masked_labels"):
+        if skipped:
+            batch["skipped"] = skipped
+        batch["caption_ids"] = trim(batch["caption_ids"])
+        for name in ("masked_ids", "masked_labels"):
             if name in batch:
-                batch[name] = batch[name][:, :length].long()
+                batch[name] = batch[name].long()
         if "masked_labels" in batch:  # here, because finding them on a GPU would wait for it
             batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
         return batch
@@ -213,7 +238,10 @@ def to_device(
     batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Tensor]:
     """Move a training batch and make its images the encoder's input (`train_transform`)."""
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    batch = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
     for view in ("", "pair_"):
         if f"{view}images" in batch:
             draws = batch.pop(f"{view}draws")
@@ -245,68 +273,88 @@ def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[s
     """Let the computing stream wait for its batch, and the allocator know who uses it."""
     stream.wait_event(copied)
     for value in batch.values():
-        if value.is_cuda:
+        if isinstance(value, Tensor) and value.is_cuda:
             value.record_stream(stream)
     return batch
 
 
 def train_loader(
-    data: Data, args: argparse.Namespace, generator: torch.Generator, device: torch.device
+    data: Data,
+    args: argparse.Namespace,
+    generator: torch.Generator,
+    device: torch.device,
+    world: World = ALONE,
 ) -> DataLoader:
-    """Batches of the training set; `generator` decides their order and all augmentation."""
+    """Batches of the training set, of several processes this one's shares of them; `generator`
+    decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`."""
     masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     shown = [(s.image, s.entry) for s in data.train]
     shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
-    images = _image_files([x for x, _ in shown], args, [entry for _, entry in shown])
+    skip = args.on_bad_image == "skip"
+    images = _image_files([x for x, _ in shown], args, world, [e for _, e in shown], skip)
     draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
-    dataset = TrainDataset(data.train, images, draws, args.text_length, masking)
+    dataset = TrainDataset(data.train, images, draws, args.text_length, masking, skip)
+    epochs = (args.batch_size, generator, world)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
-        sampler = IdentitySampler(pids, args.batch_size, args.num_instance, generator)
+        sampler = IdentitySampler(pids, args.num_instance, *epochs)
         if not len(sampler):
             raise UserError(
                 f"--sampler identity: {len(set(pids))} identities are fewer than the "
                 f"{sampler.per_batch} that a batch of {args.batch_size} needs"
             )
     else:
-        sampler = RandomSampler(len(dataset), generator)
+        sampler = RandomSampler(len(dataset), *epochs)
     return DataLoader(
         dataset,
-        args.batch_size,
-        sampler=sampler,
+        batch_sampler=sampler,
         collate_fn=TrainDataset.collate,
-        generator=torch.Generator(),  # workers' base seed; unused, and not the global generator's
-        **_workers(args, device),
+        **_workers(args, device, world),
     )
 
 
 def image_loader(
-    images: Sequence[Image], args: argparse.Namespace, device: torch.device
+    images: Sequence[Image],
+    args: argparse.Namespace,
+    device: torch.device,
+    world: World = ALONE,
 ) -> DataLoader:
-    """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input."""
-    files = _image_files(images, args)
-    return DataLoader(files, args.test_batch_size, **_workers(args, device))
+    """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
+    several processes each gets its `evaluation_batches`."""
+    batches, _ = evaluation_batches(len(images), args.test_batch_size, world)
+    files = _image_files(images, args, world)
+    return DataLoader(files, batch_sampler=batches, **_workers(args, device, world))
+
+
+def caption_batches(
+    captions: Sequence[str], args: argparse.Namespace, world: World = ALONE
+) -> Iterator[Tensor]:
+    """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
+    for batch in evaluation_batches(len(captions), args.test_batch_size, world)[0]:
+        yield trim(tokenize([captions[i] for i in batch], args.text_length))
 
 
 def _image_files(
-    images: Sequence[Image], args: argparse.Namespace, entries: Sequence[str] = ()
+    images: Sequence[Image],
+    args: argparse.Namespace,
+    world: World,
+    entries: Sequence[str] = (),
+    skip: bool = False,
 ) -> ImageFiles:
     files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
     if args.image_cache:
-        files.use_cache(args.image_cache, min(args.num_workers, os.cpu_count() or 1))
+        with world.leader_first():
+            files.use_cache(args.image_cache, min(args.num_workers, os.cpu_count() or 1), skip)
     return files
 
 
-def caption_batches(captions: Sequence[str], args: argparse.Namespace) -> Iterator[Tensor]:
-    """Batches [B, L] of token ids, in order, each cut to its longest caption."""
-    for start in range(0, len(captions), args.test_batch_size):
-        yield trim(tokenize(captions[start : start + args.test_batch_size], args.text_length))
-
-
-def _workers(args: argparse.Namespace, device: torch.device) -> dict:
-    workers = min(args.num_workers, os.cpu_count() or 1)
+def _workers(args: argparse.Namespace, device: torch.device, world: World) -> dict:
+    workers = min(args.num_workers, (os.cpu_count() or 1) // world.local_size)
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",
+        "worker_init_fn": ignore_in_worker,
+        # Of the workers' base seed, which nothing uses: the global generator stays untouched.
+        "generator": torch.Generator(),
     }

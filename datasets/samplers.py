@@ -1,16 +1,20 @@
-"""Which samples make up an epoch. Samplers yield (index, seed) pairs.
+"""Which samples make up an epoch. Samplers yield batches, lists of `Key`.
 
-The seed makes a sample's augmentation and masking a function of run, epoch and position alone: the
-same for any number of workers, and the same after a resume.
+The seed in a key makes a sample's augmentation and masking a function of run, epoch and position
+alone: the same for any number of workers and processes, and the same after a resume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
+
+from utils.distributed import ALONE, World, shares
+
+SPARES = 3  # samples that may stand in for one whose image is broken
 
 
 class Key(NamedTuple):
@@ -18,28 +22,94 @@ class Key(NamedTuple):
 
     index: int
     seed: int
+    spares: tuple[int, ...] = ()  # the next samples of the epoch
 
 
-class RandomSampler(Sampler[Key]):
+class EpochSampler(Sampler[list[Key]]):
+    """Batches of an epoch, or one process's shares of them; a subclass says in which order.
+
+    Every process draws the same epoch, and takes its rows out of each batch: one after the other,
+    the shares of a batch are the batch that a single process would see. A process whose share of a
+    last, small batch is empty gets the batch's first sample, so that it has something to encode.
+
+    Args:
+        batch_size: samples of all processes together.
+        generator: the only source of randomness.
+    """
+
+    def __init__(self, batch_size: int, generator: torch.Generator, world: World = ALONE) -> None:
+        self.batch_size, self.generator, self.world = batch_size, generator, world
+        self.first = 0  # batches of the next epoch that are left out: they were done before
+        self.epoch: list[Key] = []  # the epoch that is under way
+        self.begun = generator.get_state()  # before that epoch was drawn
+
+    @property
+    def count(self) -> int:
+        """Samples in an epoch."""
+        raise NotImplementedError
+
+    def order(self) -> list[int]:
+        """Indices of a new epoch."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        self.begun = self.generator.get_state()
+        first, self.first = self.first, 0
+        order = self.order()
+        seeds = torch.randint(2**62, (len(order),), generator=self.generator).tolist()
+        again = order + order[:SPARES]
+        self.epoch = [
+            Key(index, seed, tuple(again[i + 1 : i + 1 + SPARES]))
+            for i, (index, seed) in enumerate(zip(order, seeds, strict=True))
+        ]
+        for step in range(first, len(self)):
+            batch, counts = self.batch(step), self.counts(step)
+            start = sum(counts[: self.world.rank])
+            yield batch[start : start + counts[self.world.rank]] or batch[:1]
+
+    def batch(self, step: int) -> list[Key]:
+        """The whole batch of a step (from 0) of the epoch under way."""
+        return self.epoch[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def counts(self, step: int) -> list[int]:
+        """Samples of each process in a step."""
+        rest = self.count - step * self.batch_size
+        return shares(min(rest, self.batch_size), self.world.size)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the sampler stands when `step` batches of an epoch are done."""
+        generator = self.begun if step else self.generator.get_state()
+        return {"generator": generator, "step": step}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on there: the next epoch is the one that was under way, without its first batches."""
+        self.generator.set_state(state["generator"])
+        self.first = state["step"]
+
+
+class RandomSampler(EpochSampler):
     """Every sample once per epoch, in random order.
 
     Args:
         count: samples.
-        generator: the only source of randomness; its state belongs in a checkpoint.
     """
 
-    def __init__(self, count: int, generator: torch.Generator) -> None:
-        self.count, self.generator = count, generator
+    def __init__(self, count: int, *args: Any) -> None:
+        super().__init__(*args)
+        self._count = count
 
-    def __len__(self) -> int:
-        return self.count
+    @property
+    def count(self) -> int:
+        return self._count
 
-    def __iter__(self) -> Iterator[Key]:
-        order = torch.randperm(self.count, generator=self.generator).tolist()
-        return _with_seeds(order, self.generator)
+    def order(self) -> list[int]:
+        return torch.randperm(self._count, generator=self.generator).tolist()
 
 
-class IdentitySampler(Sampler[Key]):
+class IdentitySampler(EpochSampler):
     """Batches of `batch_size / num_instance` identities with `num_instance` samples each.
 
     Every identity's samples are shuffled and dealt in groups of `num_instance`; a group that
@@ -50,27 +120,26 @@ class IdentitySampler(Sampler[Key]):
         pids: identity of each sample.
     """
 
-    def __init__(
-        self, pids: Sequence[int], batch_size: int, num_instance: int, generator: torch.Generator
-    ) -> None:
-        if batch_size % num_instance:
+    def __init__(self, pids: Sequence[int], num_instance: int, *args: Any) -> None:
+        super().__init__(*args)
+        if self.batch_size % num_instance:
             raise ValueError("batch_size must be a multiple of num_instance")
-        self.per_batch, self.num_instance = batch_size // num_instance, num_instance
-        self.generator = generator
+        self.per_batch, self.num_instance = self.batch_size // num_instance, num_instance
         self.by_pid: dict[int, list[int]] = {}
         for index, pid in enumerate(pids):
             self.by_pid.setdefault(pid, []).append(index)
         groups = [-(-len(indices) // num_instance) for indices in self.by_pid.values()]
         # A batch needs distinct identities, so an identity with many groups may not use them all.
-        self.length = self._count_batches(groups) * batch_size
+        self._count = self._count_batches(groups) * self.batch_size
 
-    def __len__(self) -> int:
-        return self.length
+    @property
+    def count(self) -> int:
+        return self._count
 
-    def __iter__(self) -> Iterator[Key]:
+    def order(self) -> list[int]:
         groups = {pid: self._deal(indices) for pid, indices in self.by_pid.items()}
         order: list[int] = []
-        for _ in range(self.length // (self.per_batch * self.num_instance)):
+        for _ in range(len(self)):
             # The identities with most groups left go first, ties in random order: this uses as
             # many groups as any order can, and makes the number of batches known beforehand.
             pids = list(groups)
@@ -80,7 +149,7 @@ class IdentitySampler(Sampler[Key]):
                 order += groups[pid].pop()
                 if not groups[pid]:
                     del groups[pid]
-        return _with_seeds(order, self.generator)
+        return order
 
     def _count_batches(self, groups: list[int]) -> int:
         """Most batches b with sum_i min(groups_i, b) >= b * per_batch: an identity once a batch."""
@@ -106,6 +175,17 @@ class IdentitySampler(Sampler[Key]):
         return torch.randperm(count, generator=self.generator).tolist()
 
 
-def _with_seeds(order: list[int], generator: torch.Generator) -> Iterator[Key]:
-    seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
-    return map(Key, order, seeds)
+def evaluation_batches(
+    count: int, batch_size: int, world: World = ALONE
+) -> tuple[list[list[int]], list[int]]:
+    """This process's batches of a list's positions, and how many rows each process has.
+
+    Processes share whole batches, one run of them each: so batches, and with them features to the
+    last bit, are those of a single process.
+    """
+    batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
+    ends = [0]
+    for share in shares(len(batches), world.size):
+        ends.append(ends[-1] + share)
+    runs = [batches[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return runs[world.rank], [sum(map(len, run)) for run in runs]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -26,30 +27,45 @@ PADDING = 10  # pixels around the image before the random crop
 ERASED_AREA = (0.02, 0.4)  # share of the image
 ERASED_SHAPE = (0.3, 1 / 0.3)  # height / width
 ERASING_TRIES = 10  # for a rectangle that fits; after them the image stays whole
+# Others can start programs (EPS), or are no pictures of people.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+MAX_PIXELS = 100_000_000  # a few times the largest camera's; more is a decompression bomb
 DRAWS_PLAIN = 1  # the flip
 DRAWS_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2  # flip; crop; erase?; rectangles; place
+
+
+class BrokenImage(UserError):
+    """An image that cannot be read, which `--on_bad_image skip` passes over."""
 
 
 def read_image(
     path: str, entry: str = "", at_least: tuple[int, int] | None = None
 ) -> PILImage.Image:
-    """Decode an RGB image. Raises UserError naming the file (and entry) if it cannot be read.
+    """Decode an RGB image. Raises BrokenImage naming the file (and entry) if it cannot be read.
 
     Args:
         at_least: height and width; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as
             long as it stays at least so large, which takes a fraction of the time.
     """
     try:
-        with PILImage.open(path) as image:
+        with PILImage.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:  # before they are decoded
+                raise ValueError(f"{width}x{height} is over the limit of {MAX_PIXELS} pixels")
             if at_least is not None:
                 image.draft("RGB", at_least[::-1])
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        where = f" ({entry})" if entry else ""
-        raise UserError(
-            f"{path}{where}: the image cannot be read: {error}. Replace the file, or take its "
-            "entry out of the JSON."
-        ) from None
+    except UnidentifiedImageError:
+        error = f"it is none of {', '.join(FORMATS)}"
+    except MemoryError:
+        raise
+    except Exception as reason:  # decoders of damaged files raise nearly anything
+        error = f"{reason}" or type(reason).__name__
+    where = f" ({entry})" if entry else ""
+    raise BrokenImage(
+        f"{path}{where}: the image cannot be read: {error}. Replace the file, or take its "
+        "entry out of the JSON."
+    ) from None
 
 
 def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:

@@ -31,6 +31,8 @@ from model.firm import SentenceTable, match_logits, predict_attributes
 from model.losses import LOSSES, Step
 from model.mlm import cross_modal_parts, masked_token_logits
 from utils.attributes import read_attributes
+from utils.devices import full
+from utils.distributed import ALONE, World
 from utils.errors import UserError, suggest
 
 PREFIX = "base_model."  # of the backbone's weights in a checkpoint
@@ -50,6 +52,7 @@ class AEAFIRM(nn.Module):
         weights: factor of a loss by name; 1 where absent.
         cmt_depth: layers of the cross-modal transformer of `mlm`.
         seed: of FIRM's draws.
+        world: the processes that encode a batch's shares; the losses are those of all of it.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class AEAFIRM(nn.Module):
         weights: dict[str, float] | None = None,
         cmt_depth: int = 4,
         seed: int = 0,
+        world: World = ALONE,
     ) -> None:
         super().__init__()
+        self.world = world
         self.base_model = backbone
         self.loss_names = tuple(loss_names)
         self.scale = 1 / temperature
@@ -89,11 +94,11 @@ class AEAFIRM(nn.Module):
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
         """Unnormalised image features [B, D], float32."""
-        return self.base_model.encode_images(images_BCHW)[0].float()
+        return full(self.base_model.encode_images(images_BCHW)[0])
 
     def encode_text(self, ids_BL: Tensor) -> Tensor:
         """Unnormalised text features [B, D], float32."""
-        return self.base_model.encode_captions(ids_BL)[0].float()
+        return full(self.base_model.encode_captions(ids_BL)[0])
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted losses of a training batch, by name.
@@ -135,28 +140,38 @@ class AEAFIRM(nn.Module):
         return {"sentences": self.base_model.encode_captions(self.sentences.ids)[0]}
 
     def losses(self, encoded: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weighted losses by name, of what `encode` returned for the whole batch."""
-        sentence_SD = masked_XT = masked_labels_X = None
-        if "match2" in self.loss_names:
-            sentence_SD = encoded["sentences"].float()
+        """Weighted losses by name, of what `encode` returned for the whole batch.
+
+        Of several processes each gives what it encoded of its share, `batch["counts"]` says how
+        many samples each has, and all get the same losses of all shares.
+        """
+        world, count = self.world, len(batch["pids"])
+        counts = batch.get("counts", [count])
+        masked_2 = None
         if "mlm" in self.loss_names:
             at_X = batch["masked_at"]
-            masked_labels_X = batch["masked_labels"].flatten()[at_X]
-            masked_XT = masked_token_logits(
-                self, encoded["masked"], encoded["tokens"], at_X
-            ).float()
+            logits_XT = masked_token_logits(self, encoded["masked"], encoded["tokens"], at_X)
+            labels_X = batch["masked_labels"].flatten()[at_X]
+            with torch.autocast(logits_XT.device.type, enabled=False):
+                loss_X = F.cross_entropy(full(logits_XT), labels_X, reduction="none")
+            # Sum and number, since shares have different numbers of masked tokens; those of a
+            # stand-in for an empty share do not count.
+            masked_2 = torch.stack([loss_X.sum(), torch.full_like(loss_X[:1].sum(), len(loss_X))])
+            masked_2 = masked_2 * (counts[world.rank] > 0)
+            masked_2 = world.gather({"masked": masked_2[None]}, [1] * world.size)["masked"].sum(0)
         with torch.autocast(encoded["text"].device.type, enabled=False):  # mathematics in float32
+            features = self._whole(encoded, ("text", "image", "pair"), counts)
+            labels = self._whole(batch, ("pids", "attributes", "pair_attributes"), counts)
             step = Step(
-                text_BD=encoded["text"].float(),
-                image_BD=encoded["image"].float(),
-                pair_BD=encoded["pair"].float() if "pair" in encoded else None,
-                pids_B=batch["pids"],
+                text_BD=features["text"],
+                image_BD=features["image"],
+                pair_BD=features.get("pair"),
+                pids_B=labels["pids"],
                 scale=self.scale,
                 heads=self,
-                batch=batch,
-                sentence_SD=sentence_SD,
-                masked_XT=masked_XT,
-                masked_labels_X=masked_labels_X,
+                labels=labels,
+                sentence_SD=full(encoded["sentences"]) if "match2" in self.loss_names else None,
+                masked_loss=None if masked_2 is None else masked_2[0] / masked_2[1],
                 queue=self.queue,
                 slack=self.slack,
             )
@@ -169,15 +184,24 @@ class AEAFIRM(nn.Module):
             self.queue.push(step.unit["text"], step.unit["image"], step.pids_B)
         return losses
 
+    def _whole(
+        self, parts: dict[str, Tensor], names: Sequence[str], counts: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The named tensors [b, ...] that are there, of all processes, [B, ...]."""
+        own = counts[self.world.rank]
+        found = {name: parts[name][:own] for name in names if name in parts}
+        found = {n: full(v) if v.is_floating_point() else v for n, v in found.items()}
+        return self.world.gather(found, counts)
+
     def classify(self, feature_BD: Tensor) -> Tensor:
         """Identity logits [B, C], float32."""
         head = self.classifier
-        return F.linear(feature_BD, head.weight.float(), head.bias.float())
+        return F.linear(feature_BD, full(head.weight), full(head.bias))
 
     def match(self, sentence_SD: Tensor, image_VD: Tensor) -> Tensor:
         """The matching head's two outputs for every image and sentence, [V, S, 2], float32."""
         head = self.atr_matching_head
-        weight, bias = head.weight.float(), head.bias.float()
+        weight, bias = full(head.weight), full(head.bias)
         return match_logits(sentence_SD, image_VD, weight, bias, self.fusion)
 
     def predict_attributes(self, image_VD: Tensor) -> Tensor:
@@ -248,6 +272,7 @@ def build_model(
     loss_names: Sequence[str],
     num_classes: int,
     weights: dict[str, Tensor] | None = None,
+    world: World = ALONE,
 ) -> AEAFIRM:
     """The model that the options describe, on the CPU.
 
@@ -272,20 +297,22 @@ def build_model(
         },
         cmt_depth=args.cmt_depth,
         seed=args.seed,
+        world=world,
     )
     if args.precision == "half":
         open_clip.model.convert_weights_to_fp16(model)
-    return model
+    return model.double() if args.precision == "fp64" else model
 
 
 def build_training_model(
-    args: argparse.Namespace, loss_names: Sequence[str], num_classes: int
+    args: argparse.Namespace, loss_names: Sequence[str], num_classes: int, world: World = ALONE
 ) -> AEAFIRM:
     """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
-    model = build_model(args, loss_names, num_classes)
-    if model.base_model.sizes.is_resnet and args.accum_steps > 1:
+    model = build_model(args, loss_names, num_classes, world=world)
+    if model.base_model.sizes.is_resnet and (args.accum_steps > 1 or world.size > 1):
+        flag = "--accum_steps" if args.accum_steps > 1 else "torchrun with several processes"
         raise UserError(
-            "--accum_steps: a ResNet normalises by the statistics of what is encoded together, so "
+            f"{flag}: a ResNet normalises by the statistics of what is encoded together, so "
             "parts would not give the numbers of the whole batch"
         )
     if args.grad_checkpointing:

@@ -23,7 +23,7 @@ from utils.errors import UserError, suggest
 class Step:
     """What one training step offers to the losses. Features are float32 and unnormalised.
 
-    Shapes: B samples, D joint space, S sentences, T vocabulary.
+    Shapes: B samples, D joint space, S sentences, A attributes.
     The first view is the aerial one (or the only one), the pair is the ground one.
     """
 
@@ -33,10 +33,9 @@ class Step:
     pids_B: Tensor
     scale: float  # 1 / temperature
     heads: nn.Module  # the model, for its classifier and its matching head
-    batch: dict[str, Tensor]
+    labels: dict[str, Tensor]  # `attributes` and `pair_attributes` [B, A], where there are any
     sentence_SD: Tensor | None = None  # FIRM's sentences
-    masked_XT: Tensor | None = None  # vocabulary logits of the X masked tokens
-    masked_labels_X: Tensor | None = None
+    masked_loss: Tensor | None = None  # cross-entropy of the masked tokens
     queue: FeatureQueue | None = None
     slack: float = 0.15
     unit: dict[str, Tensor] = field(init=False)
@@ -101,14 +100,14 @@ def _id(step: Step) -> Tensor:
 def _mlm(step: Step) -> Tensor:
     """Cross-entropy of the masked words. With two views they attend to the tokens of both images,
     one sequence after the other, since either may show what the word says."""
-    return F.cross_entropy(step.masked_XT, step.masked_labels_X)
+    return step.masked_loss
 
 
 def _match(step: Step) -> Tensor:
-    images_VD, labels_VA = step.image_BD, step.batch["attributes"]
+    images_VD, labels_VA = step.image_BD, step.labels["attributes"]
     if step.pair_BD is not None:
         images_VD = torch.cat([images_VD, step.pair_BD])
-        labels_VA = torch.cat([labels_VA, step.batch["pair_attributes"]])
+        labels_VA = torch.cat([labels_VA, step.labels["pair_attributes"]])
     logits_VS2 = step.heads.match(step.sentence_SD, images_VD)
     return match_loss(logits_VS2, *step.heads.sentences.draw(labels_VA, step.heads.generator))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,11 @@ from tqdm import tqdm
 
 from datasets.build import caption_batches, image_loader
 from datasets.records import Data
+from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
 from model.build import AEAFIRM
-from utils.devices import autocast
+from utils.devices import autocast, full
+from utils.distributed import ALONE, World, shares
 from utils.metrics import FIGURES, Ranked, Retrieval, rank
 from utils.uncertainty import bootstrap
 
@@ -34,6 +37,7 @@ class Evaluator:
         data: the data set.
         split: "val" or "test".
         views: which views to encode; the first is the paper's gallery (aerial).
+        world: processes share the encoding; all of them get all features.
     """
 
     def __init__(
@@ -43,30 +47,58 @@ class Evaluator:
         args: argparse.Namespace,
         device: torch.device,
         views: tuple[str, ...] | None = None,
+        world: World = ALONE,
     ) -> None:
         self.split, self.args, self.device = data.splits[split], args, device
+        self.world = world
         self.name = split
         self.attribute_names = data.attribute_names
         images = dict(zip(data.views, (self.split.images, self.split.pairs), strict=False))
         self.images = {view: images[view] for view in views or data.views}
-        self.loaders = {view: image_loader(x, args, device) for view, x in self.images.items()}
-        self.captions = list(caption_batches(self.split.captions, args))
+        self.loaders = {
+            view: image_loader(x, args, device, world) for view, x in self.images.items()
+        }
+        self.captions = list(caption_batches(self.split.captions, args, world))
+
+    def check_images(self) -> None:
+        """Read every image of this process's share once. Raises UserError for a broken one: of a
+        gallery none is skipped, since figures of a smaller gallery would not compare."""
+        total = sum(map(len, self.loaders.values()))
+        with tqdm(total=total, desc=f"check {self.name}", leave=False, disable=None) as bar:
+            for loader in self.loaders.values():
+                for _ in loader:
+                    bar.update()
 
     @torch.no_grad()
-    def encode(self, model: AEAFIRM) -> Features:
-        """Features of all captions and images, in order."""
+    def encode(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Features:
+        """Features of all captions and images, in order.
+
+        `between` is called after every batch, equally often by all processes.
+        """
         was_training = model.training
         model.eval()
-        steps = len(self.captions) + sum(map(len, self.loaders.values()))
-        bar = tqdm(total=steps, desc=f"encode {self.name}", leave=False, disable=None)
+        lists = {"captions": self.split.captions, **self.images}
+        steps = sum(self._shared(len(x))[0] for x in lists.values())
+        hidden = None if self.world.leads else True
+        bar = tqdm(total=steps, desc=f"encode {self.name}", leave=False, disable=hidden)
 
-        def run(encode, batches) -> Tensor:
-            rows = []
-            for batch in batches:
-                with autocast(self.args.precision, self.device):
-                    rows.append(encode(batch.to(self.device, non_blocking=True)))
+        def run(name: str, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
+            most, counts = self._shared(len(lists[name]))
+            rows, waiting = [], iter(batches)
+            for _ in range(most):
+                batch = next(waiting, None)
+                if batch is not None:
+                    with autocast(self.args.precision, self.device):
+                        rows.append(encode(batch.to(self.device, non_blocking=True)))
                 bar.update()
-            return torch.cat(rows)
+                between()
+            if not rows:  # fewer batches than processes
+                width, dtype = (
+                    model.base_model.sizes.embed_dim,
+                    full(next(model.parameters())).dtype,
+                )
+                rows = [torch.zeros((0, width), device=self.device, dtype=dtype)]
+            return self.world.gather({name: torch.cat(rows)}, counts)[name]
 
         def encode_bytes(images: Tensor) -> Tensor:
             sizes = model.base_model.sizes
@@ -74,15 +106,22 @@ class Evaluator:
 
         with bar:
             features = Features(
-                run(model.encode_text, self.captions),
-                {view: run(encode_bytes, loader) for view, loader in self.loaders.items()},
+                run("captions", model.encode_text, self.captions),
+                {view: run(view, encode_bytes, loader) for view, loader in self.loaders.items()},
             )
         model.train(was_training)
         return features
 
-    def evaluate(self, model: AEAFIRM) -> Retrieval:
+    def _shared(self, count: int) -> tuple[int, list[int]]:
+        """Most batches of any process for a list, and each one's rows."""
+        size = self.args.test_batch_size
+        return shares(-(-count // size), self.world.size)[0], evaluation_batches(
+            count, size, self.world
+        )[1]
+
+    def evaluate(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Retrieval:
         """All captions against the first view's images: the paper's figures."""
-        return next(iter(self.galleries(self.encode(model)).values())).summary()
+        return next(iter(self.galleries(self.encode(model, between)).values())).summary()
 
     def galleries(self, features: Features) -> dict[str, Ranked]:
         """Results of every query on every gallery there is.

@@ -2,20 +2,24 @@
 
 The run's folder receives train_log.txt, TensorBoard events, best.pth (weights of the epoch with
 the highest R@1; with `--val_dataset both` that of val, and best_test.pth that of test) and last.pth
-(everything that `--resume` needs).
+(everything that `--resume` needs). A run that is cut off at any step and resumed ends as if nothing
+had happened. Of several processes the first alone writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -25,12 +29,19 @@ from tqdm import tqdm
 from datasets.build import on_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from processor.guards import Guard, explained
+from utils.checkpoint import load_checkpoint, older, save_checkpoint
 from utils.devices import autocast
-from utils.errors import UserError
+from utils.distributed import ALONE, Votes, World
+from utils.errors import Stopped, UserError
+from utils.interrupt import StopRequest
+from utils.runs import LAST
 
 # What `Trainer.state` holds and going on with a run needs.
-STATE = ("model", "optimizer", "scaler", "epoch", "best", "generators")
+STATE = (
+    "model", "optimizer", "scaler", "epoch", "step", "sums", "skipped", "best", "sampler",
+    "generators",
+)  # fmt: skip
 
 
 class Trainer:
@@ -38,7 +49,7 @@ class Trainer:
 
     Args:
         model: on its device.
-        loader: training batches; its sampler's generator is part of the checkpoint.
+        loader: training batches of an `EpochSampler`, whose position is part of the checkpoint.
         evaluators: of the splits that choose a checkpoint; the first chooses best.pth.
         run_dir: receives all files.
     """
@@ -47,106 +58,151 @@ class Trainer:
         self,
         args: argparse.Namespace,
         model: AEAFIRM,
-        loader: DataLoader,
-        evaluators: Sequence[Evaluator],
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
+        loader: DataLoader | None,
+        evaluators: Sequence[Evaluator] | None,
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | None,
         device: torch.device,
-        run_dir: Path,
-        logger: logging.Logger,
+        run_dir: Path | None,
+        logger: logging.Logger | None,
+        world: World = ALONE,
     ) -> None:
         self.args, self.model, self.loader, self.evaluators = args, model, loader, evaluators
         self.optimizer, self.scheduler, self.device = optimizer, scheduler, device
-        self.run_dir, self.log = run_dir, logger
+        self.run_dir, self.log, self.world = run_dir, logger, world
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        self.epoch = 0  # epochs done
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Averages gradients over processes in the backward pass. Buffers need no synchronisation:
+        # every process computes the same queue.
+        self.forward = model
+        if world.size > 1:
+            self.forward = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+            )
+        seed_generators(args.seed + world.rank)
+        dataset = loader.dataset if loader else None
+        self.guard = Guard(args, model, dataset, run_dir if world.leads else None, logger)
+        self.writer: SummaryWriter | None = None
+        self.stop, self.votes = StopRequest(), Votes(world)
+        self.save_epochs, self.save_seconds = parse_period(args.save_period)
+        self.saved = time.monotonic()
+        self.epoch = 0  # epochs done, with their evaluation
+        self.step = 0  # steps done of the epoch under way
+        self.sums: dict[str, torch.Tensor] = {}  # of that epoch's losses, and of its good steps
+        self.skipped = 0  # broken images of that epoch
+        self.reported: set[str] = set()  # of which the log has told
         # By the split that chose it: its `epoch`, and all splits' `figures` there.
         self.best: dict[str, dict[str, Any]] = {}
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Run the remaining epochs. Returns, by the split that chose it, the best `epoch` and
-        every evaluated split's `figures` there."""
+        every evaluated split's `figures` there.
+
+        Raises Stopped when a signal asked to leave and all is saved.
+        """
         args = self.args
-        steps = len(self.loader)
-        self.writer = SummaryWriter(self.run_dir)
+        if self.world.leads:
+            self.writer = SummaryWriter(self.run_dir, purge_step=self.epoch + 1)
         bar = tqdm(
-            total=args.num_epoch * steps,
-            initial=self.epoch * steps,
+            total=args.num_epoch * len(self.loader),
+            initial=self.epoch * len(self.loader) + self.step,
             unit="step",
             dynamic_ncols=True,
-            disable=None,  # no bar where stderr is no terminal; the log has every figure
+            # No bar where stderr is no terminal; the log has every figure.
+            disable=None if self.world.leads else True,
         )
-        with self.writer, bar, self._interruptible():
+        with self.writer or nullcontext(), bar, self.stop:
             while self.epoch < args.num_epoch:
                 started = time.perf_counter()
-                line = self._train_epoch(bar)
-                self.epoch += 1
+                with explained(args, self.device, self.loader, "training"):
+                    line = self._train_epoch(bar)
+                if (self.epoch + 1) % args.eval_period == 0 or self.epoch + 1 == args.num_epoch:
+                    with explained(args, self.device, self.loader, "evaluation"):
+                        line += self._evaluate()
+                self.epoch, self.step, self.sums, self.skipped = self.epoch + 1, 0, {}, 0
                 self.scheduler.step()
-                if self.epoch % args.eval_period == 0 or self.epoch == args.num_epoch:
-                    line += self._evaluate()
-                    save_checkpoint(self.run_dir / "last.pth", self.state())
                 seconds = time.perf_counter() - started
                 self.log.info(f"epoch {self.epoch}/{args.num_epoch}  {line}  {seconds:.1f} s")
+                if self.epoch == args.num_epoch or (
+                    self.save_epochs and self.epoch % self.save_epochs == 0
+                ):
+                    self.save()
         return self.best
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Say on Ctrl-C how to go on."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            last = self.run_dir / "last.pth"
-            self.log.info(
-                f"interrupted in epoch {self.epoch + 1}; "
-                + (
-                    f"go on with: python train.py --resume --resume_ckpt_file {last}"
-                    if last.exists()
-                    else f"there is no checkpoint yet, {self.run_dir} may be deleted"
-                )
-            )
-            raise
-
     def _train_epoch(self, bar: tqdm) -> str:
+        """The remaining steps of an epoch. Returns what the log says of it."""
         args, model = self.args, self.model
-        sizes = model.base_model.sizes
+        sizes, sampler = model.base_model.sizes, self.loader.batch_sampler
         model.train()
         lr = self.scheduler.get_last_lr()[0]
-        sums: dict[str, torch.Tensor] = {}
-        since, samples, epoch_start, epoch_samples = time.perf_counter(), 0, time.perf_counter(), 0
+        since, samples, begun, means = time.perf_counter(), 0, (time.perf_counter(), self.step), {}
         bar.set_description(f"epoch {self.epoch + 1}/{args.num_epoch}")
-        batches = on_device(self.loader, self.device, sizes.image_mean, sizes.image_std)
-        for step, batch in enumerate(batches, 1):
-            self.optimizer.zero_grad(set_to_none=True)
-            losses = self._backward(batch)
+        for batch in on_device(self.loader, self.device, sizes.image_mean, sizes.image_std):
+            batch["counts"] = sampler.counts(self.step)
+            self._note_skipped(batch.pop("skipped", []))
+            figures, bad = self._step(batch)
+            # Sums stay on the device: between log lines nothing waits for it.
+            for name, value in {**figures, "steps": torch.ones_like(figures["total"])}.items():
+                self.sums[name] = self.sums.get(name, 0) + value.masked_fill(bad, 0)
+            place = f"epoch {self.epoch + 1}, step {self.step + 1}"
+            self.guard.watch(place, sampler.batch(self.step), figures, bad)
+            self.step += 1
+            samples += sum(batch["counts"])
+            bar.update()
+            if self.step % args.log_period == 0 and self.step < len(self.loader):
+                means = self._means()
+                now = time.perf_counter()
+                speed, since, samples = samples / (now - since), now, 0
+                self._show(bar, means, lr, speed)
+                self.log.info(
+                    f"epoch {self.epoch + 1}/{args.num_epoch} step {self.step}/{len(self.loader)}  "
+                    f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
+                )
+            self._leave_or_save()
+        means = self._means()
+        start, first = begun
+        done = min(self.step * args.batch_size, sampler.count) - first * args.batch_size
+        speed = max(done, 0) / (time.perf_counter() - start)
+        self._show(bar, means, lr, speed)
+        scalars = {f"loss/{k}": v for k, v in means.items() if k != "grad_norm"}
+        scalars |= {"grad_norm": means["grad_norm"], "lr": lr, "samples_per_second": speed}
+        self._write_scalars(scalars)
+        skipped = sum(self.world.objects(self.skipped))
+        line = f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
+        return line + (f"  {skipped} broken images skipped" if skipped else "")
+
+    def _step(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """One step. Returns its losses by name, `total` and `grad_norm`, and whether one of them
+        was not finite, so that the step was skipped; all on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.guard.before()
+        losses = {name: value.detach() for name, value in self._backward(batch).items()}
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.args.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
+        overflow = ~norm.isfinite()
+        if self.scaler.is_enabled():  # gradients that overflow are its business, down to scale 1
+            overflow &= self.scaler._scale <= 1
+        bad = ~losses["total"].isfinite() | overflow
+        self._update(bad)
+        self.guard.after(bad)
+        return {**losses, "grad_norm": norm.to(losses["total"].dtype)}, bad
+
+    def _update(self, bad: torch.Tensor) -> None:
+        """Step the optimizer unless `bad`."""
+        if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            # Sums stay on the device: between log lines nothing waits for it.
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            samples += len(batch["pids"])
-            bar.update()
-            if step % args.log_period == 0 or step == len(self.loader):
-                means = self._means(sums, step)
-                now = time.perf_counter()
-                speed = samples / (now - since)
-                epoch_samples += samples
-                since, samples = now, 0
-                bar.set_postfix_str(
-                    f"loss {means['total']:.3f}, lr {lr:.1e}, {speed:.0f} samples/s"
-                )
-                if step < len(self.loader):
-                    self.log.info(
-                        f"epoch {self.epoch + 1}/{args.num_epoch} step {step}/{len(self.loader)}  "
-                        f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
-                    )
-        speed = epoch_samples / (time.perf_counter() - epoch_start)
-        for name, value in means.items():
-            self.writer.add_scalar(f"loss/{name}", value, self.epoch + 1)
-        self.writer.add_scalar("lr", lr, self.epoch + 1)
-        self.writer.add_scalar("samples_per_second", speed, self.epoch + 1)
-        return f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
+        elif self.optimizer.param_groups[0]["fused"]:
+            # What the scaler itself gives to fused optimizers: they skip on the device.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
+            self.optimizer.step()
+        elif not bad:  # half-precision weights: a wait for the device
+            self.optimizer.step()
 
-    def _backward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _backward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Losses of a batch by name, with `total`; their gradients are in the parameters."""
 
         def differentiate(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -157,7 +213,7 @@ class Trainer:
         context, model = autocast(self.args.precision, self.device), self.model
         if self.args.accum_steps == 1:
             with context:
-                losses = model(batch)
+                losses = self.forward(batch)
             return differentiate(losses)
         # Gradient caching (Gao et al., 2021): the losses of the whole batch give the gradient of
         # every feature, and each part, encoded a second time, carries its share to the weights.
@@ -178,51 +234,97 @@ class Trainer:
                 [again[name] for name in used], [whole[name].grad[start:stop] for name in used]
             )
             start = stop
+        self.world.average([p.grad for p in self.parameters if p.grad is not None])
         return losses
 
-    def _means(self, sums: dict[str, torch.Tensor], step: int) -> dict[str, float]:
-        values = (torch.stack(list(sums.values())) / step).tolist()  # one wait for the device
-        means = dict(zip(sums, values, strict=True))
-        for name, value in means.items():
-            if value != value or abs(value) == float("inf"):
-                raise UserError(
-                    f"loss {name} is {value} in epoch {self.epoch + 1}, by step {step}: try a "
-                    f"lower --lr, more --warmup_epochs, or --precision fp32 "
-                    f"(now {self.args.precision})"
-                )
-        return means
+    def _means(self) -> dict[str, float]:
+        """Means over the epoch's good steps so far."""
+        self.guard.look(wait=True)
+        names = list(self.sums)
+        values = torch.stack([self.sums[name].double() for name in names]).tolist()  # one wait
+        sums = dict(zip(names, values, strict=True))
+        steps = sums.pop("steps")
+        return {name: value / steps if steps else float("nan") for name, value in sums.items()}
+
+    def _note_skipped(self, messages: list[str]) -> None:
+        self.skipped += len(messages)
+        for text in messages:
+            if text not in self.reported:
+                self.log.warning(f"skipped in epoch {self.epoch + 1}: {text}")
+        self.reported.update(messages)
+
+    def _show(self, bar: tqdm, means: dict[str, float], lr: float, speed: float) -> None:
+        bar.set_postfix_str(f"loss {means['total']:.3f}, lr {lr:.1e}, {speed:.0f} samples/s")
+
+    def _write_scalars(self, values: dict[str, float]) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.epoch + 1)
 
     def _evaluate(self) -> str:
-        figures = {e.name: e.evaluate(self.model).percentages() for e in self.evaluators}
+        """Evaluate the epoch, and save what is best. Returns what the log says of it."""
+        figures = {
+            e.name: e.evaluate(self.model, self._leave_or_save).percentages()
+            for e in self.evaluators
+        }
         line = ""
         for number, (split, values) in enumerate(figures.items()):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{split}/{name}", value, self.epoch)
+            self._write_scalars({f"{split}/{name}": value for name, value in values.items()})
             line += f"  {split}: " + " ".join(
                 f"{name} {value:.2f}" for name, value in values.items()
             )
             best = self.best.get(split)
             if best is None or values["R@1"] > best["figures"][split]["R@1"]:
-                self.best[split] = {"epoch": self.epoch, "figures": figures}
-                chosen = {**values, "epoch": self.epoch, "split": split}
-                save_checkpoint(
-                    self.run_dir / (f"best_{split}.pth" if number else "best.pth"),
-                    {"model": self.model.state_dict(), "epoch": self.epoch, "best": chosen},
-                )
+                self.best[split] = {"epoch": self.epoch + 1, "figures": figures}
+                chosen = {**values, "epoch": self.epoch + 1, "split": split}
+                if self.world.leads:
+                    save_checkpoint(
+                        self.run_dir / (f"best_{split}.pth" if number else "best.pth"),
+                        {"model": self.model.state_dict(), "epoch": self.epoch + 1, "best": chosen},
+                    )
                 line += "  best"
         return line
 
+    def _leave_or_save(self) -> None:
+        """Between steps: save if minutes are up; if any process was asked to leave, save and leave.
+
+        Raises Stopped.
+        """
+        due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
+        leave, due = self.votes(bool(self.stop.name), self.world.leads and due)
+        if leave or due:
+            self.save()
+        if leave:
+            name = next(name for name in self.world.objects(self.stop.name) if name)
+            where = f"epoch {self.epoch + 1}, step {self.step}"
+            raise Stopped(
+                f"{name}: saved at {where}; go on with: python train.py --resume "
+                f"--resume_ckpt_file {self.run_dir / LAST}"
+            )
+
+    def save(self) -> None:
+        """Write last.pth."""
+        self.guard.look(wait=True)
+        state = self.state()
+        if self.world.leads:
+            save_checkpoint(self.run_dir / LAST, state, self.args.keep_last)
+        self.saved = time.monotonic()
+
     def state(self) -> dict[str, Any]:
-        """Everything that going on with the run needs."""
+        """Everything that going on with the run needs. All processes must call it."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "skipped": sum(self.world.objects(self.skipped)),
             "best": self.best,
+            "sampler": self.loader.batch_sampler.state(self.step),
             "generators": {
-                "sampler": self.loader.sampler.generator.get_state(),
                 "firm": self.model.generator.get_state(),
+                "processes": self.world.objects(_generators(self.device)),
             },
         }
 
@@ -232,46 +334,99 @@ class Trainer:
         Learning rates are those of the present options at that epoch, so that a run may be given
         more epochs.
         """
+        sampler = self.loader.batch_sampler
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            if state["step"] > len(sampler):
+                raise ValueError(f"step {state['step']} of an epoch of {len(sampler)}")
+            self.scheduler.last_epoch = state["epoch"]
+            for group, base, factor in zip(
+                self.optimizer.param_groups,
+                self.scheduler.base_lrs,
+                self.scheduler.lr_lambdas,
+                strict=True,
+            ):
+                group["initial_lr"], group["lr"] = base, base * factor(state["epoch"])
+            self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            # Or the schedule warns where the next thing to do is an epoch's evaluation.
+            self.optimizer._opt_called = True
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+            self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+            self.skipped = state["skipped"] if self.world.leads else 0
+            sampler.load_state(state["sampler"])
+            self.model.generator.set_state(state["generators"]["firm"])
+            own = state["generators"]["processes"]
+            if self.world.rank < len(own):  # with more processes than before, these begin anew
+                _set_generators(own[self.world.rank], self.device)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: does not fit these options: {error}") from None
-        self.scheduler.last_epoch = state["epoch"]
-        for group, base, factor in zip(
-            self.optimizer.param_groups,
-            self.scheduler.base_lrs,
-            self.scheduler.lr_lambdas,
-            strict=True,
-        ):
-            group["initial_lr"], group["lr"] = base, base * factor(state["epoch"])
-        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best = state["epoch"], state["best"]
-        self.loader.sampler.generator.set_state(state["generators"]["sampler"])
-        self.model.generator.set_state(state["generators"]["firm"])
 
 
-def read_state(path: str) -> dict[str, Any]:
-    """A checkpoint that a run can go on from. Raises UserError if it is none."""
-    state = load_checkpoint(path)
-    missing = sorted(set(STATE) - set(state))
-    if missing:
-        raise UserError(
-            f"{path}: cannot be resumed, it lacks {', '.join(missing)}; "
-            "give last.pth, or start from its weights with --finetune"
-        )
-    return state
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of this process."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
-def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The global generators of this process. Nothing here draws from them, but a method that is
+    built on it may (dropout)."""
+    kind, keys, position, *gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, keys.tolist(), position, *gauss],
+        "python": random.getstate(),
+    }
+
+
+def _set_generators(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+
+
+def parse_period(text: str) -> tuple[int, float]:
+    """(epochs, seconds) of a `--save_period`; the one that it does not give is 0."""
+    if text.endswith("min"):
+        return 0, 60 * float(text.removesuffix("min"))
+    return int(text), 0.0
+
+
+def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], list[str]]:
+    """A checkpoint that a run can go on from, and warnings: if it is damaged, one of the `keep`
+    kept ones is taken. Raises UserError if there is none."""
+    warnings: list[str] = []
+    for number in range(keep):
+        candidate = older(Path(path), number)
+        try:
+            state = load_checkpoint(candidate)
+            missing = sorted(set(STATE) - set(state))
+            if missing:
+                raise UserError(
+                    f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "
+                    "give last.pth, or start from its weights with --finetune"
+                )
+            return state, warnings
+        except UserError as error:
+            warnings.append(str(error))
+    raise UserError(warnings[0])
+
+
+def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, torch.Tensor]]:
     """Cut a batch into so many parts of nearly equal size (fewer if it has fewer samples)."""
-    chunks = {name: value.tensor_split(parts) for name, value in batch.items()}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    chunks = {name: value.tensor_split(parts) for name, value in tensors.items()}
     rows = [dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)]
     return [row for row in rows if len(row["pids"])]
 
 
 def _shown(means: dict[str, float]) -> str:
-    parts = {k: v for k, v in means.items() if k != "total"}
+    parts = {k: v for k, v in means.items() if k not in ("total", "grad_norm")}
     inner = f" ({', '.join(f'{k} {v:.3f}' for k, v in parts.items())})" if len(parts) > 1 else ""
     return f"loss {means['total']:.3f}{inner}"

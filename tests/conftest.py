@@ -1,11 +1,30 @@
 """Fixtures: the golden CLIP as a file, and a small rendered mini-TBAGPR."""
 
+import collections
 import shutil
 
 import pytest
 import torch
 
 from tests.helpers import golden_clip
+
+TALLY = collections.Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="SIGKILLs that a training must survive")
+    parser.addoption("--fuzz", type=int, default=150, help="examples of each kind of file")
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, count in TALLY.items():
+        terminalreporter.write_line(f"{count:6d} {name}")
+
+
+@pytest.fixture(scope="session")
+def tally():
+    """Counts that the summary shows."""
+    return TALLY
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -130,31 +130,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert not torch.equal(weights[0][name], weights[2][name])
 
 
-def test_a_resumed_run_ends_as_the_unbroken_one(finished, mini_root, tmp_path, monkeypatch):
-    """Stopped by an error in epoch 3, then resumed: the same weights, bit for bit."""
-    from processor.trainer import Trainer
-
-    original = Trainer._train_epoch
-
-    def broken(self, bar):
-        if self.epoch == 2:
-            raise UserError("power cut")
-        return original(self, bar)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_epoch", broken)
-        with pytest.raises(UserError, match="power cut"):
-            train(patch, mini_root, tmp_path)
-    (last,) = tmp_path.glob("*/*/last.pth")
-    assert load_checkpoint(last)["epoch"] == 2
-    folder = train(monkeypatch, mini_root, None, resume=True, resume_ckpt_file=last)
-    assert folder == last.parent
-    resumed, unbroken = (load_checkpoint(f / "last.pth") for f in (folder, finished))
-    assert resumed["best"] == unbroken["best"] and resumed["epoch"] == 3
-    for name, value in unbroken["model"].items():
-        assert torch.equal(resumed["model"][name], value), name
-
-
 def test_a_run_goes_on_with_its_own_options_and_with_more_epochs(
     mini_root, tmp_path, monkeypatch, capsys
 ):
@@ -189,27 +164,6 @@ def test_what_cannot_be_resumed_is_told_and_leaves_nothing(
     assert (finished / "train_log.txt").read_text() == log
     with pytest.raises(UserError, match="leave --output_dir out"):
         run(train_entry.main, monkeypatch, "--resume", "--resume_ckpt_file", finished / "last.pth", "--output_dir", tmp_path)  # fmt: skip
-
-
-def test_an_interrupted_run_says_how_to_go_on(mini_root, tmp_path, monkeypatch):
-    from processor.trainer import Trainer
-
-    original = Trainer._train_epoch
-
-    def interrupted(self, bar):
-        if self.epoch == stop:
-            raise KeyboardInterrupt
-        return original(self, bar)
-
-    for stop, message in ((0, "there is no checkpoint yet"), (1, "--resume --resume_ckpt_file")):
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_train_epoch", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                train(patch, mini_root, tmp_path / str(stop))
-        (log,) = (tmp_path / str(stop)).glob("*/*/train_log.txt")
-        assert (
-            f"interrupted in epoch {stop + 1}; " in log.read_text() and message in log.read_text()
-        )
 
 
 @pytest.mark.parametrize(

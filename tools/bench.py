@@ -96,10 +96,10 @@ def made_up_batch(
 ) -> dict[str, torch.Tensor]:
     """A training batch, of two views unless `pairs` is off; `pad` leaves captions uncut."""
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
-    ids = tokenize(captions(size), args.text_length)
-    ids = ids.long() if pad else trim(ids)
+    ids = tokenize(captions(size), args.text_length).long()
     draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
-    batch = {"pids": torch.arange(size) // 2, "caption_ids": ids, "masked_ids": ids}
+    batch = {"pids": torch.arange(size) // 2, "caption_ids": ids if pad else trim(ids)}
+    batch["masked_ids"] = ids
     batch["masked_labels"] = torch.where(torch.arange(ids.shape[1]) % 7 == 3, ids, 0)
     batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
     classes = torch.tensor([2, 3, 2, 3, 3, 3, 2])
@@ -196,13 +196,13 @@ def bench_step(
         return to_device(raw, device, sizes.image_mean, sizes.image_std)
 
     def step() -> None:
+        if not args.plain:
+            trainer._step(batch())
+            return
         optimizer.zero_grad(set_to_none=True)
-        if args.plain:
-            with context:
-                losses = plain_losses(model, batch())
-            sum(losses.values()).backward()
-        else:
-            trainer._backward(batch())
+        with context:
+            losses = plain_losses(model, batch())
+        sum(losses.values()).backward()
         optimizer.step()
 
     if quick:

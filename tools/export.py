@@ -30,7 +30,7 @@ FAMILY = re.compile(
 )
 # The family's flags; others would mean nothing there.
 FAMILY_OPTIONS = (
-    "name", "output_dir", "log_period", "eval_period", "val_dataset", "resume", "resume_ckpt_file",
+    "name", "output_dir", "log_period", "eval_period", "val_dataset", "resume_ckpt_file",
     "pretrain_choice", "temperature", "img_aug", "cmt_depth", "masked_token_rate",
     "masked_token_unchanged_rate", "lr_factor", "MLM", "loss_names", "mlm_loss_weight",
     "id_loss_weight", "match_loss_weight", "vocab_size", "text_length", "optimizer", "lr",
@@ -85,6 +85,7 @@ def main() -> None:
         "distributed": False,
         "local_rank": 0,
         "test": False,
+        "resume": False,
     }
     save_checkpoint(folder / "best.pth", {"model": kept, "epoch": checkpoint.get("epoch", 0)})
     text = yaml.dump(options, Dumper=_TupleDumper, sort_keys=False)

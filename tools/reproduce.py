@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import hashlib
 import json
 import os
@@ -43,18 +42,13 @@ from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run_main, suggest
-from utils.files import write_atomically
+from utils.files import lock, write_atomically
 from utils.metrics import FIGURES
-from utils.options import OPTIONS, read_preset, resolve, write_config
+from utils.options import INDIFFERENT, OPTIONS, read_preset, resolve, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "configs/tables"
 ROW_KEYS = {"name", "base", "options", "published", "needs"}
-# What may differ between two machines without making another experiment of it.
-INDIFFERENT = (
-    "name", "output_dir", "root_dir", "device", "num_workers", "image_cache", "log_period",
-    "finetune", "attributes_file", "resume", "resume_ckpt_file", "test_batch_size",
-)  # fmt: skip
 # Which checkpoint gives the test figures of a protocol.
 PROTOCOLS = {
     "paper": "best epoch chosen on test (the paper's protocol)",
@@ -181,18 +175,6 @@ def file_hash(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror} (--mllm4text)") from None
 
 
-def locked(folder: Path) -> int:
-    """A lock on a job's folder, as a file descriptor; children inherit it, so that it holds while
-    any of them lives. Raises UserError if another process has it."""
-    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UserError(f"{folder}: another process is at work here; run it again later") from None
-    return descriptor
-
-
 class Runner:
     """Runs jobs, one at a time or one per GPU.
 
@@ -220,7 +202,7 @@ class Runner:
         try:
             started = time.time()
             job.folder.mkdir(parents=True, exist_ok=True)
-            self.locks[job.folder] = locked(job.folder)
+            self.locks[job.folder] = lock(job.folder, inherited=True)
             config = job.folder / "options.yaml"
             job.args.output_dir = str(job.folder / "logs")
             write_config(config, job.args)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 import re
+import shutil
 import types
 import zipfile
 from collections import OrderedDict
@@ -17,21 +20,77 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.files import write_atomically
 
+HASH = "sha256"  # a checkpoint's entry of its own content
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: a crash or a full disk leaves the previous file whole."""
-    write_atomically(path, lambda file: torch.save(content, file))
+
+def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
+    """Write a checkpoint atomically: a crash or a full disk leaves the previous file whole.
+
+    With `keep` above 1, the ones before stay as `last.1.pth` (the newest of them), `last.2.pth`...
+    """
+
+    def rotate() -> None:
+        for number in range(keep - 1, 0, -1):
+            source, target = older(path, number - 1), older(path, number)
+            if number > 1 and source.exists():
+                os.replace(source, target)
+            elif source.exists():  # last.pth stays in its place until the new one takes it
+                beside = target.with_suffix(".new")
+                _link(source, beside)
+                os.replace(beside, target)
+
+    content = {**content, HASH: digest(content)}
+    write_atomically(path, lambda file: torch.save(content, file), before=rotate)
+
+
+def older(path: Path, number: int) -> Path:
+    """Where the checkpoint is kept that was `path` so many saves ago."""
+    return path.with_suffix(f".{number}{path.suffix}") if number else path
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint: a dictionary whose entry `model` holds the weights, on the CPU.
 
-    Only tensors and plain values are accepted (`weights_only`). Raises UserError otherwise.
+    Only tensors and plain values are accepted (`weights_only`), and a hash in the file must be that
+    of its content. Raises UserError otherwise.
     """
     content = _load(Path(path))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: no checkpoint: it has no entry 'model' with weights")
+    expected = content.pop(HASH, None)  # other code's checkpoints have none
+    if expected is not None and expected != digest(content):
+        raise UserError(
+            f"{path}: damaged: its content does not have the hash that it was saved with"
+        )
     return content
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of tensors and plain values, however deeply nested."""
+    found = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, (dict, list, tuple)):
+            found.update(f"{len(value)}[".encode())
+            for part in value.items() if isinstance(value, dict) else value:
+                feed(part)
+        else:
+            found.update(f"{value!r};".encode())
+
+    feed(content)
+    return found.hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from utils.errors import UserError
 
@@ -31,3 +32,8 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Context in which the encoders run."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def full(values: Tensor) -> Tensor:
+    """At least float32: what losses and metrics are computed in."""
+    return values if values.dtype == torch.float64 else values.float()

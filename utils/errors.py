@@ -1,10 +1,17 @@
-"""The one exception that means "the user can mend this"."""
+"""What an entry point says, and the status it leaves with, when it cannot go on."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
+
+FAILED, STOPPED, KILLED = 2, 75, 130  # 75: "try again later" (sysexits.h)
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class UserError(Exception):
@@ -13,6 +20,10 @@ class UserError(Exception):
     Entry points print it without a traceback and leave with status 2. Anything else that is
     raised is a fault of the program and keeps its traceback.
     """
+
+
+class Stopped(Exception):
+    """A signal asked a run to leave, and it has saved: status 75, which schedulers may requeue."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -27,9 +38,27 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         # A loader process sends its error on with a traceback in front; the message is its end.
-        message = str(error).rsplit("UserError: ", 1)[-1].strip()
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error: {str(error).rsplit(f'{type(error).__name__}: ', 1)[-1].strip()}", FAILED)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        _leave(f"error: {error.filename or 'the disk'}: {error.strerror}", FAILED)
+    except Stopped as stopped:
+        _leave(str(stopped), STOPPED)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave("interrupted", KILLED)
+
+
+def _leave(message: str, status: int) -> None:
+    """With several processes each may have met the same error: the first tells it, and torchrun
+    ends the others before they repeat it."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank and status == FAILED:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+        message = f"rank {rank}: {message}"
+    if rank == 0 or status == FAILED:
+        print(message, file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        os._exit(status)  # other processes may be gone; a farewell to them would wait
+    sys.exit(status)

@@ -1,7 +1,8 @@
-"""Files that are never half written."""
+"""Files that are never half written, and folders that one process works in at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from typing import BinaryIO
 from utils.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], before: Callable[[], object] = lambda: None
+) -> None:
     """Write beside `path`, sync to disk, then rename: readers see the old file or the new one.
 
-    Raises UserError when the disk refuses (full, read-only); the old file is then untouched.
+    `before` runs when the new file is whole and the old one still in place. Raises UserError when
+    the disk refuses (full, read-only); the old file is then untouched.
     """
     path = Path(path)
     temporary = None
@@ -28,10 +32,40 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # NamedTemporaryFile makes files private to the user
+        before()
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
         if isinstance(error, OSError):
             raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
         raise
+
+
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Delete what killed processes left half written; for a folder that is locked."""
+    for path in folder.glob(f".{pattern}.*"):
+        path.unlink(missing_ok=True)
+
+
+def lock(folder: Path, inherited: bool = False) -> int:
+    """A lock on a folder, as a file descriptor, until the process ends; if `inherited`, until all
+    its children have ended too. Raises UserError if another process has it."""
+    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        take = fcntl.flock if inherited else fcntl.lockf
+        take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is at work here; run it again later") from None
+    return descriptor
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the new name, too, survives a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

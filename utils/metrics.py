@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.devices import full
 from utils.errors import UserError
 
 CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
@@ -78,8 +79,8 @@ def rank(
     for name, features in (("query", query_QD), ("gallery", gallery_GD)):
         if not torch.isfinite(features).all():
             raise UserError(f"the {name} features are not finite: the model has diverged")
-    query_QD = torch.nn.functional.normalize(query_QD.float(), dim=-1)
-    gallery_GD = torch.nn.functional.normalize(gallery_GD.float(), dim=-1)
+    query_QD = torch.nn.functional.normalize(full(query_QD), dim=-1)
+    gallery_GD = torch.nn.functional.normalize(full(gallery_GD), dim=-1)
     chunk = chunk or max(1, CHUNK_BYTES // (4 * len(gallery_GD)))
     rows = [
         query_metrics(

@@ -8,6 +8,8 @@ back as `--config_file` it gives the same run.
 from __future__ import annotations
 
 import argparse
+import re
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ import yaml
 
 from utils.errors import UserError, suggest
 from utils.files import write_atomically
+from utils.runs import CONFIG, LAST, checkpoints, differences
+
+LARGEST = 2**31 - 1  # no option needs a larger number
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Option:
     least: float | None = None  # smallest value allowed
     above: float | None = None  # value must be greater than this
     most: float | None = None  # largest value allowed
+    pattern: str = ""  # what a text must match as a whole
+    alone: str = ""  # value of the flag without one
 
     def coerce(self, value: Any, where: str) -> Any:
         """Check a value from a preset or the command line and give it its type.
@@ -43,14 +50,18 @@ class Option:
         if self.count is not None:
             values = list(value) if isinstance(value, (list, tuple)) else [value]
             if isinstance(self.count, int) and len(values) != self.count:
-                raise UserError(f"{where}: {self.name} takes {self.count} values, got {values}")
+                found = reprlib.repr(values)
+                raise UserError(f"{where}: {self.name} takes {self.count} values, got {found}")
             return [self._coerce_one(v, where) for v in values]
         return self._coerce_one(value, where)
 
     def _coerce_one(self, value: Any, where: str) -> Any:
         wrong = UserError(
-            f"{where}: {self.name} takes a value of type {self.type.__name__}, got {value!r}"
+            f"{where}: {self.name} takes a value of type {self.type.__name__}, "
+            f"got {reprlib.repr(value)}"
         )
+        if self.alone and isinstance(value, bool):
+            value = self.alone if value else self.default
         if self.type is bool:
             if not isinstance(value, bool):
                 raise wrong
@@ -59,8 +70,10 @@ class Option:
             raise wrong
         try:
             typed = self.type(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
+        if self.pattern and not re.fullmatch(self.pattern, typed):
+            raise UserError(f"{where}: {self.name} is {typed!r}; {self.help}")
         if self.type is int and isinstance(value, float) and value != typed:
             raise wrong
         if self.choices and typed not in self.choices:
@@ -81,6 +94,8 @@ class Option:
                 if bound is not None
             ]
             raise UserError(f"{where}: {self.name} must be {' and '.join(bounds)}, got {typed}")
+        if self.type is not str and not -LARGEST <= typed <= LARGEST:  # nor NaN
+            raise wrong
         return typed
 
 
@@ -90,7 +105,13 @@ def _o(name: str, type: type, default: Any, help: str, **more: Any) -> Option:
 
 GROUPS: dict[str, list[Option]] = {
     "Run": [
-        _o("name", str, "baseline", "name of the run; its folder is TIME_NAME"),
+        _o(
+            "name",
+            str,
+            "baseline",
+            "name of the run, without a slash; its folder is TIME_NAME",
+            pattern=r"[^/\0]*",
+        ),
         _o("output_dir", str, "logs", "folder that receives all runs"),
         _o("seed", int, 1, "seed of weights, batches, augmentation and draws", least=0),
         _o(
@@ -105,8 +126,9 @@ GROUPS: dict[str, list[Option]] = {
             str,
             "auto",
             "fp32; bf16 or fp16 autocast; half = half-precision weights, as the original trains; "
-            "auto = bf16 where the device computes it natively, else fp32",
-            choices=("auto", "fp32", "bf16", "fp16", "half"),
+            "fp64 for exact comparisons; auto = bf16 where the device computes it natively, else "
+            "fp32",
+            choices=("auto", "fp32", "bf16", "fp16", "half", "fp64"),
         ),
         _o("compile", bool, False, "compile the encoders with torch.compile; the first steps wait"),
         _o(
@@ -125,7 +147,15 @@ GROUPS: dict[str, list[Option]] = {
         ),
         _o("num_workers", int, 8, "processes that load images; one per core at most", least=0),
         _o("log_period", int, 100, "steps between log lines", least=1),
-        _o("eval_period", int, 1, "epochs between evaluations and checkpoints", least=1),
+        _o("eval_period", int, 1, "epochs between evaluations", least=1),
+        _o(
+            "save_period",
+            str,
+            "1",
+            "time between saves of last.pth: epochs, or minutes as 30min",
+            pattern=r"[1-9]\d{0,8}|\d{1,8}(\.\d+)?min",
+        ),
+        _o("keep_last", int, 1, "saves kept: last.pth, last.1.pth before it, ...", least=1),
         _o(
             "val_dataset",
             str,
@@ -134,8 +164,23 @@ GROUPS: dict[str, list[Option]] = {
             "both: val chooses best.pth, test best_test.pth",
             choices=("test", "val", "both"),
         ),
-        _o("resume", bool, False, "go on with the run of --resume_ckpt_file: its folder, options"),
-        _o("resume_ckpt_file", str, "", "checkpoint to go on from, usually RUN/last.pth"),
+        _o(
+            "resume",
+            str,
+            "no",
+            "go on with a run, in its folder: that of --resume_ckpt_file, or the newest of --name "
+            "in --output_dir; auto: if there is one, else start",
+            choices=("no", "yes", "auto"),
+            alone="yes",
+        ),
+        _o("resume_ckpt_file", str, "", "checkpoint to go on from; left out: the run's last.pth"),
+        _o(
+            "max_nonfinite",
+            int,
+            5,
+            "steps in a row that are skipped if a loss or gradient is not finite; one more stops",
+            least=0,
+        ),
         _o("finetune", str, "", "checkpoint whose weights are loaded where names and shapes fit"),
     ],
     "Data": [
@@ -149,6 +194,13 @@ GROUPS: dict[str, list[Option]] = {
             choices=("a", "g", "ag"),
         ),
         _o("image_cache", str, "", "folder for resized images, made once; left out: decode anew"),
+        _o(
+            "on_bad_image",
+            str,
+            "fail",
+            "a training image cannot be read: fail, or skip = take the next sample of the epoch",
+            choices=("fail", "skip"),
+        ),
         _o("img_aug", bool, False, "pad 10 and random crop, random erasing; the flip is always on"),
         _o(
             "sampler",
@@ -158,7 +210,7 @@ GROUPS: dict[str, list[Option]] = {
             choices=("random", "identity"),
         ),
         _o("num_instance", int, 4, "samples per identity for --sampler identity", least=1),
-        _o("batch_size", int, 128, "samples per training step", least=2),
+        _o("batch_size", int, 128, "samples per training step, of all GPUs together", least=2),
         _o("test_batch_size", int, 512, "images or captions per evaluation step", least=1),
         _o("MLM", bool, False, "make masked captions, which the loss mlm needs"),
         _o(
@@ -268,6 +320,7 @@ GROUPS: dict[str, list[Option]] = {
             "Adam's epsilon; the original's large value suits half",
             above=0,
         ),
+        _o("grad_clip", float, 0.0, "largest L2 norm of all gradients together; 0: any", least=0),
         _o("momentum", float, 0.9, "SGD's momentum", least=0, most=1),
         _o("num_epoch", int, 60, "epochs", least=1),
         _o(
@@ -300,6 +353,13 @@ SCRATCH_ONLY = (
 # test.py takes the rest from the run's configs.yaml.
 # What other code of this family keeps in its configs.yaml besides options.
 _BOOKKEEPING = {"training", "test", "distributed", "local_rank"}
+# What may differ between two machines, or a run and its continuation, without making another
+# experiment of it.
+INDIFFERENT = (
+    "name", "output_dir", "root_dir", "device", "num_workers", "image_cache", "log_period",
+    "finetune", "attributes_file", "resume", "resume_ckpt_file", "test_batch_size", "save_period",
+    "keep_last", "max_nonfinite", "on_bad_image",
+)  # fmt: skip
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
 TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_workers")
 
@@ -337,17 +397,62 @@ def parse_options(
     extra(parser)
     given = vars(parser.parse_args(argv))
     preset_file = given.pop("config_file", None)
-    if given.get("resume") and "output_dir" in given:
-        raise UserError("--resume goes on in its checkpoint's folder; leave --output_dir out")
-    if given.get("resume") and given.get("resume_ckpt_file") and preset_file is None:
-        last = Path(given["resume_ckpt_file"])
-        if not last.is_file():
-            raise UserError(f"{last}: no such file (--resume_ckpt_file)")
-        own = last.parent / "configs.yaml"
-        preset_file = own if own.is_file() else None  # a run goes on with its own options
-    preset = read_preset(preset_file) if preset_file else {}
     own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
-    return argparse.Namespace(**vars(resolve({**preset, **given})), **own)
+    values = {**(read_preset(preset_file) if preset_file else {}), **given}
+    if values.get("resume", "no") != "no":
+        args = _resumed(values, given, Path(preset_file) if preset_file else None)
+    else:
+        args = resolve(values)
+    return argparse.Namespace(**vars(args), **own)
+
+
+def _resumed(
+    values: dict[str, Any], given: dict[str, Any], preset: Path | None
+) -> argparse.Namespace:
+    """The options of a run that goes on; `resume` is "no" if `auto` finds none.
+
+    Without a preset they are the run's own, which the command line overrides.
+    """
+
+    def value(name: str) -> Any:
+        return values.get(name, OPTIONS[name].default)
+
+    named, mode = value("resume_ckpt_file"), value("resume")
+    if named and "output_dir" in given:
+        raise UserError("--resume_ckpt_file says where the run is; leave --output_dir out")
+    if named:
+        last = Path(named)
+        _check(last.is_file(), f"{last}: no such file (--resume_ckpt_file)")
+    elif preset and preset.name == CONFIG and (preset.parent / LAST).is_file():
+        last = preset.parent / LAST  # a run's own configs.yaml
+    else:
+        found = checkpoints(value("output_dir"), value("dataset_name"))
+        last = next((p for p in found if _recorded_name(p.parent / CONFIG) == value("name")), None)
+    if last is None:
+        where = f"{value('output_dir')}/{value('dataset_name')}/"
+        _check(mode == "auto", f"--resume: {where} has no run '{value('name')}' with a {LAST}")
+        return resolve({**values, "resume": "no"})
+    recorded = last.parent / CONFIG
+    if preset is None and recorded.is_file():
+        values = {**read_preset(recorded), **given}
+    args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
+    if mode == "auto" and recorded.is_file():
+        then = vars(resolve(read_preset(recorded)))
+        free = [name for name in ("device", "precision") if getattr(args, name) == "auto"]
+        changed = differences(vars(args), then, (*INDIFFERENT, "num_epoch", *free))
+        if changed:
+            raise UserError(
+                f"--resume auto: {last.parent} was begun with other options: {', '.join(changed)}. "
+                "Give another --name or --output_dir, or --resume to go on with the new options"
+            )
+    return args
+
+
+def _recorded_name(config: Path) -> str | None:
+    try:
+        return read_preset(config).get("name")
+    except UserError:
+        return None
 
 
 def parse_test_options(
@@ -437,12 +542,8 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
         f"--accum_steps {args.accum_steps} exceeds --batch_size {args.batch_size}",
     )
     _check(
-        args.resume == bool(args.resume_ckpt_file),
-        "--resume and --resume_ckpt_file PATH go together",
-    )
-    _check(
-        not (args.resume and args.finetune),
-        "--resume goes on with a run's own weights, --finetune starts from others; give one",
+        args.resume != "no" or not args.resume_ckpt_file,
+        "--resume_ckpt_file PATH needs --resume",
     )
     return args
 
@@ -471,7 +572,8 @@ def _read_preset(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
 
 def write_config(path: Path, args: argparse.Namespace) -> None:
     """Write all options to a YAML file that `--config_file` reads back."""
-    text = yaml.safe_dump(vars(args), sort_keys=False, default_flow_style=None)
+    fresh = {"resume": "no", "resume_ckpt_file": ""}  # the file describes the run, not a call
+    text = yaml.safe_dump({**vars(args), **fresh}, sort_keys=False, default_flow_style=None)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -499,7 +601,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
             values = yaml.load(file, Loader=_TupleLoader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --config_file names a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of 'option: value'")
@@ -531,7 +633,8 @@ def _build_parser(options, description: str) -> argparse.ArgumentParser:
                 section.add_argument(
                     f"--{o.name}",
                     type=_typed(o),
-                    nargs=o.count,
+                    nargs="?" if o.alone else o.count,
+                    **({"const": o.alone} if o.alone else {}),
                     metavar="|".join(o.choices) if o.choices else o.type.__name__.upper(),
                     help=help_text,
                 )

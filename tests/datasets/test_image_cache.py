@@ -25,18 +25,18 @@ def test_cached_images_equal_those_read_anew_and_are_kept_once(mini_root, tmp_pa
     plain, cached = files(mini_root), files(mini_root)
     cached.use_cache(tmp_path / "cache")
     assert torch.equal(all_of(plain), all_of(cached))
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "cache").glob("*.npy")
     assert np.load(path).shape == (len(cached) - 1, 3, 96, 32)
 
 
 def test_a_cache_is_made_once_and_anew_for_another_size_or_a_changed_file(mini_copy, tmp_path):
     files(mini_copy).use_cache(tmp_path / "cache")
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "cache").glob("*.npy")
     made = path.stat().st_mtime_ns
     files(mini_copy).use_cache(tmp_path / "cache")
     assert path.stat().st_mtime_ns == made
     files(mini_copy, (64, 32)).use_cache(tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("*"))) == 2
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
     changed = files(mini_copy)
     with open(changed.paths[1], "rb") as source:
         data = source.read()
@@ -44,7 +44,7 @@ def test_a_cache_is_made_once_and_anew_for_another_size_or_a_changed_file(mini_c
         target.write(data)
     os.utime(changed.paths[0], ns=(1, 1))
     changed.use_cache(tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("*"))) == 3
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
     assert torch.equal(changed[0], changed[1])
 
 
@@ -75,7 +75,7 @@ def test_a_broken_image_stops_the_cache_and_leaves_no_file(mini_copy, tmp_path):
 def test_a_truncated_cache_and_a_folder_that_is_a_file_are_named(mini_root, tmp_path):
     images = files(mini_root)
     images.use_cache(tmp_path / "cache")
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "cache").glob("*.npy")
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=f"{path}: the cache cannot be read: .*; delete it"):
         files(mini_root).use_cache(tmp_path / "cache")

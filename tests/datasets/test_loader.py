@@ -90,9 +90,7 @@ def test_a_batch_holds_what_its_samples_hold(mini_root):
             for view, image in (("", sample.image), ("pair_", sample.pair)):
                 assert torch.equal(batch[f"{view}images"][row], load_image(image.path, (96, 32)))
         assert (batch["draws"] != batch["pair_draws"]).all()  # views are augmented independently
-        assert (
-            batch["masked_ids"].shape == batch["masked_labels"].shape == batch["caption_ids"].shape
-        )
+        assert batch["masked_ids"].shape == batch["masked_labels"].shape == (len(batch["pids"]), 77)
         assert (batch["caption_ids"] != 0).any(dim=0).all()  # no column of padding alone
 
 
@@ -128,8 +126,9 @@ def test_augmentation_differs_between_epochs_and_leaves_the_global_generator_alo
 
 
 def test_random_sampler_visits_all_once_in_new_orders():
-    sampler = RandomSampler(20, torch.Generator().manual_seed(0))
-    first, second = list(sampler), list(sampler)
+    sampler = RandomSampler(20, 6, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in sampler] == [6, 6, 6, 2]
+    first, second = ([key for batch in sampler for key in batch] for _ in range(2))
     assert sorted(k.index for k in first) == sorted(k.index for k in second) == list(range(20))
     assert [k.index for k in first] != [k.index for k in second]
     assert len({k.seed for k in first + second}) == 40
@@ -138,10 +137,10 @@ def test_random_sampler_visits_all_once_in_new_orders():
 @pytest.mark.parametrize("counts", [[4] * 6, [1, 9, 2, 5, 3, 8, 4], [30, 1, 1, 1]])
 def test_identity_sampler_fills_batches_with_distinct_identities(counts):
     pids = [pid for pid, count in enumerate(counts) for _ in range(count)]
-    sampler = IdentitySampler(pids, 6, 3, torch.Generator().manual_seed(0))
+    sampler = IdentitySampler(pids, 3, 6, torch.Generator().manual_seed(0))
     for _ in range(2):
-        order = [key.index for key in sampler]
-        assert len(order) == len(sampler) > 0
+        order = [key.index for batch in sampler for key in batch]
+        assert len(order) == 6 * len(sampler) > 0
         for start in range(0, len(order), 6):
             batch = collections.Counter(pids[i] for i in order[start : start + 6])
             assert list(batch.values()) == [3, 3]

@@ -110,7 +110,7 @@ def test_a_killed_table_goes_on_to_the_same_figures(table, mini_root, tmp_path, 
     (a,), (b,) = done(whole).values(), done(cut).values()
     assert all(a["paper"][name] == b["paper"][name] for name in (*FIGURES, "epoch"))
     console = next(cut.glob("small/*/console.txt")).read_text()
-    assert "resumed after epoch" in console
+    assert "resumed after" in console
 
 
 def test_other_data_code_options_or_seeds_make_other_jobs(
@@ -171,8 +171,8 @@ def test_a_job_that_another_process_runs_is_left_to_it(
     given |= {"root_dir": str(mini_root), "device": "cpu", "seeds": [1], "output_dir": str(out)}
     jobs, _ = tool.make_jobs(tool.read_table(str(path)), tool.argparse.Namespace(**given, mllm4text=""))  # fmt: skip
     jobs[0].folder.mkdir(parents=True)
-    holder = tool.locked(jobs[0].folder)
+    holder = tool.lock(jobs[0].folder, inherited=True)
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1) == 1
     assert "another process is at work here" in capsys.readouterr().out and not done(out)
     os.close(holder)
-    os.close(tool.locked(jobs[0].folder))  # free again
+    os.close(tool.lock(jobs[0].folder, inherited=True))  # free again

@@ -8,7 +8,7 @@ import torch
 from utils.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from utils.errors import UserError, run_main
 from utils.files import write_atomically
-from utils.logger import new_run_dir
+from utils.runs import new_run_dir
 
 
 class Evil:

@@ -1,0 +1,102 @@
+"""Small trainings, here or in processes that can be killed, and what two of them must share."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import train as train_entry
+from tests.helpers import ROOT, SCRATCH
+from utils.checkpoint import load_checkpoint
+from utils.errors import run_main
+
+RECIPE = "supkl+queue+match2+dot"
+# Forked from a process that has imported everything and computed nothing: starts in no time.
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["train"])
+
+
+def flags(root, out, **more) -> list[str]:
+    """Three epochs of four steps, on images of 32x16."""
+    values = {
+        "root_dir": root, "output_dir": out, "loss_names": RECIPE, "img_size": (32, 16),
+        "batch_size": 5, "test_batch_size": 4, "num_epoch": 3, "warmup_epochs": 1, "lr": 1e-3,
+        "num_workers": 0, "device": "cpu", "precision": "fp32", "log_period": 1, "img_aug": True,
+        "optimizer": "AdamW", **SCRATCH, **more,
+    }  # fmt: skip
+    words = []
+    for name, value in values.items():
+        many = value if isinstance(value, (tuple, list)) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, many)]
+    return words
+
+
+def main(words: list[str], threads: int = 1, before=None) -> None:
+    """train.py with these words; for a process of its own."""
+    os.chdir(ROOT)
+    torch.set_num_threads(threads)
+    sys.argv = ["train.py", *words]
+    if before is not None:
+        before()
+    run_main(train_entry.main)
+
+
+def start(words: list[str], quiet: bool = True, **more):
+    """The same in a process, which is returned."""
+    process = forks.Process(target=quietly if quiet else main, args=(words,), kwargs=more)
+    process.start()
+    return process
+
+
+def quietly(words: list[str], **more) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    main(words, **more)
+
+
+def folder_of(out: Path) -> Path:
+    """The one run's folder."""
+    (config,) = out.glob("*/*/configs.yaml")
+    return config.parent
+
+
+def log_of_losses(folder: Path) -> dict[str, str]:
+    """What the log says of each step and epoch, but for its speed and time."""
+    found = {}
+    for line in (folder / "train_log.txt").read_text().splitlines():
+        match = re.search(r"(epoch \d+/\d+(?: step \d+/\d+)?)  (loss .*)", line)
+        if match:
+            text = re.sub(r"\d+ samples/s|[\d.]+ s$", "", match[2])
+            assert found.setdefault(match[1], text) == text  # done twice: with the same numbers
+    return found
+
+
+def same(a, b, where="") -> None:
+    """Equal, bit for bit and however nested."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+def assert_same_end(folder: Path, unbroken: Path) -> None:
+    """Checkpoints bit for bit, and the log of losses."""
+    for name in ("last.pth", "best.pth"):
+        same(load_checkpoint(folder / name), load_checkpoint(unbroken / name), name)
+    assert log_of_losses(folder) == log_of_losses(unbroken)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,195 @@
+"""A run cut at any moment and resumed ends as the unbroken one, bit for bit."""
+
+import random
+import signal
+import time
+
+import pytest
+
+import processor.trainer
+import train as train_entry
+from datasets.build import on_device
+from processor.evaluator import Evaluator
+from tests.helpers import run
+from tests.reliability.runs import assert_same_end, flags, folder_of, start
+from utils.checkpoint import load_checkpoint
+from utils.errors import Stopped, UserError
+
+WAYS = {
+    "random": {},
+    "identity, mlm": {
+        "loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "sampler": "identity",
+        "num_instance": 2, "batch_size": 6, "optimizer": "SGD", "momentum": 0.9, "num_workers": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(mini_root, tmp_path_factory):
+    """Folders of runs that nothing disturbed."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, more in WAYS.items():
+            out = tmp_path_factory.mktemp("unbroken")
+            run(train_entry.main, monkeypatch, *flags(mini_root, out, **more))
+            folders[name] = folder_of(out)
+    return folders
+
+
+def raise_at_step(monkeypatch, moment, number):
+    """Send this process a signal while the given step (counted over the run) is computed."""
+    seen = iter(range(1, 1000))
+
+    def watched(*args):
+        for batch in on_device(*args):
+            if next(seen) == moment:
+                signal.raise_signal(number)
+            yield batch
+
+    monkeypatch.setattr(processor.trainer, "on_device", watched)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGUSR1), (6, signal.SIGTERM)],
+)
+def test_a_run_that_a_signal_stops_goes_on_to_the_same_end(
+    way, moment, number, unbroken, mini_root, tmp_path, monkeypatch
+):
+    words = flags(mini_root, tmp_path, **WAYS[way], resume="auto")
+    with monkeypatch.context() as patch:
+        raise_at_step(patch, moment, number)
+        with pytest.raises(Stopped, match=f"{number.name}: saved at epoch .*, step .*; go on with"):
+            run(train_entry.main, patch, *words)
+    state = load_checkpoint(folder_of(tmp_path) / "last.pth")
+    steps = len(range(0, 16, 5)) if way == "random" else state["epoch"] + moment
+    if way == "random":
+        assert state["epoch"] * steps + state["step"] == moment
+    run(train_entry.main, monkeypatch, *words)
+    assert_same_end(folder_of(tmp_path), unbroken[way])
+
+
+def test_a_run_that_is_stopped_while_it_evaluates_evaluates_again(
+    unbroken, mini_root, tmp_path, monkeypatch
+):
+    encode = Evaluator.encode
+
+    def disturbed(self, model, between):
+        signal.raise_signal(signal.SIGTERM)
+        return encode(self, model, between)
+
+    words = flags(mini_root, tmp_path, resume="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "encode", disturbed)
+        with pytest.raises(Stopped, match="saved at epoch 1, step 4"):
+            run(train_entry.main, patch, *words)
+    assert not (folder_of(tmp_path) / "best.pth").exists()
+    run(train_entry.main, monkeypatch, *words)
+    assert_same_end(folder_of(tmp_path), unbroken["random"])
+
+
+def test_resume_without_a_path_takes_the_newest_run_of_that_name(
+    mini_root, tmp_path, monkeypatch, capsys
+):
+    few = {"num_epoch": 1, "warmup_epochs": 0}
+    for name in ("a", "b", "a_2"):
+        run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, name=name, **few))
+    capsys.readouterr()
+    run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path, "--name", "a", "--num_epoch", 2)  # fmt: skip
+    (folder,) = tmp_path.glob("*/*_a")
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 2
+    assert "resumed after 1 epochs and 0 steps" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*/*/"))) == 3
+    # Its own configs.yaml names the run, too; a finished one has nothing left to do.
+    run(train_entry.main, monkeypatch, "--resume", "--config_file", folder / "configs.yaml")
+    assert "resumed after 2 epochs and 0 steps" in capsys.readouterr().out
+
+
+def test_resume_auto_refuses_other_options(mini_root, tmp_path, monkeypatch):
+    few = {"num_epoch": 1, "warmup_epochs": 0, "resume": "auto"}
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few))
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, save_period="30min"))
+    with pytest.raises(UserError, match=r"begun with other options: --slack 0.3 \(was 0.15\)"):
+        run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, slack=0.3))
+
+
+def test_a_run_is_left_to_the_process_that_works_on_it(mini_root, tmp_path, monkeypatch):
+    words = flags(mini_root, tmp_path, num_epoch=500, resume="auto")
+    busy = start(words)
+    wait_for(lambda: list(tmp_path.glob("*/*/last.pth")))
+    with pytest.raises(UserError, match="another process is at work here"):
+        run(train_entry.main, monkeypatch, *words)
+    busy.terminate()
+    busy.join()
+    assert busy.exitcode == 75
+
+
+def test_minutes_between_saves_are_kept_and_older_saves_stay(mini_root, tmp_path, monkeypatch):
+    """With a save after every step the kept ones are a step apart."""
+    words = flags(mini_root, tmp_path, save_period="0min", keep_last=3, num_epoch=1, warmup_epochs=0)  # fmt: skip
+    clock = iter(range(0, 10**9, 60))
+    monkeypatch.setattr(processor.trainer, "parse_period", lambda text: (0, 1.0))
+    monkeypatch.setattr(processor.trainer.time, "monotonic", lambda: next(clock))
+    run(train_entry.main, monkeypatch, *words)
+    folder = folder_of(tmp_path)
+    states = [load_checkpoint(folder / f"last{n}.pth") for n in ("", ".1", ".2")]
+    assert [(s["epoch"], s["step"]) for s in states] == [(1, 0), (0, 4), (0, 4)]
+    assert not (folder / "last.3.pth").exists()
+    assert processor.trainer.read_state(folder / "last.pth", 3)[0]["epoch"] == 1
+
+
+def test_epochs_between_saves_are_kept(mini_root, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(processor.trainer.Trainer, "save", lambda self: saved.append(self.epoch))
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, save_period=2, num_epoch=5))
+    assert saved == [2, 4, 5]
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    from utils.interrupt import StopRequest
+
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_kills_at_random_moments_change_nothing(mini_root, tmp_path, pytestconfig, tally):
+    """SIGKILL, then the same command again with `--resume auto`, until it ends."""
+    kills, dice = pytestconfig.getoption("kills"), random.Random(1)
+    words = {"num_epoch": 12, "save_period": "0.001min", "num_workers": 1, "keep_last": 2}
+    whole = start(flags(mini_root, tmp_path / "whole", **words))
+    began = time.monotonic()
+    whole.join()
+    assert whole.exitcode == 0
+    longest = (time.monotonic() - began) / 4
+    survived = ended = 0
+    while survived < kills:
+        out = tmp_path / f"cut{ended}"
+        while True:
+            child = start(flags(mini_root, out, **words, resume="auto"))
+            child.join(dice.uniform(0, longest) if survived < kills else None)
+            if child.exitcode is not None:
+                assert child.exitcode == 0
+                break
+            child.kill()
+            child.join()
+            survived += 1
+            for left in out.glob("*/*/last.pth"):
+                load_checkpoint(left)  # whole
+        # Kills before the first save leave folders without a checkpoint.
+        (last,) = out.glob("*/*/last.pth")
+        assert_same_end(last.parent, folder_of(tmp_path / "whole"))
+        ended += 1
+    tally["kills survived"] += survived
+    tally["killed runs that ended as the unbroken one"] += ended
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,172 @@
+"""Several processes train one model, each on its share of every batch; torchrun starts them.
+
+    torchrun --nproc_per_node 4 train.py ...
+
+`--batch_size` is that of all processes together, and the losses are those of the whole batch: every
+process encodes its share, the shares are gathered, and every process computes the same losses of
+all of them. Gradients flow back through `World.gather` to the own share.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.devices import choose_device
+from utils.errors import UserError
+
+# How long a process waits for the others outside of a step: the first may resize 100,000 images.
+PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a training. The defaults are those of a single process."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1  # processes on this machine
+    control: Any = None  # a gloo group for small things that no device should wait for
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and the log."""
+        return self.rank == 0
+
+    def gather(self, parts: dict[str, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
+        """Rows of all processes, in their order, for several tensors by one collective.
+
+        Args:
+            parts: tensors [n, ...] of one dtype, n = counts[rank].
+            counts: rows of each process.
+
+        A gradient that arrives at the result goes to the own rows times `size`: with the mean that
+        DistributedDataParallel takes over processes, encoders get the sum over shares, and heads,
+        which every process applies to all rows, the gradient that each has computed whole.
+        """
+        if self.size == 1:
+            return parts
+        widths = [math.prod(value.shape[1:]) for value in parts.values()]
+        flat = [v.reshape(len(v), w) for v, w in zip(parts.values(), widths, strict=True)]
+        columns = _Gather.apply(torch.cat(flat, dim=1), tuple(counts), self).split(widths, dim=1)
+        return {
+            name: column.reshape(len(column), *value.shape[1:])
+            for (name, value), column in zip(parts.items(), columns, strict=True)
+        }
+
+    def objects(self, value: Any) -> list[Any]:
+        """Every process's small object, in their order, at every process."""
+        found = [None] * self.size
+        if self.size == 1:
+            return [value]
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def from_leader(self, value: Any) -> Any:
+        """The leader's small object at every process."""
+        return self.objects(value)[0]
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """What is inside runs at the leader, then at all others: they find what it made."""
+        if self.size > 1 and not self.leads:
+            dist.barrier(self.control)
+        yield
+        if self.size > 1 and self.leads:
+            dist.barrier(self.control)
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Replace gradients by their means over processes."""
+        if self.size == 1:
+            return
+        for work in [dist.all_reduce(g, async_op=True) for g in gradients]:
+            work.wait()
+        torch._foreach_div_(list(gradients), self.size)
+
+
+ALONE = World()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_BD: Tensor, counts: tuple[int, ...], world: World) -> Tensor:
+        ctx.start, ctx.own, ctx.size = sum(counts[: world.rank]), len(rows_BD), world.size
+        padded = rows_BD.new_zeros((max(counts), rows_BD.shape[1]))  # collectives want one shape
+        padded[: ctx.own] = rows_BD
+        found = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(found, padded)
+        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient[ctx.start : ctx.start + ctx.own] * ctx.size, None, None
+
+
+class Votes:
+    """Flags on which all processes must act at the same place, such as "a signal came: stop".
+
+    Every process calls as often as the others. The answer is that of the call before: so it has
+    arrived already, and nobody waits for it.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pending: tuple[Tensor, Any] | None = None
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process has raised it."""
+        if self.world.size == 1:
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        before, self.pending = self.pending, (votes, work)
+        if before is None:
+            return [False] * len(flags)
+        before[1].wait()
+        return [bool(flag) for flag in before[0].tolist()]
+
+
+def shares(count: int, size: int) -> list[int]:
+    """Rows of each of `size` processes, as even as can be, the first ones having one more."""
+    return [count // size + (rank < count % size) for rank in range(size)]
+
+
+def start(device_name: str) -> tuple[World, torch.device]:
+    """Join the processes that torchrun started, if it did: this process's place and device.
+
+    NCCL carries tensors between GPUs, gloo between CPUs. Raises UserError if this machine has fewer
+    GPUs than processes.
+    """
+    device = choose_device(device_name)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return ALONE, device
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type == "cuda":
+        if local_size > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node {local_size}: this machine has {torch.cuda.device_count()} GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(dist.get_rank(), size, local_size, control), device
+
+
+def finish() -> None:
+    """Leave the other processes in good order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Folders of runs: a new one, the one to go on in, and whether it is of the same experiment."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from utils.distributed import World
+from utils.errors import UserError
+from utils.files import lock, remove_unfinished
+
+LAST, CONFIG = "last.pth", "configs.yaml"
+
+
+def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
+    """Make `<output_dir>/<dataset_name>/<time>_<name>/`; runs of one second get a number each."""
+    parent = Path(output_dir, dataset_name)
+    stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 1000):
+            folder = parent / (stem if number == 1 else f"{stem}_{number}")
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {error.strerror} ({parent})") from None
+    raise UserError(f"--output_dir {output_dir}: no free folder name for {stem}")
+
+
+def open_run(args: argparse.Namespace, world: World) -> Path:
+    """The run's folder, new or that of the run to go on with; the leader locks it, and removes what
+    a killed process left half written."""
+    resumed = args.resume != "no"
+    folder = Path(args.resume_ckpt_file).parent if resumed else None
+    if world.leads:
+        folder = folder or new_run_dir(args.output_dir, args.dataset_name, args.name)
+        lock(folder)
+        remove_unfinished(folder, "*.pth")
+    return world.from_leader(folder)
+
+
+def checkpoints(output_dir: str, dataset_name: str) -> list[Path]:
+    """last.pth of all runs that can be gone on with, the one written last first."""
+    found = Path(output_dir, dataset_name).glob(f"*/{LAST}")
+    found = [last for last in found if (last.parent / CONFIG).is_file()]
+    return sorted(found, key=lambda last: last.stat().st_mtime_ns, reverse=True)
+
+
+def differences(now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]) -> list[str]:
+    """Options that two runs do not share, as "--lr 1e-4 (was 1e-5)"."""
+    return [
+        f"--{name} {now[name]} (was {then[name]})"
+        for name in now
+        if name in then and name not in ignored and now[name] != then[name]
+    ]
