@@ -153,7 +153,7 @@ GROUPS: dict[str, list[Option]] = {
             str,
             "1",
             "time between saves of last.pth: epochs, or minutes as 30min",
-            pattern=r"[1-9]\d{0,8}|\d{1,8}(\.\d+)?min",
+            pattern=r"[1-9]\d{0,8}|(?!0+(\.0*)?min)\d{1,8}(\.\d+)?min",
         ),
         _o("keep_last", int, 1, "saves kept: last.pth, last.1.pth before it, ...", least=1),
         _o(

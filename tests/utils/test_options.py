@@ -97,6 +97,7 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--resume maybe", "resume is 'maybe'; choose one of: no, yes, auto"),
         ("--resume_ckpt_file last.pth", "--resume_ckpt_file PATH needs --resume"),
         ("--save_period 0", "save_period is '0'; time between saves"),
+        ("--save_period 0.0min", "save_period is '0.0min'"),
         ("--save_period 5h", "or minutes as 30min"),
         ("--name a/b", "without a slash"),
         ("--lr inf", "lr takes a value of type float, got 'inf'"),
