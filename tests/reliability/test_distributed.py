@@ -1,0 +1,225 @@
+"""Two processes on a CPU train as one does with the same global batch."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
+from tests.helpers import ROOT
+from tests.reliability.runs import flags, folder_of, forks
+from utils.checkpoint import load_checkpoint
+from utils.distributed import ALONE, Votes, World, shares
+
+WAYS = {
+    # 16 samples in batches of 5: the last one is smaller than the number of three processes.
+    "supkl+queue+match2+dot": {"precision": "fp64"},
+    "supitc+queue+match2+cat+cmpm": {"precision": "fp64", "grad_clip": 1.0, "accum_steps": 2},
+    "sdm+id+mlm": {"precision": "fp64", "MLM": True, "cmt_depth": 1, "sampler": "identity",
+                   "num_instance": 2, "batch_size": 6, "grad_checkpointing": True},
+    "itc+bisdm": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD"},
+}  # fmt: skip
+
+
+def torchrun(processes: int, words, threads=1) -> subprocess.Popen:
+    """train.py under torchrun, or alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    many = ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]
+    command = [sys.executable, *map(str, many if processes > 1 else []), "train.py", *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, status=0) -> str:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == status, output
+    return output
+
+
+def scalars(folder) -> dict[str, list[float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = [n for n in events.Tags()["scalars"] if n != "samples_per_second"]
+    return {name: [e.value for e in events.Scalars(name)] for name in names}
+
+
+def assert_close(found, expected, where, tolerance=1e-9):
+    """Checkpoints and recorded figures agree, and so do the optimizer's moments: the gradients."""
+    a, b = (load_checkpoint(folder / "last.pth") for folder in (found, expected))
+    for name, value in b["model"].items():
+        torch.testing.assert_close(a["model"][name], value, rtol=0, atol=tolerance, msg=f"{where} {name}")  # fmt: skip
+    for index, state in b["optimizer"]["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(a["optimizer"]["state"][index][name], value, rtol=0, atol=tolerance, msg=f"{where} {name}")  # fmt: skip
+    assert a["best"] == b["best"]  # metrics, to the last digit
+    a, b = ((folder / "last.1.pth") for folder in (found, expected))
+    if a.exists() and b.exists():
+        a, b = load_checkpoint(a), load_checkpoint(b)
+        assert (a["epoch"], a["step"]) == (b["epoch"], b["step"]) and {"total", "grad_norm"} < set(a["sums"])  # fmt: skip
+        for name, value in b["sums"].items():
+            torch.testing.assert_close(a["sums"][name], value, rtol=tolerance, atol=tolerance)
+    figures = scalars(found), scalars(expected)
+    assert figures[0].keys() == figures[1].keys()
+    for name in figures[1]:  # recorded in single precision
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("names", WAYS)
+def test_two_and_three_processes_train_as_one(names, mini_root, tmp_path):
+    """Whole trainings: losses, gradients, weights, queue, metrics and the best epoch."""
+    sizes = (1, 2, 3) if names.startswith("supkl") else (1, 2)
+    # Saved whenever it can be, so that last.1.pth holds the sums of the last epoch's losses.
+    more = {"log_period": 100, "save_period": "0.0001min", "keep_last": 2, **WAYS[names]}
+    words = {n: flags(mini_root, tmp_path / str(n), loss_names=names, **more) for n in sizes}
+    running = [torchrun(n, words[n]) for n in sizes]
+    for process in running:
+        finish(process)
+    for n in sizes[1:]:
+        assert len(list((tmp_path / str(n)).glob("*/*/"))) == 1  # only the first one writes
+        assert (folder_of(tmp_path / str(n)) / "last.1.pth").exists()
+        assert_close(folder_of(tmp_path / str(n)), folder_of(tmp_path / "1"), f"{names}, {n}")
+
+
+def test_a_run_of_two_processes_stops_at_a_signal_and_goes_on_as_one(mini_root, tmp_path):
+    """The signal reaches torchrun alone; it tells its processes, and they agree on the step."""
+    words = flags(mini_root, tmp_path / "cut", precision="fp64", num_epoch=12, resume="auto")
+    two = torchrun(2, words)
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "cut").glob("*/*/last.pth")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    two.send_signal(signal.SIGTERM)
+    output, _ = two.communicate(timeout=100)
+    assert two.returncode != 0 and "SIGTERM: saved at epoch" in output, output
+    whole = torchrun(1, flags(mini_root, tmp_path / "whole", precision="fp64", num_epoch=12))
+    output = finish(torchrun(1, words))
+    assert re.search(r"resumed after \d+ epochs", output)
+    finish(whole)
+    assert_close(folder_of(tmp_path / "cut"), folder_of(tmp_path / "whole"), "resumed")
+
+
+def test_every_process_fails_when_one_fails(mini_copy, tmp_path):
+    """A broken image that only the second process reads ends the first, too, with one message."""
+    row = json.loads((mini_copy / "AG-ReID/agtext_train.json").read_text())[5]
+    path = mini_copy / "AG-ReID" / "/".join(row[2])
+    path.write_bytes(path.read_bytes()[:400])
+    process = torchrun(2, flags(mini_copy, tmp_path, batch_size=16, num_epoch=50))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert len(re.findall(rf"error: {path} .*the image cannot be read", output)) == 1, output
+
+
+def test_shares_are_even_and_whole():
+    for count in range(0, 20):
+        for size in range(1, 6):
+            found = shares(count, size)
+            assert sum(found) == count and max(found) - min(found) <= 1 and len(found) == size
+
+
+@pytest.mark.parametrize("kind", ["random", "identity"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_shares_of_processes_are_the_batches_of_one(kind, size):
+    """No overlap, nothing left out, the same order, and another order in the next epoch."""
+
+    def sampler(world):
+        generator = torch.Generator().manual_seed(4)
+        if kind == "random":
+            return RandomSampler(22, 6, generator, world)
+        return IdentitySampler([i // 3 for i in range(22)], 2, 6, generator, world)
+
+    alone = sampler(ALONE)
+    parts = [sampler(World(rank, size)) for rank in range(size)]
+    epochs = []
+    for _ in range(2):
+        whole, shared = list(alone), [list(part) for part in parts]
+        epochs.append([key.index for batch in whole for key in batch])
+        for step, batch in enumerate(whole):
+            counts = alone.counts(step)
+            assert counts == [len(batch)]
+            counts = parts[0].counts(step)
+            own = [shared[rank][step][: counts[rank]] for rank in range(size)]
+            assert [key for keys in own for key in keys] == batch == parts[-1].batch(step)
+            assert all(shared[rank][step] for rank in range(size))  # each has something to encode
+    assert epochs[0] != epochs[1]
+    # The middle of an epoch is found again.
+    state = alone.state(2)
+    again = sampler(ALONE)
+    again.load_state(state)
+    assert list(again) == whole[2:] and len(again) == len(whole)
+    assert list(again) == list(alone)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 23])
+def test_evaluation_is_shared_by_whole_batches(count):
+    alone, counts = evaluation_batches(count, 4)
+    assert counts == [count] and [i for batch in alone for i in batch] == list(range(count))
+    for size in (2, 3, 7):
+        found = [evaluation_batches(count, 4, World(rank, size)) for rank in range(size)]
+        assert [batch for batches, _ in found for batch in batches] == alone
+        assert all(c == [sum(map(len, b)) for b, _ in found] for _, c in found)
+
+
+def gathering(rank, size, store, results):
+    """Gather rows with a gradient, gather integers, and vote; for a process of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    world = World(rank, size, size, dist.new_group(backend="gloo"))
+    counts = [3, 0, 2][:size]
+    start = sum(counts[:rank])
+    whole = torch.arange(5 * 4, dtype=torch.float64).reshape(5, 2, 2).sin()
+    own = whole[start : start + counts[rank]].clone().requires_grad_()
+    parts = {"a": own, "b": 2 * own[:, 0]}
+    found = world.gather(parts, counts)
+    (found["a"] ** 3).sum().add((found["b"] ** 2).sum()).backward()
+    labels = world.gather({"pids": torch.arange(start, start + counts[rank])}, counts)["pids"]
+    votes = Votes(world)
+    answers = [votes(rank == 1 and call == 1, False) for call in range(4)]
+    results.put((rank, found["a"].tolist(), own.grad.tolist(), labels.tolist(), answers,
+                 world.objects(rank), world.from_leader(f"from {rank}")))  # fmt: skip
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_gathering_gives_all_rows_and_the_gradient_of_the_own(tmp_path):
+    results = forks.SimpleQueue()
+    processes = [forks.Process(target=gathering, args=(r, 3, tmp_path / "store", results)) for r in range(3)]  # fmt: skip
+    for process in processes:
+        process.start()
+    found = sorted(results.get() for _ in range(3))
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    whole = torch.arange(5 * 4, dtype=torch.float64).reshape(5, 2, 2).sin().requires_grad_()
+    ((whole**3).sum() + ((2 * whole[:, 0]) ** 2).sum()).backward()
+    gradients = []
+    for rank, rows, gradient, labels, answers, ranks, word in found:
+        assert rows == whole.tolist() and labels == [0, 1, 2, 3, 4]
+        gradients += gradient
+        # The answer to the second call's votes arrives with the third.
+        assert answers == [[False, False], [False, False], [True, False], [False, False]]
+        assert ranks == [0, 1, 2] and word == "from 0" and rank in ranks
+    torch.testing.assert_close(torch.tensor(gradients, dtype=torch.float64), 3 * whole.grad)
+
+
+def test_a_resnet_refuses_several_processes(tmp_path):
+    from model.backbone import Backbone
+    from model.build import build_training_model
+    from tests.helpers import options
+    from tests.model.test_backbone import RESNET
+    from utils.errors import UserError
+
+    torch.save(Backbone(RESNET, (96, 32)).state_dict(), tmp_path / "rn.pt")
+    args = options(pretrain_choice=str(tmp_path / "rn.pt"))
+    with pytest.raises(UserError, match="torchrun with several processes: a ResNet normalises"):
+        build_training_model(args, ["itc"], 0, World(0, 2))
