@@ -112,12 +112,12 @@ class Guard:
                 self._report(step, dict(zip(step.names, values, strict=True)))
 
     def _report(self, step: _Step, figures: dict[str, float]) -> None:
-        wrong = [n for n, v in figures.items() if not abs(v) < float("inf")] or ["gradient"]
-        single = [n for n in wrong if n not in ("total", "gradient")]
+        wrong = [name for name, value in figures.items() if not abs(value) < float("inf")]
+        single = [name for name in wrong if name not in ("total", "grad_norm")]
         name = (single or wrong)[0]
-        what = "the gradient" if name == "gradient" else f"loss {name}"
+        what = "the gradient's norm" if name == "grad_norm" else f"loss {name}"
         samples = [self._sample(key) for key in step.keys]
-        text = f"{what} is {figures.get(name, 'not finite')} in {step.place}"
+        text = f"{what} is {figures[name]} in {step.place}"
         if self.folder is not None and self.files < FILES:
             self.files += 1
             name = step.place.replace(", ", "_").replace(" ", "")
@@ -166,10 +166,11 @@ def explained(
             raise UserError(memory_advice(args, device, what)) from None
         if "DataLoader worker" not in str(error):
             raise
-        pids = [int(pid) for pid in re.findall(r"\d+", str(error).split(")")[0])]
-        images = loader.dataset.images.last_read(pids)
+        # "DataLoader worker (pid 12) is killed by signal: Killed. ", "... (pid(s) 12, 13) exited ..."
+        pids, reason = re.search(r"([\d, ]+)\) (.*?)\.? *$", str(error)).groups()
+        images = loader.dataset.images.last_read([int(pid) for pid in pids.split(",")])
         raise UserError(
-            f"a loader process died ({str(error).split(') ', 1)[-1].split('.')[0]}) "
+            f"a loader process died ({reason}) "
             + (f"while it read {', '.join(images)}" if images else "before it read an image")
             + ". If it was killed, the machine's memory may have run out: give fewer --num_workers"
         ) from None

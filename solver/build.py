@@ -46,7 +46,13 @@ def build_optimizer(
     # The fused kernels take no half-precision weights on the CPU; torch then chooses by itself.
     fused = all(p.dtype == torch.float32 for g in params for p in g["params"]) or None
     if args.optimizer == "SGD":
-        return torch.optim.SGD(params, args.lr, momentum=args.momentum, fused=fused)
+        optimizer = torch.optim.SGD(params, args.lr, momentum=args.momentum, fused=fused)
+        if args.momentum:
+            # What a first step makes of nothing; there from the start, since the fused kernel
+            # leaves it unset where that step is skipped.
+            for parameter in (p for group in params for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[args.optimizer]
     betas = (args.alpha, args.beta)
     return kind(params, args.lr, betas=betas, eps=args.adam_eps, fused=fused)

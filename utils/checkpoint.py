@@ -35,9 +35,12 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
             if number > 1 and source.exists():
                 os.replace(source, target)
             elif source.exists():  # last.pth stays in its place until the new one takes it
-                beside = target.with_suffix(".new")
-                _link(source, beside)
-                os.replace(beside, target)
+                beside = target.with_name(f".{target.name}.new")
+                try:
+                    _link(source, beside)
+                    os.replace(beside, target)
+                finally:
+                    beside.unlink(missing_ok=True)
 
     content = {**content, HASH: digest(content)}
     write_atomically(path, lambda file: torch.save(content, file), before=rotate)

@@ -38,8 +38,11 @@ def write_atomically(
     except BaseException as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+        # torch's writer covers the system's error with one of its own.
+        for reason in (error, error.__context__):
+            if isinstance(reason, OSError):
+                text = reason.strerror or reason
+                raise UserError(f"{path}: could not be written: {text}") from error
         raise
 
 

@@ -1,0 +1,358 @@
+"""Losses that are not finite, broken images, dying processes, full memory and full disks."""
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+
+import pytest
+import torch
+
+import datasets.image_cache
+import processor.trainer
+import train as train_entry
+from datasets.build import TrainDataset, on_device, train_loader
+from datasets.image_cache import ImageFiles
+from datasets.samplers import Key
+from processor.trainer import Trainer
+from tests.helpers import options, read, run
+from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, start
+from utils.checkpoint import digest, load_checkpoint
+from utils.errors import UserError, run_main
+from utils.runs import new_run_dir
+
+CPU = torch.device("cpu")
+
+
+def poisoned(monkeypatch, steps, how="images"):
+    """Make the losses of some steps (counted over the run) NaN, or only a gradient infinite."""
+    count = iter(range(1, 1000))
+
+    def watched(*args):
+        for batch in on_device(*args):
+            step = next(count)
+            batch["poisoned"] = step in steps
+            if step in steps and how == "images":
+                batch["images"] = batch["images"] * float("nan")
+            yield batch
+
+    backward = Trainer._backward
+
+    def differentiate(self, batch):
+        losses = backward(self, batch)
+        if batch["poisoned"] and how == "gradient":
+            self.parameters[3].grad.fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(processor.trainer, "on_device", watched)
+    monkeypatch.setattr(Trainer, "_backward", differentiate)
+
+
+@pytest.mark.parametrize("how", ["images", "gradient"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optimizer": "AdamW"},
+        {"optimizer": "SGD", "grad_clip": 1.0},
+        {"precision": "bf16", "accum_steps": 2},
+        {"precision": "half"},
+        {"precision": "fp64"},
+    ],
+    ids=str,
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
+    how, more, mini_root, tmp_path, monkeypatch, tally
+):
+    """Weights, moments and queue are those of before, bit for bit; the next step goes on."""
+    poisoned(monkeypatch, {1, 3}, how)
+    step, seen = Trainer._step, []
+
+    def compared(self, batch):
+        def state():
+            return digest([self.model.state_dict(), self.optimizer.state_dict()["state"]])
+
+        before = state() if self.epoch or self.step else None
+        result = step(self, batch)
+        if before:
+            seen.append(state() == before)
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", compared)
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, num_epoch=2, **more))
+    assert seen == [False, True, False, False, False, False, False]
+    folder = folder_of(tmp_path)
+    what = "loss supkl is nan" if how == "images" else "the gradient's norm is (?:inf|nan)"
+    for place in (1, 3):
+        (line,) = re.findall(rf"skipped: {what} in epoch 1, step {place};.*", (folder / "train_log.txt").read_text())  # fmt: skip
+        listed = json.loads((folder / f"nonfinite/epoch1_step{place}.json").read_text())
+        assert len(listed["samples"]) == 5 and os.path.exists(listed["samples"][0]["image"])
+        assert listed["samples"][0]["entry"] in line and "5 samples are listed in" in line
+    assert all(v.isfinite().all() for v in load_checkpoint(folder / "last.pth")["model"].values())
+    log = (folder / "train_log.txt").read_text()
+    assert "nan" not in re.findall(r"epoch 1/2  loss ([^ ]+)", log)  # the mean of the good steps
+    tally["steps with a loss or gradient that was not finite, skipped"] += 2
+
+
+@pytest.mark.parametrize(("allowed", "stopped_at"), [(0, 2), (2, 4)])
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(
+    allowed, stopped_at, mini_root, tmp_path, monkeypatch
+):
+    poisoned(monkeypatch, set(range(2, 100)))
+    words = flags(mini_root, tmp_path, num_epoch=1, warmup_epochs=0, max_nonfinite=allowed)
+    with pytest.raises(UserError) as error:
+        run(train_entry.main, monkeypatch, *words)
+    assert f"loss supkl is nan in epoch 1, step {stopped_at};" in str(error.value)
+    assert f"{allowed + 1} in a row, --max_nonfinite {allowed}: try a lower --lr" in str(
+        error.value
+    )
+
+
+def test_half_precision_gradients_that_overflow_are_left_to_the_scaler(
+    mini_root, tmp_path, monkeypatch
+):
+    """At its first, large scale gradients may overflow: no fault, as long as the scale can fall."""
+    poisoned(monkeypatch, {1, 2}, "gradient")
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, precision="fp16", num_epoch=2))
+    log = (folder_of(tmp_path) / "train_log.txt").read_text()
+    assert "skipped" not in log
+    assert load_checkpoint(folder_of(tmp_path) / "last.pth")["scaler"]["scale"] < 65536
+
+
+def broken_image(root, view=2, sample=5) -> str:
+    """Truncate the image of a training sample."""
+    row = json.loads((root / "AG-ReID/agtext_train.json").read_text())[sample]
+    path = root / "AG-ReID" / "/".join(row[view])
+    path.write_bytes(path.read_bytes()[:400])
+    return str(path)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_workers": 1}, {"image_cache": True}], ids=str)
+def test_a_broken_image_is_skipped_reported_and_counted(
+    more, mini_copy, tmp_path, monkeypatch, tally
+):
+    path = broken_image(mini_copy)
+    if "image_cache" in more:
+        more = {"image_cache": tmp_path / "cache"}
+    words = flags(mini_copy, tmp_path / "logs", on_bad_image="skip", **more)
+    run(train_entry.main, monkeypatch, *words)
+    folder = folder_of(tmp_path / "logs")
+    log = (folder / "train_log.txt").read_text()
+    text = rf"skipped in epoch 1: {path} \(AG-ReID/agtext_train.json, sample 5\): the image cannot"
+    assert len(re.findall(text, log)) == 1
+    assert len(re.findall(r"epoch \d/3  loss .*  1 broken images skipped", log)) == 3
+    tally["broken images passed over"] += 3
+    if more.get("image_cache"):  # without `skip` the cache tells of it at once
+        with pytest.raises(UserError, match=f"{path}.*the image cannot be read"):
+            run(train_entry.main, monkeypatch, *flags(mini_copy, tmp_path / "no", **more))
+        assert not (tmp_path / "no").exists()
+
+
+def test_a_broken_image_gives_way_to_the_next_sample_of_the_epoch(mini_copy):
+    broken_image(mini_copy, view=3)  # of the pair
+    data = read("AGDataAttr", mini_copy)
+    args = options(root_dir=str(mini_copy), on_bad_image="skip")
+    loader = train_loader(data, args, torch.Generator().manual_seed(1), CPU)
+    found = [batch for batch in loader]
+    epoch = loader.batch_sampler.epoch
+    place = next(i for i, key in enumerate(epoch) if key.index == 5)
+    indices = torch.cat([batch["index"] for batch in found]).tolist()
+    expected = [key.index for key in epoch]
+    expected[place] = expected[(place + 1) % len(expected)]
+    assert indices == expected and sum(len(b.get("skipped", [])) for b in found) == 1
+
+
+def test_broken_images_in_a_row_end_the_run_even_if_they_are_skipped(mini_copy):
+    data = read("AGDataAttr", mini_copy)
+    images = ImageFiles([__file__] * 2 * len(data.train), (96, 32))
+    dataset = TrainDataset(data.train, images, skip=True)
+    with pytest.raises(UserError, match="3 broken images in a row, the last: .*it is none of JPEG"):
+        dataset[Key(0, 0, (1, 2))]
+
+
+def test_a_broken_gallery_image_is_told_before_training(mini_copy, tmp_path, monkeypatch):
+    """A gallery skips none: figures of a smaller one would not compare."""
+    rows = json.loads((mini_copy / "G2APS-AG/g2aps_test.json").read_text())
+    path = mini_copy / "G2APS-AG" / "/".join(rows["img_paths"][1])
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{path}: the image cannot be read"):
+        run(train_entry.main, monkeypatch, *flags(mini_copy, tmp_path / "o", on_bad_image="skip"))
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_image_over_the_limit_is_refused_without_decoding(tmp_path, monkeypatch):
+    from PIL import Image
+
+    import datasets.transforms as transforms
+
+    Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(UserError, match="large.png: .* 300x200 is over the limit of 50000 pixels"):
+        transforms.read_image(str(tmp_path / "large.png"))
+
+
+def test_a_format_that_starts_programs_is_refused(tmp_path):
+    """PIL would hand EPS to Ghostscript."""
+    from datasets.transforms import read_image
+
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(UserError, match="a.jpg: the image cannot be read: it is none of JPEG"):
+        read_image(str(tmp_path / "a.jpg"))
+
+
+def test_a_loader_process_that_dies_names_the_image_it_read(mini_root, tmp_path, monkeypatch):
+    load = datasets.image_cache.load_image
+    row = json.loads((mini_root / "AG-ReID/agtext_train.json").read_text())[5]
+
+    def deadly(path, *args):
+        if path.endswith("/".join(row[2])):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(path, *args)
+
+    monkeypatch.setattr(datasets.image_cache, "load_image", deadly)
+    with pytest.raises(UserError) as error:
+        run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, num_workers=1))
+    assert re.search("a loader process died .(is killed by signal: Killed|exited unexpectedly)", str(error.value))  # fmt: skip
+    assert f"while it read {mini_root}/AG-ReID/{'/'.join(row[2])} (AG-ReID/agtext_train.json, sample 5)" in str(error.value)  # fmt: skip
+    assert "fewer --num_workers" in str(error.value)
+
+
+def out_of_memory_here():
+    torch.empty(2**48, dtype=torch.uint8)  # the allocator's own error
+
+
+def out_of_memory_there():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("fail", [out_of_memory_here, out_of_memory_there])
+def test_out_of_memory_says_what_was_asked_for_and_what_to_try(
+    fail, mini_root, tmp_path, monkeypatch
+):
+    words = flags(mini_root, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(Trainer, "_backward", lambda self, batch: fail())
+        run(train_entry.main, patch, *words)
+    assert "out of memory in training at --batch_size 5 (accum_steps 1," in str(error.value)
+    assert re.search(r"peak \d\.\d GiB", str(error.value))
+    assert "Try --accum_steps 2 (the same losses, more time), or --grad_checkpointing" in str(error.value)  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(processor.trainer.Evaluator, "evaluate", lambda *_: fail())
+        run(train_entry.main, patch, *words)
+    assert "out of memory in the evaluation at --test_batch_size 4" in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["write", "flush", "fsync", "chmod", "replace"])
+def test_a_disk_that_fills_at_any_stage_leaves_the_file_before_and_no_litter(
+    stage, tmp_path, monkeypatch, tally
+):
+    from utils.checkpoint import save_checkpoint
+
+    path = tmp_path / "last.pth"
+    for value in (1, 2, 3):
+        save_checkpoint(path, {"model": {"w": torch.full((1000,), value)}}, keep=2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if stage in ("fsync", "chmod", "replace"):
+            patch.setattr(os, stage, full)
+        else:
+            patch.setattr(torch, "save", full if stage == "write" else lambda c, f: setattr(f, "flush", full))  # fmt: skip
+        with pytest.raises(UserError, match="last.pth: could not be written: No space left"):
+            save_checkpoint(path, {"model": {"w": torch.full((1000,), 4)}}, keep=2)
+    assert load_checkpoint(path)["model"]["w"][0] == 3
+    assert load_checkpoint(tmp_path / "last.1.pth")["model"]["w"][0] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.1.pth", "last.pth"]
+    tally["writes to a disk that was full"] += 1
+
+
+def one_epoch():
+    """Ctrl-C twice when the first is done."""
+    epoch = Trainer._train_epoch
+
+    def stop(self, bar):
+        if self.epoch:
+            raise KeyboardInterrupt
+        return epoch(self, bar)
+
+    Trainer._train_epoch = stop
+
+
+def small_files():
+    """From now on a write beyond 300 KB fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+
+
+def test_a_run_whose_disk_is_full_leaves_and_goes_on_when_there_is_room(
+    mini_root, tmp_path, monkeypatch, capfd, tally
+):
+    """The system itself refuses the bytes, in the middle of last.pth."""
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path / "whole"))
+    words = flags(mini_root, tmp_path / "cut", resume="auto")
+    child = start(words, before=one_epoch)
+    child.join()
+    assert child.exitcode == 130
+    folder = folder_of(tmp_path / "cut")
+    capfd.readouterr()
+    child = start(words, quiet=False, before=small_files)
+    child.join()
+    assert child.exitcode == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(rf"error: {folder}/(best|last).pth: could not be written: File too large", message)  # fmt: skip
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 1
+    run(train_entry.main, monkeypatch, *words)
+    assert_same_end(folder, folder_of(tmp_path / "whole"))
+    tally["writes to a disk that was full"] += 1
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(mini_root, tmp_path, monkeypatch, capsys):
+    words = flags(mini_root, tmp_path / "a", keep_last=2)
+    run(train_entry.main, monkeypatch, *words)
+    folder = folder_of(tmp_path / "a")
+    whole = load_checkpoint(folder / "last.pth")
+    data = bytearray((folder / "last.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "last.pth").write_bytes(data)
+    run(train_entry.main, monkeypatch, *words, "--resume", "auto")
+    shown = capsys.readouterr().out
+    assert re.search(r"passed over: .*/last.pth: .*damaged", shown)
+    assert "resumed after 2 epochs and 0 steps" in shown
+    same(load_checkpoint(folder / "last.pth"), whole)
+
+
+def at_once(barrier, out, results):
+    barrier.wait()
+    results.put(str(new_run_dir(str(out), "X", "run")))
+
+
+def test_runs_that_start_in_one_second_get_folders_of_their_own(mini_root, tmp_path):
+    """Eight processes ask at once; then two whole trainings."""
+    barrier, results = forks.Barrier(8), forks.SimpleQueue()
+    processes = [forks.Process(target=at_once, args=(barrier, tmp_path / "n", results)) for _ in range(8)]  # fmt: skip
+    for process in processes:
+        process.start()
+    assert len({results.get() for _ in processes}) == 8
+    for process in processes:
+        process.join()
+    words = flags(mini_root, tmp_path / "t", num_epoch=1, warmup_epochs=0)
+    for process in [start(words), start(words)]:
+        process.join()
+        assert process.exitcode == 0
+    folders = list((tmp_path / "t").glob("*/*/last.pth"))
+    assert len(folders) == 2
+    same(*(load_checkpoint(path)["model"] for path in folders))
+
+
+def test_a_full_disk_outside_of_checkpoints_is_one_line_too(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out")
+
+    with pytest.raises(SystemExit) as leave:
+        run_main(main)
+    assert leave.value.code == 2
+    assert capsys.readouterr().err == "error: events.out: No space left on device\n"
