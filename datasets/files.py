@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+
+LARGEST_PID = 2**31 - 1
 
 
 def read_json(path: Path) -> Any:
@@ -17,21 +20,25 @@ def read_json(path: Path) -> Any:
             return json.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed JSON: {error}") from None
 
 
 def checked_pid(value: Any, entry: str) -> int:
     """An identity: a whole number of at least 0."""
-    if type(value) is not int or value < 0:
-        raise UserError(f"{entry}: identity must be a whole number of at least 0, got {value!r}")
+    if type(value) is not int or not 0 <= value <= LARGEST_PID:
+        raise UserError(
+            f"{entry}: identity must be a whole number of at least 0, at most {LARGEST_PID}, "
+            f"got {reprlib.repr(value)}"
+        )
     return value
 
 
 def checked_caption(value: Any, entry: str) -> str:
     """A caption: text that is not empty."""
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{entry}: the caption is {'empty' if value == '' else repr(value)}")
+        found = "empty" if value == "" else reprlib.repr(value)
+        raise UserError(f"{entry}: the caption is {found}")
     return value
 
 
@@ -44,15 +51,17 @@ class ImageFolder:
 
     def find(self, relative: str, entry: str) -> str:
         """Full path of an image. Raises UserError if it is missing or outside the folder."""
+        shown = ascii(relative[:200])[1:-1]  # whatever stands there, a message can be printed
         if ".." in relative.split("/") or os.path.isabs(relative):
-            raise UserError(f"{entry}: image path {relative} leaves the data set's folder")
+            raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
         full = self.root / relative
         parent = str(full.parent)
         if parent not in self._listed:
             try:
-                self._listed[parent] = set(os.listdir(parent))
-            except OSError:
+                with os.scandir(parent) as found:
+                    self._listed[parent] = {item.name for item in found if item.is_file()}
+            except (OSError, ValueError):  # ValueError: no path at all, with a zero byte in it
                 self._listed[parent] = set()
         if full.name not in self._listed[parent]:
-            raise UserError(f"{entry}: image {relative} is missing in {self.root}")
+            raise UserError(f"{entry}: image {shown} is missing in {self.root}")
         return str(full)

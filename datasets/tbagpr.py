@@ -146,12 +146,12 @@ class _Reader:
                     entry,
                 )
             )
-        seen = {s.pid - offset for s in samples}
-        if len(seen) != 1 + max(seen):
-            gap = min(set(range(max(seen))) - seen)
+        seen = sorted({s.pid - offset for s in samples})
+        gap = next((i for i, pid in enumerate(seen) if i != pid), None)
+        if gap is not None:
             raise UserError(
                 f"{where}: identities must be 0-based and contiguous; {gap} is missing "
-                f"below {max(seen)}"
+                f"below {seen[-1]}"
             )
         return samples
 

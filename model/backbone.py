@@ -354,7 +354,20 @@ def sizes_of(weights: dict[str, Tensor], where: str) -> BackboneSizes:
 
     try:
         resnet = "visual.layer1.0.conv1.weight" in weights
-        conv1 = weights["visual.layer1.0.conv1.weight" if resnet else "visual.conv1.weight"]
+        first = "visual.layer1.0.conv1.weight" if resnet else "visual.conv1.weight"
+        wanted = {first: 4, "text_projection": 2, "ln_final.weight": 1, "token_embedding.weight": 2,
+                  "positional_embedding": 2}  # fmt: skip
+        wanted |= {} if resnet else {"visual.transformer.resblocks.0.mlp.c_fc.weight": 2}
+        for name, dimensions in wanted.items():
+            shape = weights[name].shape
+            if len(shape) != dimensions or 0 in shape:
+                raise UserError(f"{where}: {name} has the shape {tuple(shape)}: this is no CLIP")
+        conv1 = weights[first]
+        for name in ("ln_final.weight",) if resnet else (first, "ln_final.weight"):
+            if weights[name].shape[0] % 64:  # of one head
+                raise UserError(
+                    f"{where}: {name} has {weights[name].shape[0]} channels, not n * 64"
+                )
         return BackboneSizes(
             embed_dim=weights["text_projection"].shape[1],
             vision_layers=tuple(layers(f"visual.layer{i}") for i in (1, 2, 3, 4))

@@ -166,7 +166,7 @@ def explained(
             raise UserError(memory_advice(args, device, what)) from None
         if "DataLoader worker" not in str(error):
             raise
-        # "DataLoader worker (pid 12) is killed by signal: Killed. ", "... (pid(s) 12, 13) exited ..."
+        # "DataLoader worker (pid 12) is killed by signal: Killed. " or "(pid(s) 12, 13) exited ..."
         pids, reason = re.search(r"([\d, ]+)\) (.*?)\.? *$", str(error)).groups()
         images = loader.dataset.images.last_read([int(pid) for pid in pids.split(",")])
         raise UserError(

@@ -12,6 +12,7 @@ import argparse
 import logging
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,10 +39,10 @@ from utils.interrupt import StopRequest
 from utils.runs import LAST
 
 # What `Trainer.state` holds and going on with a run needs.
-STATE = (
-    "model", "optimizer", "scaler", "epoch", "step", "sums", "skipped", "best", "sampler",
-    "generators",
-)  # fmt: skip
+STATE = {
+    "model": dict, "optimizer": dict, "scaler": dict, "epoch": int, "step": int, "sums": dict,
+    "skipped": int, "best": dict, "sampler": dict, "generators": dict,
+}  # fmt: skip
 
 
 class Trainer:
@@ -337,9 +338,11 @@ class Trainer:
         sampler = self.loader.batch_sampler
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if state["step"] > len(sampler):
+            self._load_optimizer(state["optimizer"])
+            if not state["sampler"]["step"] == state["step"] <= len(sampler):
                 raise ValueError(f"step {state['step']} of an epoch of {len(sampler)}")
+            for split, found in state["best"].items():
+                float(found["figures"][split]["R@1"] + found["epoch"])
             self.scheduler.last_epoch = state["epoch"]
             for group, base, factor in zip(
                 self.optimizer.param_groups,
@@ -360,8 +363,20 @@ class Trainer:
             own = state["generators"]["processes"]
             if self.world.rank < len(own):  # with more processes than before, these begin anew
                 _set_generators(own[self.world.rank], self.device)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # a stranger's file may hold anything
             raise UserError(f"{path}: does not fit these options: {error}") from None
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Its moments; rates, decay and betas are those of the present options."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        if [g["params"] for g in groups] != [g["params"] for g in saved["param_groups"]]:
+            raise ValueError("the optimizer's groups are others")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, moments in saved["state"].items():
+            for name, value in moments.items():
+                if value.dim() and value.shape != parameters[index].shape:
+                    raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def seed_generators(seed: int) -> None:
@@ -406,7 +421,12 @@ def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], list[st
         candidate = older(Path(path), number)
         try:
             state = load_checkpoint(candidate)
-            missing = sorted(set(STATE) - set(state))
+            missing = sorted(
+                name
+                for name, kind in STATE.items()
+                if type(state.get(name)) not in (kind, OrderedDict)
+                or (kind is int and state[name] < 0)
+            )
             if missing:
                 raise UserError(
                     f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "

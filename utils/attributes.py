@@ -34,7 +34,7 @@ def read_attributes(path: str | Path) -> list[Attribute]:
             entries = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: expected a list of attributes")
@@ -43,6 +43,8 @@ def read_attributes(path: str | Path) -> list[Attribute]:
         where = f"{path}: attribute {number}"
         if not isinstance(entry, dict) or set(entry) != {"attribute", "classes"}:
             raise UserError(f"{where}: expected the keys 'attribute' and 'classes'")
+        if not isinstance(entry["attribute"], str):
+            raise UserError(f"{where}: its name must be text")
         classes = entry["classes"]
         if not isinstance(classes, dict) or len(classes) < 2:
             raise UserError(f"{where} ({entry['attribute']}): needs two classes or more")

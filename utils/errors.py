@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 
 FAILED, STOPPED, KILLED = 2, 75, 130  # 75: "try again later" (sysexits.h)
+LONGEST = 2000  # characters of a message
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -20,6 +21,11 @@ class UserError(Exception):
     Entry points print it without a traceback and leave with status 2. Anything else that is
     raised is a fault of the program and keeps its traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST:  # it quotes something large
+            message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 class Stopped(Exception):

@@ -1,0 +1,485 @@
+"""Files of strangers: whatever stands in them, the outcome is success or an error of our own.
+
+Never a traceback from the depths, a hang (a deadline is set), or a wrong result: what is read in spite
+of a change is checked. Examples are the same in every run; `--fuzz` gives their number.
+"""
+
+import copy
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train as train_entry
+from datasets.build import read_dataset, train_loader
+from datasets.transforms import read_image
+from model.build import build_evaluation_model, build_training_model, load_fitting
+from processor.trainer import Trainer, read_state
+from tests.helpers import ROOT, SCRATCH, golden_clip, options, run
+from tests.reliability.runs import flags, folder_of
+from utils.attributes import read_attributes
+from utils.checkpoint import digest, load_checkpoint, read_weights, save_checkpoint
+from utils.errors import UserError
+from utils.options import OPTIONS, parse_options, parse_test_options, write_config
+
+CPU = torch.device("cpu")
+
+
+def many(test):
+    """Run a test with `--fuzz` examples."""
+
+    def fuzzed(pytestconfig, tally, request):
+        count = pytestconfig.getoption("fuzz")
+        settings(
+            max_examples=count, deadline=20_000, derandomize=True, database=None,
+            suppress_health_check=list(HealthCheck),
+        )(test)(request)  # fmt: skip
+        tally[f"files of {fuzzed.__doc__} fuzzed"] += count
+
+    fuzzed.__name__, fuzzed.__doc__ = test.__name__, test.__doc__
+    return fuzzed
+
+
+def tolerated(action):
+    """What an action returns, or None if it refused with an error of our own."""
+    try:
+        return action()
+    except UserError as error:
+        assert str(error).strip() and len(str(error)) < 5000
+        return None
+
+
+# Values that a JSON or YAML file may hold in the wrong place.
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-3, 70), st.floats(), st.text(max_size=20),
+    st.sampled_from(
+        ["", "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "x" * 5000, "train", "test", "..",
+         "~", "CON", "a/./b", "imgs", 10**30, -1, 2**63, 1e400, "1", "&nbsp;", "jekyll"]
+    ),
+)  # fmt: skip
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def places(tree, path=()):
+    """Paths of all nodes of a tree."""
+    yield path
+    if isinstance(tree, (list, dict)):
+        for key in tree if isinstance(tree, dict) else range(len(tree)):
+            yield from places(tree[key], (*path, key))
+
+
+def changed(draw, tree):
+    """A copy with up to three nodes replaced, removed, doubled, or exchanged."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(tree))))
+        if not path:
+            if draw(st.integers(0, 9)) == 0:
+                return draw(trees)
+            continue
+        *way, last = path
+        parent = tree
+        for key in way:
+            parent = parent[key]
+        how = draw(st.sampled_from(["replace", "replace", "remove", "double", "move"]))
+        if how == "remove":
+            del parent[last]
+        elif how == "double" and isinstance(parent, list):
+            parent.insert(last, copy.deepcopy(parent[last]))
+        elif how == "move":
+            source = tree
+            for key in draw(st.sampled_from(list(places(tree)))):
+                source = source[key]
+            parent[last] = copy.deepcopy(source)
+        else:
+            parent[last] = draw(trees)
+    return tree
+
+
+def damaged(draw, data: bytes) -> bytes:
+    """Bytes with some flipped, cut out, doubled or overwritten."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        count = draw(st.sampled_from([1, 1, 1, 8, 100, 5000]))
+        how = draw(st.sampled_from(["flip", "flip", "cut", "end", "zero", "random", "double"]))
+        if how == "flip" and data:
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif how == "cut":
+            del data[at : at + count]
+        elif how == "end":
+            del data[at:]
+        elif how == "zero":
+            data[at : at + count] = bytes(len(data[at : at + count]))
+        elif how == "random":
+            data[at : at + 8] = draw(st.binary(max_size=16))
+        else:
+            data[at:at] = data[at : at + count]
+    return bytes(data)
+
+
+ANNOTATIONS = {
+    "AGDataAttr": [
+        "attrs.json", "AG-ReID/agtext_train.json", "AG-ReID/agtext_test.json",
+        "G2APS-AG/g2aps_train.json", "G2APS-AG/g2aps_val.json",
+    ],
+    "CUHK-PEDES": ["reid_raw.json"],
+    "RSTPReid": ["data_captions.json"],
+    "custom": ["dataset.json"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def linked(mini_root, rendered, tmp_path_factory):
+    """Per data set a folder whose JSON files may be changed; its images are those rendered."""
+    folders = {}
+    for name in ANNOTATIONS:
+        source = mini_root if name == "AGDataAttr" else rendered(name)
+        target = folders[name] = tmp_path_factory.mktemp(name)
+        for path in source.rglob("*"):
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".json":
+                place.write_bytes(path.read_bytes())
+            elif path.is_file():
+                os.link(path, place)
+    return folders
+
+
+@many
+@given(data=st.data())
+def test_annotations(request, data):
+    """annotations"""
+    folders = request.getfixturevalue("linked")
+    name = data.draw(st.sampled_from(list(ANNOTATIONS)))
+    path = folders[name] / data.draw(st.sampled_from(ANNOTATIONS[name]))
+    original = path.read_bytes()
+    if data.draw(st.integers(0, 3)):
+        content = json.dumps(changed(data.draw, json.loads(original))).encode()
+    else:
+        content = damaged(data.draw, original)
+    args = options(dataset_name=name, root_dir=str(folders[name]))
+    try:
+        path.write_bytes(content)
+        read = tolerated(lambda: read_dataset(args))
+        if read is not None:
+            check(read, folders[name])
+            tolerated(lambda: train_loader(read, args, torch.Generator(), CPU))
+    finally:
+        path.write_bytes(original)
+
+
+def check(data, root: Path) -> None:
+    """What was read is whole: images in the folder, labels in their range."""
+    assert {s.pid for s in data.train} <= set(range(data.num_identities))
+    for sample in data.train:
+        for image in (sample.image, *([sample.pair] if sample.pair else [])):
+            assert Path(os.path.normpath(image.path)).is_relative_to(root)
+            assert os.path.isfile(image.path)
+            for value, count in zip(image.attributes or (), data.attribute_classes.values(), strict=False):  # fmt: skip
+                assert 0 <= value < count
+        assert sample.caption.strip()
+    for split in data.splits.values():
+        assert len(split.images) == len(split.image_pids) and split.captions
+        assert len(split.captions) == len(split.caption_pids)
+        torch.tensor(split.caption_pids + split.image_pids)  # fit into 64 bits
+        assert all(os.path.isfile(image.path) for image in split.images)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "1" * 10_000, '{"a": ' * 50_000, "\xff", ""],
+)
+def test_json_that_is_deep_or_large_is_refused(text, linked):
+    path = linked["custom"] / "dataset.json"
+    original = path.read_bytes()
+    try:
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match="dataset.json"):
+            read_dataset(options(dataset_name="custom", root_dir=str(linked["custom"])))
+    finally:
+        path.write_bytes(original)
+
+
+def test_an_identity_number_that_is_huge_takes_no_memory(mini_copy):
+    path = mini_copy / "AG-ReID/agtext_train.json"
+    rows = json.loads(path.read_text())
+    for pid, message in ((2**31 - 1, "contiguous; . is missing"), (10**30, "at most")):
+        rows[3][0] = pid
+        path.write_text(json.dumps(rows))
+        with pytest.raises(UserError, match=message):
+            read_dataset(options(dataset_name="AGDataAttr", root_dir=str(mini_copy)))
+
+
+PRESETS = [p.read_text() for p in sorted((ROOT / "configs").glob("*.yaml"))]
+keys = st.sampled_from([*OPTIONS, "base", "learning_rate", "", "test"])
+
+
+@many
+@given(data=st.data())
+def test_configs(request, data):
+    """configs"""
+    path = request.getfixturevalue("tmp_path") / "configs.yaml"
+    how = data.draw(st.sampled_from(["options", "options", "text", "bytes"]))
+    if how == "options":
+        tree = data.draw(st.dictionaries(keys, trees, max_size=4))
+        content = yaml.dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+    elif how == "text":
+        content = data.draw(st.text(max_size=60)).encode("utf-8", "surrogatepass")
+    else:
+        content = damaged(data.draw, data.draw(st.sampled_from(PRESETS)).encode())
+    path.write_bytes(content)
+    args = tolerated(lambda: parse_options(["--config_file", str(path)]))
+    if args is not None:  # what was accepted can be written and read back
+        write_config(path, args)
+        assert parse_options(["--config_file", str(path), "--resume", args.resume, "--resume_ckpt_file", args.resume_ckpt_file]) == args  # fmt: skip
+        path.write_bytes(content)
+    tolerated(lambda: parse_test_options(["--config_file", str(path)]))
+    tolerated(lambda: read_attributes(str(path)))
+
+
+@many
+@given(data=st.data())
+def test_attribute_files(request, data):
+    """attributes and their sentences"""
+    path = request.getfixturevalue("tmp_path") / "attributes.yaml"
+    tree = yaml.safe_load((ROOT / "configs/attributes.yaml").read_text())
+    path.write_text(yaml.safe_dump(changed(data.draw, tree)), encoding="utf-8", errors="replace")
+    found = tolerated(lambda: read_attributes(str(path)))
+    if found is not None:
+        assert all(isinstance(s, str) and s for a in found for g in a.sentences for s in g)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b]\n"
+        "d: &d [*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d]\nlr: [*e,*e,*e,*e,*e,*e,*e]",
+        "[" * 5000,
+        "lr: !!python/object/apply:os.system ['touch harm']",
+        "&a [*a]",
+        "lr: &a [*a]",
+        "? [a, b]\n: 1",
+        "{a: 1}: 2",
+        "1: 2",
+    ],
+)
+def test_yaml_that_swells_recurses_or_commands_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(UserError, match="p.yaml") as error:
+        parse_options(["--config_file", "p.yaml"])
+    assert len(str(error.value)) < 1000 and os.listdir() == ["p.yaml"]
+
+
+@pytest.fixture(scope="module")
+def trained(mini_root, tmp_path_factory):
+    """A small run: its options, its folder, and a trainer that may be resumed again and again."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few = {"num_epoch": 2, "warmup_epochs": 0, "text_length": 12}
+        run(train_entry.main, monkeypatch, *flags(mini_root, out, **few))
+    return folder_of(out)
+
+
+@many
+@given(data=st.data())
+def test_damaged_checkpoints(request, data):
+    """damaged checkpoints"""
+    folder, path = request.getfixturevalue("trained"), request.getfixturevalue("tmp_path") / "x.pth"
+    original = folder / data.draw(st.sampled_from(["last.pth", "best.pth"]))
+    content = original.read_bytes()
+    small = len(content) - 40_000  # the directory at the end is small, and worth most attempts
+    if data.draw(st.booleans()):
+        content = content[:small] + damaged(data.draw, content[small:])
+    else:
+        content = damaged(data.draw, content)
+    path.write_bytes(content)
+    found = tolerated(lambda: load_checkpoint(path))
+    if found is not None:
+        assert digest(found) == digest(load_checkpoint(original))
+    tolerated(lambda: read_weights(path))
+
+
+@many
+@given(data=st.data())
+def test_strange_checkpoints(request, data):
+    """checkpoints with strange content"""
+    folder, path = request.getfixturevalue("trained"), request.getfixturevalue("tmp_path") / "x.pth"
+    trainer = request.getfixturevalue("trainer")
+    state = load_checkpoint(folder / "last.pth")
+    small = {k: v for k, v in state.items() if k not in ("model", "optimizer", "generators")}
+    plain = st.one_of(scalars.filter(lambda v: v != "\ud800"), tensors)
+    how = data.draw(st.sampled_from(["entry", "weight", "optimizer", "generators"]))
+    if how == "entry":
+        name = data.draw(st.sampled_from(sorted(small)))
+        state[name] = data.draw(plain)
+    elif how == "weight":
+        name = data.draw(st.sampled_from(sorted(state["model"])))
+        state["model"][name] = data.draw(plain)
+    elif how == "optimizer":
+        part = data.draw(st.sampled_from(["state", "param_groups"]))
+        state["optimizer"][part] = data.draw(plain)
+    else:
+        part = data.draw(st.sampled_from(["firm", "processes"]))
+        state["generators"][part] = data.draw(plain)
+    try:
+        save_checkpoint(path, state)
+    except UnicodeError:
+        return
+    read = tolerated(lambda: read_state(path))
+    if read is not None:
+        tolerated(lambda: trainer.resume(read[0], str(path)))
+    weights = tolerated(lambda: read_weights(path))
+    if weights is not None:
+        args = trainer.args
+        tolerated(lambda: build_evaluation_model(args, weights, str(path)))
+        tolerated(lambda: load_fitting(trainer.model, weights, str(path)))
+        trainer.model.load_state_dict(load_checkpoint(folder / "last.pth")["model"])
+
+
+tensors = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype),
+    st.lists(st.integers(0, 3), max_size=4),
+    st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64]),
+)
+
+
+@pytest.fixture(scope="module")
+def trainer(trained, mini_root):
+    import logging
+
+    from solver.build import build_optimizer, build_scheduler
+
+    args = parse_options(["--config_file", str(trained / "configs.yaml")])
+    args.root_dir = str(mini_root)
+    data = read_dataset(args)
+    loader = train_loader(data, args, torch.Generator(), CPU)
+    model = build_training_model(args, args.loss_names.split("+"), data.num_identities)
+    optimizer = build_optimizer(model.named_parameters(), args)
+    log = logging.getLogger("fuzz")
+    return Trainer(args, model, loader, [], optimizer, build_scheduler(optimizer, args), CPU, trained, log)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weight_files(tmp_path_factory):
+    """A CLIP in every format that can be read."""
+    folder = tmp_path_factory.mktemp("weights")
+    clip = golden_clip()
+
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    torch.save(clip, folder / "a.pt")
+    torch.save(clip, folder / "old.pt", _use_new_zipfile_serialization=False)
+    torch.jit.script(Holder()).save(folder / "jit.pt")
+    safetensors.torch.save_file(clip, folder / "a.safetensors")
+    return sorted(folder.iterdir())
+
+
+@many
+@given(data=st.data())
+def test_weight_files(request, data):
+    """weights"""
+    source = data.draw(st.sampled_from(request.getfixturevalue("weight_files")))
+    path = request.getfixturevalue("tmp_path") / f"x{source.suffix}"
+    content = source.read_bytes()
+    if zipfile.is_zipfile(source) and data.draw(st.booleans()):
+        content = rezipped(content, lambda pickled: damaged(data.draw, pickled))
+    elif source.suffix == ".safetensors" and data.draw(st.booleans()):
+        head = 8 + int.from_bytes(content[:8], "little")
+        content = damaged(data.draw, content[:head]) + content[head:]
+    else:
+        content = damaged(data.draw, content)
+    path.write_bytes(content)
+    weights = tolerated(lambda: read_weights(path))
+    if weights is not None:
+        assert all(isinstance(v, torch.Tensor) for v in weights.values())
+        args = options(pretrain_choice=str(path), img_size=[96, 32])
+        tolerated(lambda: build_training_model(args, ["itc"], 0))
+
+
+def rezipped(content: bytes, change) -> bytes:
+    """An archive whose pickle is changed and whose checksums are right."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            data = source.read(name)
+            archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
+    return target.getvalue()
+
+
+class Harm:
+    """What a stranger's pickle may ask for."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("function", [os.system, eval, exec, os.mkdir, print, __import__])
+def test_pickles_that_call_are_refused_in_every_format(function, protocol, tmp_path, tally):
+    """Plain, in torch's archive, in a TorchScript archive, and under each entry."""
+    harm = tmp_path / "harm"
+    words = {os.mkdir: str(harm), os.system: f"touch {harm}"}.get(function, f"open('{harm}', 'w')")
+    evil = Harm(function, words)
+    for number, content in enumerate((evil, {"model": evil}, {"model": {}, "best": [evil]})):
+        path = tmp_path / f"{number}.pth"
+        path.write_bytes(pickle.dumps(content, protocol))
+        zipped = tmp_path / f"{number}.zip"
+        torch.save(content, zipped, pickle_protocol=max(2, protocol))
+        script = tmp_path / f"{number}.jit"
+        with zipfile.ZipFile(script, "w") as archive:
+            archive.writestr("x/constants.pkl", b"")
+            archive.writestr("x/data.pkl", pickle.dumps(content, protocol))
+        for found in (path, zipped, script):
+            for read in (load_checkpoint, read_weights, read_state):
+                with pytest.raises(UserError, match=f"{found}: "):
+                    read(found)
+                tally["pickles with code refused"] += 1
+    assert not harm.exists()
+
+
+@many
+@given(data=st.data())
+def test_images(request, data):
+    """images"""
+    folder = Path(request.getfixturevalue("mini_root"))
+    source = sorted(folder.rglob("*.jpg"))[0]
+    path = request.getfixturevalue("tmp_path") / "x.jpg"
+    if data.draw(st.booleans()):
+        content = source.read_bytes()
+    else:
+        from PIL import Image
+
+        kind = data.draw(st.sampled_from(["PNG", "BMP", "TIFF", "GIF", "WEBP", "PPM"]))
+        held = io.BytesIO()
+        Image.open(source).convert("RGB").save(held, kind)
+        content = held.getvalue()
+    path.write_bytes(damaged(data.draw, content))
+    image = tolerated(lambda: read_image(str(path), "entry", (64, 32)))
+    assert image is None or image.mode == "RGB"
+
+
+assert SCRATCH  # sizes of the models above
