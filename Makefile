@@ -1,13 +1,14 @@
 # make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
 # make test   the test suite
-# Both make a virtual environment first (.venv, or VENV=elsewhere).
+# make reliability   its part on kills, faults and strangers' files, with far more of each (20 minutes)
+# They make a virtual environment first (.venv, or VENV=elsewhere).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINI ?= data/mini-TBAGPR
 
-.PHONY: demo test lint clean
+.PHONY: demo test reliability lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m datasets.mini --out $(MINI)
@@ -17,6 +18,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+reliability: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 1000
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -223,3 +223,36 @@ def test_a_resnet_refuses_several_processes(tmp_path):
     args = options(pretrain_choice=str(tmp_path / "rn.pt"))
     with pytest.raises(UserError, match="torchrun with several processes: a ResNet normalises"):
         build_training_model(args, ["itc"], 0, World(0, 2))
+
+
+def test_the_slurm_file_goes_back_into_the_queue_when_it_is_warned(mini_root, tmp_path):
+    """With stand-ins for SLURM's own commands: a warned job saves and is queued again; the same job
+    then goes on to the end, and is not."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (
+        ("srun", 'exec "$@"'),
+        ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"'),
+        ("scontrol", f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queue || echo localhost'),
+    ):
+        (commands / name).write_text(f"#!/bin/bash\n{text}\n")
+        (commands / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1",
+             "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    environment = os.environ | slurm | {"PATH": f"{commands}:{os.environ['PATH']}"}
+    words = ["docs/train.slurm", *flags(mini_root, tmp_path / "o", num_epoch=10)]
+
+    def submit():
+        return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    job = submit()
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("o/*/*_slurm_77/last.pth")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=100)
+    assert job.returncode != 0 and "SIGUSR1: saved at epoch" in output, output
+    assert (tmp_path / "queue").read_text() == "77\n"
+    output = finish(submit())
+    assert re.search(r"resumed after [1-9]\d* epochs", output) and "epoch 10/10" in output
+    assert (tmp_path / "queue").read_text() == "77\n"
