@@ -2,7 +2,8 @@
 
     python test.py --config_file logs/AGDataAttr/<run>/configs.yaml --root_dir data/mini-TBAGPR
 
-The figures are printed and written to test_results.json beside the checkpoint.
+The figures are printed and written to test_results.json beside the checkpoint. torchrun spreads the
+encoding over GPUs, as it does for train.py.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from processor.evaluator import (
     intervals,
 )
 from processor.queries import per_query, write_queries
+from utils import distributed
 from utils.checkpoint import load_checkpoint
-from utils.devices import choose_device, choose_precision
+from utils.devices import choose_precision
 from utils.errors import run_main
 from utils.files import write_atomically
 from utils.logger import setup_logger
@@ -32,10 +34,10 @@ from utils.options import parse_test_options
 
 def main() -> None:
     args, path, notes = parse_test_options(None, __doc__.split("\n")[0], add_options)
-    log = setup_logger()
+    world, device = distributed.start(args.device)
+    log = setup_logger(rank=world.rank)
     for note in notes:
         log.info(note)
-    device = choose_device(args.device)
     args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
     model = build_evaluation_model(args, checkpoint["model"], str(path)).to(device)
@@ -48,7 +50,7 @@ def main() -> None:
     # The split that chose the checkpoint comes too, so that its figures can be compared.
     chooser = best.get("split", selecting_splits(args.val_dataset)[0])
     for name in dict.fromkeys((chooser, "test")):
-        evaluator = Evaluator(data, name, args, device)
+        evaluator = Evaluator(data, name, args, device, world=world)
         features = evaluator.encode(model)
         galleries = evaluator.galleries(features)
         figures = {k: ranked.summary() for k, ranked in galleries.items()}
@@ -73,6 +75,9 @@ def main() -> None:
             accuracy = evaluator.attribute_accuracy(model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}")
+    distributed.finish()
+    if not world.leads:
+        return
     stem = "test" if path.stem == "best" else path.stem
     target = path.parent / f"{stem}_results.json"
     write_atomically(target, lambda file: file.write(json.dumps(results, indent=2).encode()))

@@ -406,8 +406,10 @@ def resize_positions(weights: dict[str, Tensor], backbone: Backbone) -> dict[str
     name = position_name(backbone.sizes)
     source = weights.get(name)
     rows, columns = backbone.grid
-    if source is None or source.shape[0] == 1 + rows * columns:
+    if source is None or source.shape[:1] == (1 + rows * columns,):
         return weights
+    if source.dim() != 2 or len(source) < 2 or not source.is_floating_point():
+        raise UserError(f"{name} has the shape {tuple(source.shape)}: no positions of an image")
     old = _grid_of(source.shape[0] - 1, backbone.image_size, name)
     grid = source[1:].float().T.reshape(1, -1, *old)
     grid = F.interpolate(grid, size=backbone.grid, mode="bilinear", align_corners=False)

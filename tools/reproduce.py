@@ -103,7 +103,7 @@ def read_table(name: str) -> Table:
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not {"title", "base", "rows"} <= set(content):
         raise UserError(f"{path}: expected the keys title, base, rows and perhaps options")
@@ -274,7 +274,8 @@ def run_jobs(jobs: list[Job], gpus: list[str]) -> None:
     already = sum(epochs_done(job) for job in waiting)
     bar = tqdm(total=total, initial=already, unit="epoch", dynamic_ncols=True, disable=None)
     runner = Runner(bar, gpus)
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
     with bar, ThreadPoolExecutor(max(1, len(gpus))) as pool:
         try:
             list(pool.map(runner.run, waiting))

@@ -66,5 +66,6 @@ def _leave(message: str, status: int) -> None:
     if rank == 0 or status == FAILED:
         print(message, file=sys.stderr, flush=True)
     if "RANK" in os.environ:
+        sys.stdout.flush()
         os._exit(status)  # other processes may be gone; a farewell to them would wait
     sys.exit(status)

@@ -46,10 +46,11 @@ def write_atomically(
         raise
 
 
-def remove_unfinished(folder: Path, pattern: str) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Delete what killed processes left half written; for a folder that is locked."""
-    for path in folder.glob(f".{pattern}.*"):
-        path.unlink(missing_ok=True)
+    for pattern in (".*.pth.*", ".*.yaml.*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def lock(folder: Path, inherited: bool = False) -> int:

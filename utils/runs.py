@@ -41,7 +41,7 @@ def open_run(args: argparse.Namespace, world: World) -> Path:
     if world.leads:
         folder = folder or new_run_dir(args.output_dir, args.dataset_name, args.name)
         lock(folder)
-        remove_unfinished(folder, "*.pth")
+        remove_unfinished(folder)
     return world.from_leader(folder)
 
 

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import train as train_entry
@@ -42,6 +42,7 @@ def many(test):
         settings(
             max_examples=count, deadline=20_000, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],  # shrinking would keep hundreds of models in memory
         )(test)(request)  # fmt: skip
         tally[f"files of {fuzzed.__doc__} fuzzed"] += count
 
@@ -340,15 +341,16 @@ def test_strange_checkpoints(request, data):
         save_checkpoint(path, state)
     except UnicodeError:
         return
-    read = tolerated(lambda: read_state(path))
-    if read is not None:
-        tolerated(lambda: trainer.resume(read[0], str(path)))
+    if how != "weight":
+        read = tolerated(lambda: read_state(path))
+        if read is not None:
+            tolerated(lambda: trainer.resume(read[0], str(path)))
+        return
     weights = tolerated(lambda: read_weights(path))
     if weights is not None:
-        args = trainer.args
-        tolerated(lambda: build_evaluation_model(args, weights, str(path)))
         tolerated(lambda: load_fitting(trainer.model, weights, str(path)))
-        trainer.model.load_state_dict(load_checkpoint(folder / "last.pth")["model"])
+        if data.draw(st.booleans()):
+            tolerated(lambda: build_evaluation_model(trainer.args, weights, str(path)))
 
 
 tensors = st.builds(
