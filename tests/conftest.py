@@ -13,7 +13,7 @@ TALLY = collections.Counter()
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="SIGKILLs that a training must survive")
-    parser.addoption("--fuzz", type=int, default=150, help="examples of each kind of file")
+    parser.addoption("--fuzz", type=int, default=100, help="examples of each kind of file")
 
 
 def pytest_terminal_summary(terminalreporter):
