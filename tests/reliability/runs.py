@@ -46,17 +46,17 @@ def main(words: list[str], threads: int = 1, before=None) -> None:
     run_main(train_entry.main)
 
 
-def start(words: list[str], quiet: bool = True, **more):
-    """The same in a process, which is returned."""
-    process = forks.Process(target=quietly if quiet else main, args=(words,), kwargs=more)
+def start(words: list[str], output=os.devnull, **more):
+    """The same in a process, which is returned; `output` receives what it prints."""
+    process = forks.Process(target=into, args=(output, words), kwargs=more)
     process.start()
     return process
 
 
-def quietly(words: list[str], **more) -> None:
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+def into(output, words: list[str], **more) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     main(words, **more)
 
 
