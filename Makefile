@@ -1,6 +1,6 @@
 # make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
 # make test   the test suite
-# make reliability   its part on kills, faults and strangers' files, with far more of each (12 minutes)
+# make reliability   its part on kills, faults and strangers' files, with far more of each (10 minutes)
 # They make a virtual environment first (.venv, or VENV=elsewhere).
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 reliability: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 500
+	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 300
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python train.py --config_file configs/mini.yaml --root_dir data/mini-TBAGPR
     python train.py --name irra --batch_size 64 --MLM --loss_names 'supkl+queue+match2+dot' \\
         --dataset_name AGDataAttr --root_dir path_to_dataset/TBAGPR --num_epoch 60
-    torchrun --nproc_per_node 4 train.py ...   # the same on four GPUs
+    torchrun --standalone --nproc_per_node 4 train.py ...   # the same on four GPUs
 """
 
 from __future__ import annotations

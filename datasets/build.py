@@ -8,6 +8,7 @@ for batch in loader: ...         # a dict of tensors, see TrainDataset
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, BrokenImage, train
 from utils.attributes import read_attributes
 from utils.distributed import ALONE, World
 from utils.errors import UserError, suggest
-from utils.interrupt import ignore_in_worker
+from utils.interrupt import serve_training
 
 MASK_ID = 49405  # stands for the mask; CLIP's vocabulary has the rare word "jekyll" there
 MASK_RATE = 0.15
@@ -354,7 +355,7 @@ def _workers(args: argparse.Namespace, device: torch.device, world: World) -> di
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",
-        "worker_init_fn": ignore_in_worker,
+        "worker_init_fn": functools.partial(serve_training, os.getpid()),
         # Of the workers' base seed, which nothing uses: the global generator stays untouched.
         "generator": torch.Generator(),
     }

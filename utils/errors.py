@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import signal
 import sys
@@ -49,22 +50,32 @@ def run_main(main: Callable[[], None]) -> None:
         if error.errno not in DISK:
             raise
         _leave(f"error: {error.filename or 'the disk'}: {error.strerror}", FAILED)
+    except RuntimeError as error:
+        if "RANK" not in os.environ or " by peer" not in str(error):  # closed, or reset
+            raise
+        _leave("error: another process has ended", FAILED, cause=False)
     except Stopped as stopped:
         _leave(str(stopped), STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", KILLED)
 
 
-def _leave(message: str, status: int) -> None:
+def _leave(message: str, status: int, cause: bool = True) -> None:
     """With several processes each may have met the same error: the first tells it, and torchrun
-    ends the others before they repeat it."""
+    ends the others before they repeat it, as it does those that only noticed (no `cause`)."""
     rank = int(os.environ.get("RANK", 0))
-    if rank and status == FAILED:
+    if (rank or not cause) and status == FAILED:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
         message = f"rank {rank}: {message}"
     if rank == 0 or status == FAILED:
         print(message, file=sys.stderr, flush=True)
+    if (
+        cause and "TORCHELASTIC_ERROR_FILE" in os.environ
+    ):  # torchrun's own report ends with what stands there
+        told = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": told}}, file)
     if "RANK" in os.environ:
         sys.stdout.flush()
         os._exit(status)  # other processes may be gone; a farewell to them would wait

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
+WATCH_SECONDS = 5
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -34,19 +36,32 @@ class StopRequest:
         self.name = self.name or signal.Signals(number).name
 
 
-def ignore_in_worker(_: int) -> None:
-    """For a loader's process: signals to the whole job are the training's to answer. Only SIGTERM
-    from the training itself ends a worker."""
+def serve_training(training: int, _: int) -> None:
+    """For a loader's process: signals to the whole job are the training's to answer, whose process
+    id is given. A worker ends at the training's own SIGTERM, or when the training is gone.
+
+    Where a worker was not forked and libraries have started threads in it, or on other systems than
+    Linux, SIGTERM from anyone ends it: the sender can be told only if no other thread may take it.
+    """
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: there SIGTERM from anyone ends it
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    tasks = "/proc/self/task"
+    alone = os.path.isdir(tasks) and len(os.listdir(tasks)) == 1
+    if alone:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def obey_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
+    def obey() -> None:
+        while True:
+            if alone:
+                received = signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)
+                if received is not None and received.si_pid == training:
+                    os._exit(0)
+            else:
+                time.sleep(WATCH_SECONDS)
+            try:
+                os.kill(training, 0)  # asks whether it is there
+            except ProcessLookupError:
+                os._exit(0)
 
-    threading.Thread(target=obey_parent, daemon=True).start()
+    threading.Thread(target=obey, daemon=True).start()

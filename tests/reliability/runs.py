@@ -54,6 +54,7 @@ def start(words: list[str], output=os.devnull, **more):
 
 
 def into(output, words: list[str], **more) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as for train.py
     file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -358,3 +358,62 @@ def test_a_full_disk_outside_of_checkpoints_is_one_line_too(capsys):
         run_main(main)
     assert leave.value.code == 2
     assert capsys.readouterr().err == "error: events.out: No space left on device\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loader_processes_ignore_signals_of_others_and_end_with_the_training(
+    method, mini_root, tmp_path, monkeypatch
+):
+    """However they were started: a scheduler's signal to all processes is the training's to answer,
+    and a training that is killed leaves no process behind."""
+    import time
+
+    printed = tmp_path / "workers"
+    child = forks.Process(target=keep_loading, args=(str(mini_root), method, str(printed)))
+    child.start()
+    deadline = time.monotonic() + 100
+    while not (printed.exists() and printed.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [int(pid) for pid in printed.read_text().split()]
+    assert len(workers) == 1
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)[: 3 if method == "fork" else 2]:
+        os.kill(workers[0], number)
+    time.sleep(0.5)
+    assert running(workers[0])
+    child.kill()
+    child.join()
+    while running(workers[0]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def keep_loading(root, method, printed):
+    """Start a loader process, tell its id, and wait."""
+    import time
+
+    import torch.utils.data
+
+    import datasets.build
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args, **more):
+            super().__init__(*args, multiprocessing_context=method, **more)
+
+    datasets.build.DataLoader = Loader
+    data = read("AGDataAttr", root)
+    args = options(root_dir=root, num_workers=1)
+    loader = train_loader(data, args, torch.Generator().manual_seed(1), CPU)
+    for _ in loader:
+        break
+    with open(printed, "w") as file:
+        print(*[w.pid for w in loader._iterator._workers], file=file)
+    time.sleep(100)
