@@ -26,7 +26,7 @@ from utils.devices import choose_precision
 from utils.errors import run_main
 from utils.logger import setup_logger
 from utils.metrics import FIGURES
-from utils.options import parse_options, write_config
+from utils.options import changed_options, parse_options, write_config
 from utils.runs import CONFIG, open_run
 
 
@@ -69,9 +69,13 @@ def main() -> None:
     )
     if state:
         trainer.resume(state, args.resume_ckpt_file)
-        for note in notes:
-            log.info(f"passed over: {note}")
-        log.info(f"resumed after {trainer.epoch} epochs and {trainer.step} steps")
+        for note in (*notes, *changed_options(args, run_dir / CONFIG)):
+            log.info(note)
+        complete = trainer.epoch == args.num_epoch
+        log.info(
+            f"resumed after {trainer.epoch} epochs and {trainer.step} steps"
+            + (": the run is complete, a larger --num_epoch goes on" if complete else "")
+        )
     if world.leads:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()

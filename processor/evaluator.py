@@ -18,6 +18,7 @@ from datasets.transforms import normalise
 from model.build import AEAFIRM
 from utils.devices import autocast, full
 from utils.distributed import ALONE, World, shares
+from utils.errors import UserError
 from utils.metrics import FIGURES, Ranked, Retrieval, rank
 from utils.uncertainty import bootstrap
 
@@ -66,8 +67,12 @@ class Evaluator:
         total = sum(map(len, self.loaders.values()))
         with tqdm(total=total, desc=f"check {self.name}", leave=False, disable=None) as bar:
             for loader in self.loaders.values():
-                for _ in loader:
-                    bar.update()
+                try:
+                    for _ in loader:
+                        bar.update()
+                except UserError as error:
+                    text = str(error).rsplit("BrokenImage: ", 1)[-1].strip()
+                    raise UserError(f"{text} Gallery images are never skipped.") from None
 
     @torch.no_grad()
     def encode(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Features:

@@ -170,7 +170,7 @@ class Trainer:
         self._write_scalars(scalars)
         skipped = sum(self.world.objects(self.skipped))
         line = f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
-        return line + (f"  {skipped} broken images skipped" if skipped else "")
+        return line + (f"  broken images skipped: {skipped}" if skipped else "")
 
     def _step(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """One step. Returns its losses by name, `total` and `grad_norm`, and whether one of them
@@ -299,7 +299,8 @@ class Trainer:
             name = next(name for name in self.world.objects(self.stop.name) if name)
             where = f"epoch {self.epoch + 1}, step {self.step}"
             raise Stopped(
-                f"{name}: saved at {where}; go on with: python train.py --resume "
+                f"{name}: saved at {where}; go on with: "
+                f"{'python' if self.world.size == 1 else 'torchrun ...'} train.py --resume "
                 f"--resume_ckpt_file {self.run_dir / LAST}"
             )
 
@@ -336,6 +337,11 @@ class Trainer:
         more epochs.
         """
         sampler = self.loader.batch_sampler
+        if state["epoch"] > self.args.num_epoch:
+            raise UserError(
+                f"{path}: {state['epoch']} epochs are done; --num_epoch {self.args.num_epoch} "
+                "is fewer"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self._load_optimizer(state["optimizer"])
@@ -432,7 +438,7 @@ def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], list[st
                     f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "
                     "give last.pth, or start from its weights with --finetune"
                 )
-            return state, warnings
+            return state, [*warnings, f"taken instead: {candidate}"] if warnings else []
         except UserError as error:
             warnings.append(str(error))
     raise UserError(warnings[0])

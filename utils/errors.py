@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
+from utils.logger import note_in_file
+
 FAILED, STOPPED, KILLED = 2, 75, 130  # 75: "try again later" (sysexits.h)
 LONGEST = 2000  # characters of a message
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -68,6 +70,7 @@ def _leave(message: str, status: int, cause: bool = True) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
         message = f"rank {rank}: {message}"
+    note_in_file(message)
     if rank == 0 or status == FAILED:
         print(message, file=sys.stderr, flush=True)
     if (

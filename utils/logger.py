@@ -23,6 +23,14 @@ class _File(logging.FileHandler):
         tqdm.write(f"{self.baseFilename}: {sys.exc_info()[1]}")
 
 
+def note_in_file(message: str) -> None:
+    """Add a line to the run's log, which the console has in another way."""
+    logger = logging.getLogger(LOGGER_NAME)
+    for handler in logger.handlers:
+        if isinstance(handler, _File):
+            handler.handle(logger.makeRecord(LOGGER_NAME, logging.ERROR, "", 0, message, (), None))
+
+
 def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
     """The project's logger: plain lines on the console, the same with the time in `log_file`.
 

@@ -78,7 +78,10 @@ def rank(
     """
     for name, features in (("query", query_QD), ("gallery", gallery_GD)):
         if not torch.isfinite(features).all():
-            raise UserError(f"the {name} features are not finite: the model has diverged")
+            raise UserError(
+                f"the {name} features are not finite: the model has diverged; "
+                "try a lower --lr, or --grad_clip 1"
+            )
     query_QD = torch.nn.functional.normalize(full(query_QD), dim=-1)
     gallery_GD = torch.nn.functional.normalize(full(gallery_GD), dim=-1)
     chunk = chunk or max(1, CHUNK_BYTES // (4 * len(gallery_GD)))

@@ -152,7 +152,7 @@ GROUPS: dict[str, list[Option]] = {
             "save_period",
             str,
             "1",
-            "time between saves of last.pth: epochs, or minutes as 30min",
+            "time between saves of last.pth: whole epochs as 2, or minutes as 30min",
             pattern=r"[1-9]\d{0,8}|(?!0+(\.0*)?min)\d{1,8}(\.\d+)?min",
         ),
         _o("keep_last", int, 1, "saves kept: last.pth, last.1.pth before it, ...", least=1),
@@ -422,6 +422,7 @@ def _resumed(
         raise UserError("--resume_ckpt_file says where the run is; leave --output_dir out")
     if named:
         last = Path(named)
+        _check(not last.is_dir(), f"{last}: a folder; --resume_ckpt_file names a file, its {LAST}")
         _check(last.is_file(), f"{last}: no such file (--resume_ckpt_file)")
     elif preset and preset.name == CONFIG and (preset.parent / LAST).is_file():
         last = preset.parent / LAST  # a run's own configs.yaml
@@ -446,6 +447,13 @@ def _resumed(
                 "Give another --name or --output_dir, or --resume to go on with the new options"
             )
     return args
+
+
+def changed_options(args: argparse.Namespace, config: Path) -> list[str]:
+    """What a resumed run changes of the options that its configs.yaml has, as lines to log."""
+    then = vars(resolve(read_preset(config))) if config.is_file() else {}
+    ignored = ("resume", "resume_ckpt_file", "output_dir")
+    return [f"changed: {change}" for change in differences(vars(args), then, ignored)]
 
 
 def _recorded_name(config: Path) -> str | None:
