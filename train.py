@@ -8,15 +8,13 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
-from prettytable import PrettyTable
 
 from datasets.build import read_dataset, selecting_splits, train_loader
 from model.build import build_training_model, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
+from processor.summary import best_table, describe
 from processor.trainer import Trainer, read_state
 from solver.build import build_optimizer, build_scheduler
 from utils import distributed
@@ -25,7 +23,6 @@ from utils.checkpoint import read_weights
 from utils.devices import choose_precision
 from utils.errors import run_main
 from utils.logger import setup_logger
-from utils.metrics import FIGURES
 from utils.options import changed_options, parse_options, write_config
 from utils.runs import CONFIG, open_run
 
@@ -80,32 +77,9 @@ def main() -> None:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()
 
-    table = PrettyTable(["best epoch", "chosen on", "figures of", *FIGURES])
-    table.float_format = ".2"
-    for chosen_on, found in best.items():
-        for split, figures in found["figures"].items():
-            table.add_row([found["epoch"], chosen_on, split, *figures.values()])
-    log.info(table.get_string())
+    log.info(best_table(best))
     log.info(f"evaluate it with: python test.py --config_file {run_dir / CONFIG}")
     distributed.finish()
-
-
-def describe(log: logging.Logger, data, evaluators, args, device, world) -> None:
-    sizes = "; ".join(
-        f"{e.name}: {len(e.split.captions)} captions, {len(e.split.images)} images"
-        for e in evaluators
-    )
-    log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples; {sizes}")
-    chosen = {
-        "test": "best.pth is chosen by R@1 on the test split: this is the paper's protocol",
-        "val": "best.pth is chosen by R@1 on the val split: test stays unseen",
-        "both": "best.pth is chosen by R@1 on the val split, best_test.pth on the test split",
-    }
-    log.info(chosen[args.val_dataset])
-    processes = f"{world.size} processes, " if world.size > 1 else ""
-    log.info(
-        f"losses {args.loss_names}; {processes}{device.type}, {args.precision}, seed {args.seed}"
-    )
 
 
 if __name__ == "__main__":
