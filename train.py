@@ -52,8 +52,8 @@ def main() -> None:
     resumed, fitted = args.resume != "no", ""
     if args.finetune and not resumed:
         fitted = load_fitting(model, read_weights(args.finetune), args.finetune)
+    run_dir = open_run(args, world)  # locked: what is read next stays the last word
     state, notes = read_state(args.resume_ckpt_file, args.keep_last) if resumed else (None, [])
-    run_dir = open_run(args, world)
     log = setup_logger(run_dir / "train_log.txt", world.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, evaluators, args, device, world)

@@ -178,8 +178,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.before()
         losses = {name: value.detach() for name, value in self._backward(batch).items()}
-        self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler.is_enabled():  # it judges by gradients alone: 0, or NaN if a loss is not finite
+            gradients[0] += 0 * losses["total"]
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)

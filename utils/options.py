@@ -366,6 +366,7 @@ TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_worke
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # argparse prints a page of usage; one line is kinder
+        message = re.sub(r"^argument --\w+: command line: ", "--", message)  # each says it once
         raise UserError(f"{message} (--help lists all options)")
 
 

@@ -87,7 +87,7 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
     ("line", "message"),
     [
         ("--batchsize 3", "unrecognized arguments: --batchsize 3"),
-        ("--num_epoch x", "--num_epoch: command line: num_epoch takes a value of type int"),
+        ("--num_epoch x", "--num_epoch takes a value of type int, got 'x' (--help"),
         ("--config_file nowhere.yaml", "nowhere.yaml: No such file or directory"),
         ("--vision_layers 2", "--vision_layers 2 is for --pretrain_choice scratch"),
         ("--num_epoch 5", "--warmup_epochs 5 leaves nothing of --num_epoch 5"),
