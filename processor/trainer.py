@@ -179,8 +179,8 @@ class Trainer:
         self.guard.before()
         losses = {name: value.detach() for name, value in self._backward(batch).items()}
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.scaler.is_enabled():  # it judges by gradients alone: 0, or NaN if a loss is not finite
-            gradients[0] += 0 * losses["total"]
+        if self.scaler.is_enabled():  # it judges by gradients alone
+            gradients[0] += 0 * losses["total"]  # NaN if the loss is not finite
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.args.grad_clip:
