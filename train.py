@@ -15,7 +15,7 @@ from model.build import build_training_model, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.summary import best_table, describe
-from processor.trainer import Trainer, read_state
+from processor.trainer import Trainer
 from solver.build import build_optimizer, build_scheduler
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
@@ -31,6 +31,7 @@ def main() -> None:
     args = parse_options(description=__doc__.split("\n")[0])
     # All that can be wrong is checked before anything is built, and before a folder is made.
     world, device = distributed.start(args.device)
+    args = world.from_leader(args)  # each may have found another run to go on with
     args.precision = choose_precision(args.precision, device)
     losses = parse_loss_names(args.loss_names, args.MLM)
     data = read_dataset(args)
@@ -52,8 +53,7 @@ def main() -> None:
     resumed, fitted = args.resume != "no", ""
     if args.finetune and not resumed:
         fitted = load_fitting(model, read_weights(args.finetune), args.finetune)
-    run_dir = open_run(args, world)  # locked: what is read next stays the last word
-    state, notes = read_state(args.resume_ckpt_file, args.keep_last) if resumed else (None, [])
+    run_dir = open_run(args, world)
     log = setup_logger(run_dir / "train_log.txt", world.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, evaluators, args, device, world)
@@ -64,8 +64,8 @@ def main() -> None:
     trainer = Trainer(
         args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world
     )
-    if state:
-        trainer.resume(state, args.resume_ckpt_file)
+    if resumed:
+        notes = trainer.resume(args.resume_ckpt_file)
         for note in (*notes, *changed_options(args, run_dir / CONFIG)):
             log.info(note)
         complete = trainer.epoch == args.num_epoch

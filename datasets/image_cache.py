@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 MAX_WORKERS = 256
+ABANDONED = 3600  # seconds after which an unfinished cache that nobody writes to is deleted
 VERSION = 2  # raise it when the bytes made from the same image change
 
 
@@ -126,6 +129,10 @@ class ImageFiles(Dataset):
             text = json.dumps(broken, indent=1).encode()
             write_atomically(_beside(path), lambda file: file.write(text))
 
+        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+            with suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
         with bar:
             write_atomically(path, write, before=note)
 

@@ -82,12 +82,24 @@ class EpochSampler(Sampler[list[Key]]):
     def state(self, step: int) -> dict[str, Any]:
         """Where the sampler stands when `step` batches of an epoch are done."""
         generator = self.begun if step else self.generator.get_state()
-        return {"generator": generator, "step": step}
+        return {"generator": generator, "step": step, "epoch": self._describe()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on there: the next epoch is the one that was under way, without its first batches."""
+        """Go on there: the next epoch is the one that was under way, without its first batches.
+
+        Raises ValueError if that epoch was cut into other batches.
+        """
+        now = self._describe()
+        if state["step"] and state["epoch"] != now:
+            raise ValueError(
+                f"it was saved within an epoch of {state['epoch']}, and this one is of {now}; end "
+                "the epoch as it was begun, or go on from a save at an epoch's end"
+            )
         self.generator.set_state(state["generator"])
         self.first = state["step"]
+
+    def _describe(self) -> str:
+        return f"{self.count} samples in batches of {self.batch_size} ({type(self).__name__})"
 
 
 class RandomSampler(EpochSampler):

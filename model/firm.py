@@ -63,8 +63,9 @@ class SentenceTable(nn.Module):
         Labels are those of the data set, of which the table's `columns` are taken.
         """
         labels_VA = labels_VA[:, self.columns]
-        shape, device = labels_VA.shape, generator.device
-        u = torch.rand((3, *shape), generator=generator, device=device).to(labels_VA.device)
+        shape, cuda = (3, *labels_VA.shape), labels_VA.is_cuda and generator.device.type == "cpu"
+        u = torch.rand(shape, generator=generator, device=generator.device, pin_memory=cuda)
+        u = u.to(labels_VA.device, non_blocking=True)  # from other memory, this would wait
         step_VA = torch.ones_like(labels_VA)
         if self.negatives == "random":  # 1 to n-1 steps: any class but the own, equally likely
             step_VA += (u[2] * (self.classes - 1)).long()

@@ -59,6 +59,7 @@ class Evaluator:
         self.loaders = {
             view: image_loader(x, args, device, world) for view, x in self.images.items()
         }
+        self.files = [loader.dataset for loader in self.loaders.values()]
         self.captions = list(caption_batches(self.split.captions, args, world))
 
     def check_images(self) -> None:

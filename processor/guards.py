@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from datasets.build import TrainDataset
+from datasets.image_cache import ImageFiles
 from datasets.samplers import Key
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -150,11 +150,12 @@ class Guard:
 
 @contextmanager
 def explained(
-    args: argparse.Namespace, device: torch.device, loader: DataLoader, what: str
+    args: argparse.Namespace, device: torch.device, images: Sequence[ImageFiles], what: str
 ) -> Iterator[None]:
     """Turn memory that ran out and loader processes that died into a UserError that helps.
 
     Args:
+        images: what the loader processes read.
         what: "training" or "evaluation".
     """
     try:
@@ -164,14 +165,20 @@ def explained(
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # what the CPU's allocator says
             raise UserError(memory_advice(args, device, what)) from None
-        if "DataLoader worker" not in str(error):
-            raise
+        if re.search(r"shared memory|\bshm\b", str(error)):
+            raise UserError(
+                "loader processes pass batches through shared memory, and /dev/shm is full: give "
+                "it more room (docker run --shm-size 8g), or --num_workers 0"
+            ) from None
         # "DataLoader worker (pid 12) is killed by signal: Killed. " or "(pid(s) 12, 13) exited ..."
-        pids, reason = re.search(r"([\d, ]+)\) (.*?)\.? *$", str(error)).groups()
-        images = loader.dataset.images.last_read([int(pid) for pid in pids.split(",")])
+        died = re.match(r"DataLoader worker \(pid[^\d]* ([\d, ]+)\) (.*?)\.? *$", str(error))
+        if died is None:
+            raise
+        pids = [int(pid) for pid in died[1].split(",")]
+        read = [image for files in images for image in files.last_read(pids)]
         raise UserError(
-            f"a loader process died ({reason}) "
-            + (f"while it read {', '.join(images)}" if images else "before it read an image")
+            f"a loader process died ({died[2]}) "
+            + (f"while it read {', '.join(read)}" if read else "before it read an image")
             + ". If it was killed, the machine's memory may have run out: give fewer --num_workers"
         ) from None
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from datasets.build import on_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
 from processor.guards import Guard, explained
-from utils.checkpoint import load_checkpoint, older, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, older, save_checkpoint
 from utils.devices import autocast
 from utils.distributed import ALONE, Votes, World
 from utils.errors import Stopped, UserError
@@ -76,10 +77,12 @@ class Trainer:
         # Averages gradients over processes in the backward pass. Buffers need no synchronisation:
         # every process computes the same queue.
         self.forward = model
-        if world.size > 1:
+        if world.size > 1 and args.accum_steps == 1:
             self.forward = DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
             )
+        else:
+            world.spread([p.data for p in model.parameters()])
         seed_generators(args.seed + world.rank)
         dataset = loader.dataset if loader else None
         self.guard = Guard(args, model, dataset, run_dir if world.leads else None, logger)
@@ -89,7 +92,8 @@ class Trainer:
         self.saved = time.monotonic()
         self.epoch = 0  # epochs done, with their evaluation
         self.step = 0  # steps done of the epoch under way
-        self.sums: dict[str, torch.Tensor] = {}  # of that epoch's losses, and of its good steps
+        # Of that epoch's losses and gradient norms, and of good `steps` and `norms`.
+        self.sums: dict[str, torch.Tensor] = {}
         self.skipped = 0  # broken images of that epoch
         self.reported: set[str] = set()  # of which the log has told
         # By the split that chose it: its `epoch`, and all splits' `figures` there.
@@ -115,10 +119,11 @@ class Trainer:
         with self.writer or nullcontext(), bar, self.stop:
             while self.epoch < args.num_epoch:
                 started = time.perf_counter()
-                with explained(args, self.device, self.loader, "training"):
+                with explained(args, self.device, [self.loader.dataset.images], "training"):
                     line = self._train_epoch(bar)
                 if (self.epoch + 1) % args.eval_period == 0 or self.epoch + 1 == args.num_epoch:
-                    with explained(args, self.device, self.loader, "evaluation"):
+                    galleries = [files for e in self.evaluators for files in e.files]
+                    with explained(args, self.device, galleries, "evaluation"):
                         line += self._evaluate()
                 self.epoch, self.step, self.sums, self.skipped = self.epoch + 1, 0, {}, 0
                 self.scheduler.step()
@@ -142,9 +147,13 @@ class Trainer:
             batch["counts"] = sampler.counts(self.step)
             self._note_skipped(batch.pop("skipped", []))
             figures, bad = self._step(batch)
-            # Sums stay on the device: between log lines nothing waits for it.
-            for name, value in {**figures, "steps": torch.ones_like(figures["total"])}.items():
-                self.sums[name] = self.sums.get(name, 0) + value.masked_fill(bad, 0)
+            # Sums stay on the device: between log lines nothing waits for it. A norm that fp16's
+            # scaler made overflow is left out.
+            norm = figures["grad_norm"]
+            counts = {"steps": torch.ones_like(norm), "norms": norm.isfinite().to(norm.dtype)}
+            for name, value in {**figures, **counts}.items():
+                left_out = bad | ~norm.isfinite() if name == "grad_norm" else bad
+                self.sums[name] = self.sums.get(name, 0) + value.masked_fill(left_out, 0)
             place = f"epoch {self.epoch + 1}, step {self.step + 1}"
             self.guard.watch(place, sampler.batch(self.step), figures, bad)
             self.step += 1
@@ -246,8 +255,12 @@ class Trainer:
         names = list(self.sums)
         values = torch.stack([self.sums[name].double() for name in names]).tolist()  # one wait
         sums = dict(zip(names, values, strict=True))
+        counts = {"grad_norm": sums.pop("norms")}
         steps = sums.pop("steps")
-        return {name: value / steps if steps else float("nan") for name, value in sums.items()}
+        return {
+            name: value / count if (count := counts.get(name, steps)) else float("nan")
+            for name, value in sums.items()
+        }
 
     def _note_skipped(self, messages: list[str]) -> None:
         self.skipped += len(messages)
@@ -271,7 +284,7 @@ class Trainer:
             for e in self.evaluators
         }
         line = ""
-        for number, (split, values) in enumerate(figures.items()):
+        for split, values in figures.items():
             self._write_scalars({f"{split}/{name}": value for name, value in values.items()})
             line += f"  {split}: " + " ".join(
                 f"{name} {value:.2f}" for name, value in values.items()
@@ -280,13 +293,24 @@ class Trainer:
             if best is None or values["R@1"] > best["figures"][split]["R@1"]:
                 self.best[split] = {"epoch": self.epoch + 1, "figures": figures}
                 chosen = {**values, "epoch": self.epoch + 1, "split": split}
-                if self.world.leads:
-                    save_checkpoint(
-                        self.run_dir / (f"best_{split}.pth" if number else "best.pth"),
-                        {"model": self.model.state_dict(), "epoch": self.epoch + 1, "best": chosen},
-                    )
+                content = {
+                    "model": self.model.state_dict(), "epoch": self.epoch + 1, "best": chosen
+                }  # fmt: skip
+                self._write(self._best_file(split), content)
                 line += "  best"
+        self.best = {split: self.best[split] for split in figures}
         return line
+
+    def _best_file(self, split: str) -> Path:
+        first = split == self.evaluators[0].name
+        return self.run_dir / ("best.pth" if first else f"best_{split}.pth")
+
+    def _write(self, path: Path, content: dict[str, Any], keep: int = 1) -> None:
+        """The leader saves a checkpoint. The others wait: a step's collectives have less patience
+        than a slow disk may ask for."""
+        if self.world.leads:
+            save_checkpoint(path, content, keep)
+        self.world.wait()
 
     def _leave_or_save(self) -> None:
         """Between steps: save if minutes are up; if any process was asked to leave, save and leave.
@@ -309,9 +333,7 @@ class Trainer:
     def save(self) -> None:
         """Write last.pth."""
         self.guard.look(wait=True)
-        state = self.state()
-        if self.world.leads:
-            save_checkpoint(self.run_dir / LAST, state, self.args.keep_last)
+        self._write(self.run_dir / LAST, self.state(), self.args.keep_last)
         self.saved = time.monotonic()
 
     def state(self) -> dict[str, Any]:
@@ -332,12 +354,48 @@ class Trainer:
             },
         }
 
-    def resume(self, state: dict[str, Any], path: str) -> None:
-        """Go on from `read_state(path)`. Raises UserError if it does not fit the options.
+    def resume(self, path: str) -> list[str]:
+        """Go on from a checkpoint. Returns what the log should say of it. Raises UserError if it
+        does not fit the options, or if processes find different ones.
 
         Learning rates are those of the present options at that epoch, so that a run may be given
         more epochs.
         """
+        state, notes = read_state(path, self.args.keep_last)
+        own = digest({k: v for k, v in state.items() if k not in ("model", "optimizer")})
+        if len(set(self.world.objects(own))) > 1:
+            raise UserError(f"{path}: processes find different checkpoints there; share the folder")
+        if notes and self.world.leads and Path(path).exists():  # keep it out of the kept ones
+            os.replace(path, Path(path).with_suffix(".damaged.pth"))
+        self._load(state, path)
+        told, self.best = self.world.from_leader(self._set_aside() if self.world.leads else None)
+        return notes + told
+
+    def _set_aside(self) -> tuple[list[str], dict[str, dict[str, Any]]]:
+        """Keep a best checkpoint from being overwritten that this run, since it goes on from before
+        it, does not know. Returns what the log should say, and the best that there is a file of."""
+        told, best = [], dict(self.best)
+        if self.epoch == self.args.num_epoch:  # nothing more will be saved
+            return told, best
+        for split in (e.name for e in self.evaluators):
+            file, expected = self._best_file(split), best.get(split, {}).get("epoch")
+            found = None
+            with suppress(UserError):
+                found = load_checkpoint(file).get("epoch")
+            if found == expected:
+                continue
+            best.pop(split, None)
+            aside = file.with_suffix(".aside.pth")
+            if file.exists():
+                os.replace(file, aside)
+            state = f"of epoch {found}, now {aside.name}" if found else "missing or damaged"
+            told.append(
+                f"{file.name} is {state}; this run's best was of epoch {expected or 'none'}; the "
+                "best from here on will be kept"
+            )
+        return told, best
+
+    def _load(self, state: dict[str, Any], path: str) -> None:
         sampler = self.loader.batch_sampler
         if state["epoch"] > self.args.num_epoch:
             raise UserError(
@@ -365,6 +423,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
             self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+            if self.step and not {"total", "grad_norm", "steps", "norms"} <= set(self.sums):
+                raise ValueError("its sums of losses are others")
             self.skipped = state["skipped"] if self.world.leads else 0
             sampler.load_state(state["sampler"])
             self.model.generator.set_state(state["generators"]["firm"])

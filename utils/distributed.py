@@ -34,7 +34,8 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_size: int = 1  # processes on this machine
+    local_rank: int = 0  # this process among those on this machine
+    local_size: int = 1
     control: Any = None  # a gloo group for small things that no device should wait for
 
     @property
@@ -75,14 +76,27 @@ class World:
         """The leader's small object at every process."""
         return self.objects(value)[0]
 
+    def wait(self) -> None:
+        """Until all processes are here, however long one of them writes."""
+        if self.size > 1:
+            dist.barrier(self.control)
+
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """What is inside runs at the leader, then at all others: they find what it made."""
-        if self.size > 1 and not self.leads:
-            dist.barrier(self.control)
+        """What is inside runs at the leader, then at the first process of every other machine, then
+        at all others: they find what was made, be it on a shared disk or on each machine's own."""
+        turn = 0 if self.leads else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self.wait()
         yield
-        if self.size > 1 and self.leads:
-            dist.barrier(self.control)
+        for _ in range(turn, 2):
+            self.wait()
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by the leader's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def average(self, gradients: Sequence[Tensor]) -> None:
         """Replace gradients by their means over processes."""
@@ -163,7 +177,7 @@ def start(device_name: str) -> tuple[World, torch.device]:
     else:
         dist.init_process_group("gloo")
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(dist.get_rank(), size, local_size, control), device
+    return World(dist.get_rank(), size, local_rank, local_size, control), device
 
 
 def finish() -> None:

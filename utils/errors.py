@@ -70,12 +70,11 @@ def _leave(message: str, status: int, cause: bool = True) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
         message = f"rank {rank}: {message}"
-    note_in_file(message)
     if rank == 0 or status == FAILED:
+        note_in_file(message)
         print(message, file=sys.stderr, flush=True)
-    if (
-        cause and "TORCHELASTIC_ERROR_FILE" in os.environ
-    ):  # torchrun's own report ends with what stands there
+    # torchrun's own report ends with what stands in a file of its choice.
+    if cause and "TORCHELASTIC_ERROR_FILE" in os.environ:
         told = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": told}}, file)

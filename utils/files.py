@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,12 +57,20 @@ def remove_unfinished(folder: Path) -> None:
 
 def lock(folder: Path, inherited: bool = False) -> int:
     """A lock on a folder, as a file descriptor, until the process ends; if `inherited`, until all
-    its children have ended too. Raises UserError if another process has it."""
-    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    its children have ended too. A file system that has no locks is warned of. Raises UserError if
+    another process has it, or if the folder is not writable."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; a run writes into it") from None
     try:
         take = fcntl.flock if inherited else fcntl.lockf
         take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            text = f"{folder}: cannot be locked ({error.strerror}): start no second run in it"
+            print(text, file=sys.stderr)
+            return descriptor
         os.close(descriptor)
         raise UserError(f"{folder}: another process is at work here; run it again later") from None
     return descriptor

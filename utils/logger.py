@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 LOGGER_NAME = "aea_firm"
+LAST_WORDS = logging.CRITICAL
 
 
 class _AboveBars(logging.Handler):
@@ -23,12 +24,20 @@ class _File(logging.FileHandler):
         tqdm.write(f"{self.baseFilename}: {sys.exc_info()[1]}")
 
 
+class _FileForLast(_File):
+    """Of a process that does not write the log, but for its last words."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == LAST_WORDS:
+            super().emit(record)
+
+
 def note_in_file(message: str) -> None:
     """Add a line to the run's log, which the console has in another way."""
     logger = logging.getLogger(LOGGER_NAME)
     for handler in logger.handlers:
         if isinstance(handler, _File):
-            handler.handle(logger.makeRecord(LOGGER_NAME, logging.ERROR, "", 0, message, (), None))
+            handler.handle(logger.makeRecord(LOGGER_NAME, LAST_WORDS, "", 0, message, (), None))
 
 
 def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
@@ -46,8 +55,8 @@ def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
     if rank:
         console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
     logger.addHandler(console)
-    if log_file is not None and not rank:
-        handler = _File(log_file, encoding="utf-8")
+    if log_file is not None:
+        handler = (_FileForLast if rank else _File)(log_file, encoding="utf-8", delay=bool(rank))
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger

@@ -612,7 +612,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror}; --config_file names a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected lines of 'option: value'")
     return values
 

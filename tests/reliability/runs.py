@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_entry
 from tests.helpers import ROOT, SCRATCH
@@ -76,6 +77,14 @@ def log_of_losses(folder: Path) -> dict[str, str]:
             text = re.sub(r"\d+ samples/s|[\d.]+ s$", "", match[2])
             assert found.setdefault(match[1], text) == text  # done twice: with the same numbers
     return found
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    """What TensorBoard shows, but for speed."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = [n for n in events.Tags()["scalars"] if n != "samples_per_second"]
+    return {name: [e.value for e in events.Scalars(name)] for name in names}
 
 
 def same(a, b, where="") -> None:

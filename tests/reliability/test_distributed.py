@@ -1,21 +1,20 @@
 """Two processes on a CPU train as one does with the same global batch."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
-from tests.helpers import ROOT
-from tests.reliability.runs import flags, folder_of, forks
+from tests.helpers import ROOT, read
+from tests.reliability.runs import flags, folder_of, forks, same, scalars
 from utils.checkpoint import load_checkpoint
 from utils.distributed import ALONE, Votes, World, shares
 
@@ -29,13 +28,13 @@ WAYS = {
 }  # fmt: skip
 
 
-def torchrun(processes: int, words, threads=1) -> subprocess.Popen:
+def torchrun(processes: int, words, script="train.py") -> subprocess.Popen:
     """train.py under torchrun, or alone."""
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command = [sys.executable, *map(str, many if processes > 1 else []), "train.py", *words]
+    command = [sys.executable, *map(str, many if processes > 1 else []), script, *words]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
@@ -43,13 +42,6 @@ def finish(process: subprocess.Popen, status=0) -> str:
     output, _ = process.communicate(timeout=200)
     assert process.returncode == status, output
     return output
-
-
-def scalars(folder) -> dict[str, list[float]]:
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    names = [n for n in events.Tags()["scalars"] if n != "samples_per_second"]
-    return {name: [e.value for e in events.Scalars(name)] for name in names}
 
 
 def assert_close(found, expected, where, tolerance=1e-9):
@@ -108,15 +100,37 @@ def test_a_run_of_two_processes_stops_at_a_signal_and_goes_on_as_one(mini_root, 
 
 def test_every_process_fails_when_one_fails(mini_copy, tmp_path):
     """A broken image that only the second process reads ends the first, too, with one message."""
-    row = json.loads((mini_copy / "AG-ReID/agtext_train.json").read_text())[5]
-    path = mini_copy / "AG-ReID" / "/".join(row[2])
+    sampler = RandomSampler(16, 16, torch.Generator().manual_seed(1), World(1, 2))
+    path = Path(read("AGDataAttr", mini_copy).train[next(iter(sampler))[0].index].image.path)
     path.write_bytes(path.read_bytes()[:400])
-    process = torchrun(2, flags(mini_copy, tmp_path, batch_size=16, num_epoch=50))
+    process = torchrun(2, flags(mini_copy, tmp_path, batch_size=16, num_epoch=50, seed=1))
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     # Told when it happens, and once more at the end of torchrun's report.
     assert len(re.findall(rf"error: {path} .*the image cannot be read", output)) == 2, output
     assert "RuntimeError" not in output
+    assert f"rank 1: error: {path}" in (folder_of(tmp_path) / "train_log.txt").read_text()
+
+
+def test_processes_that_find_different_checkpoints_do_not_go_on(mini_root, tmp_path):
+    """As on machines that do not share the folder: the second one's file is of an epoch before."""
+    words = flags(mini_root, tmp_path / "o", keep_last=2, resume="auto")
+    finish(torchrun(1, words))
+    before = load_checkpoint(folder_of(tmp_path / "o") / "last.pth")
+    script = tmp_path / "elsewhere.py"
+    script.write_text(
+        "import os, processor.trainer, train\n"
+        "from utils.errors import run_main\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    read = processor.trainer.read_state\n"
+        "    processor.trainer.read_state = lambda path, keep: "
+        "read(path.replace('last.pth', 'last.1.pth'))\n"
+        "run_main(train.main)\n"
+    )
+    two = torchrun(2, words, script)
+    output, _ = two.communicate(timeout=100)
+    assert two.returncode != 0 and "processes find different checkpoints there" in output, output
+    same(load_checkpoint(folder_of(tmp_path / "o") / "last.pth"), before)
 
 
 def test_shares_are_even_and_whole():
@@ -172,7 +186,7 @@ def test_evaluation_is_shared_by_whole_batches(count):
 def gathering(rank, size, store, results):
     """Gather rows with a gradient, gather integers, and vote; for a process of its own."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    world = World(rank, size, size, dist.new_group(backend="gloo"))
+    world = World(rank, size, [0, 0, 1][rank], size, dist.new_group(backend="gloo"))
     counts = [3, 0, 2][:size]
     start = sum(counts[:rank])
     whole = torch.arange(5 * 4, dtype=torch.float64).reshape(5, 2, 2).sin()
@@ -183,8 +197,12 @@ def gathering(rank, size, store, results):
     labels = world.gather({"pids": torch.arange(start, start + counts[rank])}, counts)["pids"]
     votes = Votes(world)
     answers = [votes(rank == 1 and call == 1, False) for call in range(4)]
+    with world.leader_first(), open(f"{store}.turns", "a") as file:
+        file.write(str(rank))
+    spread = torch.full((2,), rank)
+    world.spread([spread])
     results.put((rank, found["a"].tolist(), own.grad.tolist(), labels.tolist(), answers,
-                 world.objects(rank), world.from_leader(f"from {rank}")))  # fmt: skip
+                 world.objects(rank), world.from_leader(f"from {rank}"), spread.tolist()))  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
 
@@ -201,12 +219,14 @@ def test_gathering_gives_all_rows_and_the_gradient_of_the_own(tmp_path):
     whole = torch.arange(5 * 4, dtype=torch.float64).reshape(5, 2, 2).sin().requires_grad_()
     ((whole**3).sum() + ((2 * whole[:, 0]) ** 2).sum()).backward()
     gradients = []
-    for rank, rows, gradient, labels, answers, ranks, word in found:
+    # The leader, the first of the other machine, the rest.
+    assert (tmp_path / "store.turns").read_text() == "012"
+    for rank, rows, gradient, labels, answers, ranks, word, spread in found:
         assert rows == whole.tolist() and labels == [0, 1, 2, 3, 4]
         gradients += gradient
         # The answer to the second call's votes arrives with the third.
         assert answers == [[False, False], [False, False], [True, False], [False, False]]
-        assert ranks == [0, 1, 2] and word == "from 0" and rank in ranks
+        assert ranks == [0, 1, 2] and word == "from 0" and rank in ranks and spread == [0, 0]
     torch.testing.assert_close(torch.tensor(gradients, dtype=torch.float64), 3 * whole.grad)
 
 

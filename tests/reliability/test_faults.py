@@ -17,11 +17,13 @@ import train as train_entry
 from datasets.build import TrainDataset, on_device, train_loader
 from datasets.image_cache import ImageFiles
 from datasets.samplers import Key
+from processor.guards import explained
 from processor.trainer import Trainer
 from tests.helpers import options, read, run
-from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, start
+from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, scalars, start
 from utils.checkpoint import digest, load_checkpoint
 from utils.errors import UserError, run_main
+from utils.files import lock
 from utils.runs import new_run_dir
 
 CPU = torch.device("cpu")
@@ -135,6 +137,7 @@ def test_half_precision_gradients_that_overflow_are_left_to_the_scaler(
     log = (folder_of(tmp_path) / "train_log.txt").read_text()
     assert "skipped" not in log
     assert load_checkpoint(folder_of(tmp_path) / "last.pth")["scaler"]["scale"] == 2**10 / 2**2
+    assert all(0 < norm < float("inf") for norm in scalars(folder_of(tmp_path))["grad_norm"])
 
 
 def broken_image(root, view=2, sample=5) -> str:
@@ -234,6 +237,58 @@ def test_a_loader_process_that_dies_names_the_image_it_read(mini_root, tmp_path,
     assert re.search("a loader process died .(is killed by signal: Killed|exited unexpectedly)", str(error.value))  # fmt: skip
     assert f"while it read {mini_root}/AG-ReID/{'/'.join(row[2])} (AG-ReID/agtext_train.json, sample 5)" in str(error.value)  # fmt: skip
     assert "fewer --num_workers" in str(error.value)
+
+
+def test_a_loader_process_that_dies_in_an_evaluation_names_the_image_it_read(
+    mini_root, tmp_path, monkeypatch
+):
+    load = datasets.image_cache.load_image
+    victim = read("AGDataAttr", mini_root).splits["test"].images[3].path
+
+    def deadly(path, *args):
+        if path == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(path, *args)
+
+    monkeypatch.setattr(datasets.image_cache, "load_image", deadly)
+    with pytest.raises(UserError, match=f"while it read {victim}"):
+        run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device",
+            UserError,
+            "/dev/shm is full: .* --shm-size 8g.*, or --num_workers 0",
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nsizes differ",
+            RuntimeError,
+            "sizes differ",
+        ),
+    ],
+)
+def test_shared_memory_that_is_full_is_told_and_other_errors_of_a_worker_are_left(
+    error, raised, message
+):
+    with pytest.raises(raised, match=message), explained(options(), CPU, [], "training"):
+        raise RuntimeError(error)
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+def test_a_file_system_without_locks_is_warned_of(inherited, tmp_path, monkeypatch, capsys):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    for name in ("lockf", "flock"):
+        monkeypatch.setattr(f"fcntl.{name}", missing)
+    os.close(lock(tmp_path, inherited))
+    assert "cannot be locked (Function not implemented): start no second" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: Not a directory"):
+        lock(tmp_path / "file")
 
 
 def out_of_memory_here():
@@ -342,6 +397,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(mini_root, tmp_path, m
     assert re.search(r".*/last.pth: .*damaged.*\ntaken instead: .*/last.1.pth", shown)
     assert "resumed after 2 epochs and 0 steps" in shown
     same(load_checkpoint(folder / "last.pth"), whole)
+    assert (folder / "last.damaged.pth").read_bytes() == data  # not among the kept ones
+    assert load_checkpoint(folder / "last.1.pth")["epoch"] == 2
 
 
 def at_once(barrier, out, results):

@@ -1,6 +1,7 @@
 """A run cut at any moment and resumed ends as the unbroken one, bit for bit."""
 
 import random
+import re
 import signal
 import time
 
@@ -11,8 +12,8 @@ import train as train_entry
 from datasets.build import on_device
 from processor.evaluator import Evaluator
 from tests.helpers import run
-from tests.reliability.runs import assert_same_end, flags, folder_of, start
-from utils.checkpoint import load_checkpoint
+from tests.reliability.runs import assert_same_end, flags, folder_of, same, start
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Stopped, UserError
 
 WAYS = {
@@ -112,6 +113,44 @@ def test_resume_auto_refuses_other_options(mini_root, tmp_path, monkeypatch):
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, save_period="30min"))
     with pytest.raises(UserError, match=r"begun with other options: --slack 0.3 \(was 0.15\)"):
         run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, slack=0.3))
+
+
+def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
+    mini_root, tmp_path, monkeypatch
+):
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, keep_last=3))
+    folder = folder_of(tmp_path)
+    later = load_checkpoint(folder / "best.pth") | {"epoch": 3}
+    save_checkpoint(folder / "best.pth", later)
+    again = ["--resume", "--config_file", folder / "configs.yaml", "--resume_ckpt_file"]
+    run(train_entry.main, monkeypatch, *again, folder / "last.2.pth", "--lr", "1e-4")
+    same(load_checkpoint(folder / "best.aside.pth"), later)
+    chosen = load_checkpoint(folder / "best.pth")["epoch"]
+    assert chosen == load_checkpoint(folder / "last.pth")["best"]["test"]["epoch"] >= 2
+    assert re.search(
+        "best.pth is of epoch 3, now best.aside.pth; this run's best was of epoch 1; the best from "
+        "here on will be kept",
+        (folder / "train_log.txt").read_text(),
+    )
+    (folder / "best.pth").unlink()
+    run(train_entry.main, monkeypatch, *again, folder / "last.1.pth")
+    assert load_checkpoint(folder / "best.pth")["epoch"] == 3
+    assert re.search(
+        "best.pth is missing or damaged; this run", (folder / "train_log.txt").read_text()
+    )
+
+
+def test_an_epoch_that_is_under_way_cannot_change_its_batches(mini_root, tmp_path, monkeypatch):
+    words = flags(mini_root, tmp_path, loss_names="itc")
+    with monkeypatch.context() as patch:
+        raise_at_step(patch, 2, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            run(train_entry.main, patch, *words)
+    again = ["--resume", "--output_dir", tmp_path, "--batch_size", 8]
+    with pytest.raises(UserError, match=r"of 16 samples in batches of 5 .*of 16 samples in batch.* 8"):  # fmt: skip
+        run(train_entry.main, monkeypatch, *again)
+    run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path)  # its own options
+    run(train_entry.main, monkeypatch, *again, "--num_epoch", 4)  # between epochs it may
 
 
 def test_a_run_is_left_to_the_process_that_works_on_it(mini_root, tmp_path, monkeypatch):

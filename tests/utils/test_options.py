@@ -71,6 +71,7 @@ def test_every_shipped_preset_is_valid():
         ("img_size: [384]", "img_size takes 2 values"),
         ("optimizer: Adan", "optimizer is 'Adan'; choose one of: Adam, AdamW, SGD"),
         ("lr: .nan", "lr must be more than 0, got nan"),
+        ("? \nlr: 1", "expected lines of 'option: value'"),
         ("- lr", "expected lines of 'option: value'"),
         ("lr: [", "not readable as YAML"),
         ("x: !!python/object/apply:os.system [true]", "not readable as YAML"),
