@@ -26,7 +26,7 @@ from processor.queries import per_query, write_queries
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.devices import choose_precision
-from utils.errors import run_main
+from utils.errors import UserError, run_main
 from utils.files import write_atomically
 from utils.logger import setup_logger
 from utils.options import parse_test_options
@@ -34,6 +34,8 @@ from utils.options import parse_test_options
 
 def main() -> None:
     args, path, notes = parse_test_options(None, __doc__.split("\n")[0], add_options)
+    if args.bootstrap < 0:
+        raise UserError(f"--bootstrap {args.bootstrap}: draws must be 0 or more")
     world, device = distributed.start(args.device)
     log = setup_logger(rank=world.rank)
     for note in notes:

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import torch
 
 from datasets.build import read_dataset, selecting_splits, train_loader
@@ -15,13 +17,14 @@ from model.build import build_training_model, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.summary import best_table, describe
-from processor.trainer import Trainer
+from processor.trainer import Trainer, read_state
 from solver.build import build_optimizer, build_scheduler
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import read_weights
 from utils.devices import choose_precision
 from utils.errors import run_main
+from utils.interrupt import leave_at_once
 from utils.logger import setup_logger
 from utils.options import changed_options, parse_options, write_config
 from utils.runs import CONFIG, open_run
@@ -54,6 +57,7 @@ def main() -> None:
     if args.finetune and not resumed:
         fitted = load_fitting(model, read_weights(args.finetune), args.finetune)
     run_dir = open_run(args, world)
+    found = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
     log = setup_logger(run_dir / "train_log.txt", world.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, evaluators, args, device, world)
@@ -64,8 +68,8 @@ def main() -> None:
     trainer = Trainer(
         args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world
     )
-    if resumed:
-        notes = trainer.resume(args.resume_ckpt_file)
+    if found:
+        notes = trainer.resume(args.resume_ckpt_file, *found)
         for note in (*notes, *changed_options(args, run_dir / CONFIG)):
             log.info(note)
         complete = trainer.epoch == args.num_epoch
@@ -78,9 +82,10 @@ def main() -> None:
     best = trainer.train()
 
     log.info(best_table(best))
-    log.info(f"evaluate it with: python test.py --config_file {run_dir / CONFIG}")
+    log.info(f"evaluate it with: python test.py --config_file {shlex.quote(str(run_dir / CONFIG))}")
     distributed.finish()
 
 
 if __name__ == "__main__":
+    leave_at_once()
     run_main(main)

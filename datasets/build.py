@@ -27,6 +27,7 @@ from datasets.samplers import IdentitySampler, Key, RandomSampler, evaluation_ba
 from datasets.tbagpr import SOURCES, one_view, read_tbagpr
 from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, BrokenImage, train_transform
 from utils.attributes import read_attributes
+from utils.devices import cores
 from utils.distributed import ALONE, World
 from utils.errors import UserError, suggest
 from utils.interrupt import serve_training
@@ -196,7 +197,10 @@ class TrainDataset(Dataset):
                 if not self.skip:
                     raise
                 skipped.append(str(error))
-        raise UserError(f"{len(skipped)} broken images in a row, the last: {skipped[-1]}")
+        raise UserError(
+            f"{len(skipped)} broken images in a row (python tools/check_dataset.py finds all), the "
+            f"last: {skipped[-1]}"
+        )
 
     def _item(self, index: int, seed: int) -> dict[str, Tensor | int]:
         sample, ids = self.samples[index], self.caption_ids[index]
@@ -345,12 +349,12 @@ def _image_files(
     files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
     if args.image_cache:
         with world.leader_first():
-            files.use_cache(args.image_cache, min(args.num_workers, os.cpu_count() or 1), skip)
+            files.use_cache(args.image_cache, min(args.num_workers, cores()), skip)
     return files
 
 
 def _workers(args: argparse.Namespace, device: torch.device, world: World) -> dict:
-    workers = min(args.num_workers, (os.cpu_count() or 1) // world.local_size)
+    workers = min(args.num_workers, cores() // world.local_size)
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,

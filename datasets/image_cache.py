@@ -9,6 +9,7 @@ read end its making, or with `--on_bad_image skip` are named in a JSON file besi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from datasets.transforms import BrokenImage, load_image
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.interrupt import serve_training
 
 MAX_WORKERS = 256
 ABANDONED = 3600  # seconds after which an unfinished cache that nobody writes to is deleted
@@ -119,7 +121,9 @@ class ImageFiles(Dataset):
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             done = 0
-            for images, messages in DataLoader(files, 64, num_workers=num_workers):
+            serve = functools.partial(serve_training, os.getpid())
+            loader = DataLoader(files, 64, num_workers=num_workers, worker_init_fn=serve)
+            for images, messages in loader:
                 file.write(images.numpy())  # not mapped: a full disk is then an error, not a crash
                 broken.update({done + i: text for i, text in enumerate(messages) if text})
                 done += len(images)

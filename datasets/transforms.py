@@ -29,6 +29,7 @@ ERASED_SHAPE = (0.3, 1 / 0.3)  # height / width
 ERASING_TRIES = 10  # for a rectangle that fits; after them the image stays whole
 # Others can start programs (EPS), or are no pictures of people.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+PILImage.MAX_IMAGE_PIXELS = None  # PIL warns, and refuses in words of its own; here is ours:
 MAX_PIXELS = 100_000_000  # a few times the largest camera's; more is a decompression bomb
 DRAWS_PLAIN = 1  # the flip
 DRAWS_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2  # flip; crop; erase?; rectangles; place

@@ -18,7 +18,7 @@ from datasets.transforms import normalise
 from model.build import AEAFIRM
 from utils.devices import autocast, full
 from utils.distributed import ALONE, World, shares
-from utils.errors import UserError
+from utils.errors import UserError, words_of
 from utils.metrics import FIGURES, Ranked, Retrieval, rank
 from utils.uncertainty import bootstrap
 
@@ -72,8 +72,9 @@ class Evaluator:
                     for _ in loader:
                         bar.update()
                 except UserError as error:
-                    text = str(error).rsplit("BrokenImage: ", 1)[-1].strip()
-                    raise UserError(f"{text} Gallery images are never skipped.") from None
+                    raise UserError(
+                        f"{words_of(error)} Gallery images are never skipped."
+                    ) from None
 
     @torch.no_grad()
     def encode(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Features:

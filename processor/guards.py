@@ -163,6 +163,9 @@ def explained(
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(memory_advice(args, device, what)) from None
     except RuntimeError as error:
+        # A worker's death is noticed anywhere, also while a file is written: then it comes wrapped.
+        if error.__context__ is not None and "DataLoader worker" in str(error.__context__):
+            error = error.__context__
         if "can't allocate memory" in str(error):  # what the CPU's allocator says
             raise UserError(memory_advice(args, device, what)) from None
         if re.search(r"shared memory|\bshm\b", str(error)):

@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import random
+import shlex
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -32,10 +33,10 @@ from datasets.build import on_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
 from processor.guards import Guard, explained
-from utils.checkpoint import digest, load_checkpoint, older, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, older, restore, save_checkpoint
 from utils.devices import autocast
 from utils.distributed import ALONE, Votes, World
-from utils.errors import Stopped, UserError
+from utils.errors import Stopped, UserError, words_of
 from utils.interrupt import StopRequest
 from utils.runs import LAST
 
@@ -94,6 +95,7 @@ class Trainer:
         self.step = 0  # steps done of the epoch under way
         # Of that epoch's losses and gradient norms, and of good `steps` and `norms`.
         self.sums: dict[str, torch.Tensor] = {}
+        self.in_step = False  # then the queue may be ahead of the weights
         self.skipped = 0  # broken images of that epoch
         self.reported: set[str] = set()  # of which the log has told
         # By the split that chose it: its `epoch`, and all splits' `figures` there.
@@ -118,22 +120,43 @@ class Trainer:
         )
         with self.writer or nullcontext(), bar, self.stop:
             while self.epoch < args.num_epoch:
-                started = time.perf_counter()
-                with explained(args, self.device, [self.loader.dataset.images], "training"):
-                    line = self._train_epoch(bar)
-                if (self.epoch + 1) % args.eval_period == 0 or self.epoch + 1 == args.num_epoch:
-                    galleries = [files for e in self.evaluators for files in e.files]
-                    with explained(args, self.device, galleries, "evaluation"):
-                        line += self._evaluate()
-                self.epoch, self.step, self.sums, self.skipped = self.epoch + 1, 0, {}, 0
-                self.scheduler.step()
-                seconds = time.perf_counter() - started
-                self.log.info(f"epoch {self.epoch}/{args.num_epoch}  {line}  {seconds:.1f} s")
-                if self.epoch == args.num_epoch or (
-                    self.save_epochs and self.epoch % self.save_epochs == 0
-                ):
-                    self.save()
+                try:
+                    self._epoch(bar)
+                except UserError as error:
+                    raise UserError(words_of(error) + self._rescue()) from None
         return self.best
+
+    def _epoch(self, bar: tqdm) -> None:
+        """What remains of an epoch: its steps, its evaluation, its checkpoint."""
+        args, started = self.args, time.perf_counter()
+        images = [self.loader.dataset.images, *(x for e in self.evaluators for x in e.files)]
+        with explained(args, self.device, images, "training"):
+            line = self._train_epoch(bar)
+        with explained(args, self.device, images, "evaluation"):
+            if (self.epoch + 1) % args.eval_period == 0 or self.epoch + 1 == args.num_epoch:
+                line += self._evaluate()
+            self.epoch, self.step, self.sums, self.skipped = self.epoch + 1, 0, {}, 0
+            self.scheduler.step()
+            seconds = time.perf_counter() - started
+            self.log.info(f"epoch {self.epoch}/{args.num_epoch}  {line}  {seconds:.1f} s")
+            if self.epoch == args.num_epoch or (
+                self.save_epochs and self.epoch % self.save_epochs == 0
+            ):
+                self.save()
+
+    def _rescue(self) -> str:
+        """Save after an error that came between steps. Returns what to tell.
+
+        Several processes may each be in another place, so they do not.
+        """
+        if self.world.size > 1 or self.in_step:
+            return ""
+        self.guard.waiting.clear()
+        try:
+            self.save()
+        except UserError:  # the disk may be what failed
+            return ""
+        return f" ({self._saved()})"
 
     def _train_epoch(self, bar: tqdm) -> str:
         """The remaining steps of an epoch. Returns what the log says of it."""
@@ -146,6 +169,7 @@ class Trainer:
         for batch in on_device(self.loader, self.device, sizes.image_mean, sizes.image_std):
             batch["counts"] = sampler.counts(self.step)
             self._note_skipped(batch.pop("skipped", []))
+            self.in_step = True
             figures, bad = self._step(batch)
             # Sums stay on the device: between log lines nothing waits for it. A norm that fp16's
             # scaler made overflow is left out.
@@ -154,9 +178,9 @@ class Trainer:
             for name, value in {**figures, **counts}.items():
                 left_out = bad | ~norm.isfinite() if name == "grad_norm" else bad
                 self.sums[name] = self.sums.get(name, 0) + value.masked_fill(left_out, 0)
-            place = f"epoch {self.epoch + 1}, step {self.step + 1}"
-            self.guard.watch(place, sampler.batch(self.step), figures, bad)
-            self.step += 1
+            self.step, self.in_step = self.step + 1, False
+            place = f"epoch {self.epoch + 1}, step {self.step}"
+            self.guard.watch(place, sampler.batch(self.step - 1), figures, bad)
             samples += sum(batch["counts"])
             bar.update()
             if self.step % args.log_period == 0 and self.step < len(self.loader):
@@ -291,12 +315,12 @@ class Trainer:
             )
             best = self.best.get(split)
             if best is None or values["R@1"] > best["figures"][split]["R@1"]:
-                self.best[split] = {"epoch": self.epoch + 1, "figures": figures}
                 chosen = {**values, "epoch": self.epoch + 1, "split": split}
                 content = {
                     "model": self.model.state_dict(), "epoch": self.epoch + 1, "best": chosen
                 }  # fmt: skip
                 self._write(self._best_file(split), content)
+                self.best[split] = {"epoch": self.epoch + 1, "figures": figures}
                 line += "  best"
         self.best = {split: self.best[split] for split in figures}
         return line
@@ -323,12 +347,14 @@ class Trainer:
             self.save()
         if leave:
             name = next(name for name in self.world.objects(self.stop.name) if name)
-            where = f"epoch {self.epoch + 1}, step {self.step}"
-            raise Stopped(
-                f"{name}: saved at {where}; go on with: "
-                f"{'python' if self.world.size == 1 else 'torchrun ...'} train.py --resume "
-                f"--resume_ckpt_file {self.run_dir / LAST}"
-            )
+            raise Stopped(f"{name}: {self._saved()}")
+
+    def _saved(self) -> str:
+        program = "python" if self.world.size == 1 else "torchrun ..."
+        return (
+            f"saved at epoch {self.epoch + 1}, step {self.step}; go on with: {program} train.py "
+            f"--resume --resume_ckpt_file {shlex.quote(str(self.run_dir / LAST))}"
+        )
 
     def save(self) -> None:
         """Write last.pth."""
@@ -354,19 +380,20 @@ class Trainer:
             },
         }
 
-    def resume(self, path: str) -> list[str]:
-        """Go on from a checkpoint. Returns what the log should say of it. Raises UserError if it
-        does not fit the options, or if processes find different ones.
+    def resume(
+        self, path: str | Path, state: dict[str, Any], taken: Path, notes: list[str]
+    ) -> list[str]:
+        """Go on from `read_state(path)`. Returns what the log should say of it. Raises UserError if
+        it does not fit the options, or if processes have read different ones.
 
         Learning rates are those of the present options at that epoch, so that a run may be given
         more epochs.
         """
-        state, notes = read_state(path, self.args.keep_last)
         own = digest({k: v for k, v in state.items() if k not in ("model", "optimizer")})
         if len(set(self.world.objects(own))) > 1:
             raise UserError(f"{path}: processes find different checkpoints there; share the folder")
-        if notes and self.world.leads and Path(path).exists():  # keep it out of the kept ones
-            os.replace(path, Path(path).with_suffix(".damaged.pth"))
+        if self.world.leads and taken != Path(path):  # or it would be kept in a good one's place
+            restore(Path(path), taken)
         self._load(state, path)
         told, self.best = self.world.from_leader(self._set_aside() if self.world.leads else None)
         return notes + told
@@ -481,9 +508,9 @@ def parse_period(text: str) -> tuple[int, float]:
     return int(text), 0.0
 
 
-def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], list[str]]:
-    """A checkpoint that a run can go on from, and warnings: if it is damaged, one of the `keep`
-    kept ones is taken. Raises UserError if there is none."""
+def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], Path, list[str]]:
+    """A checkpoint that a run can go on from, its file, and warnings: if it is damaged, one of the
+    `keep` kept ones is taken. Raises UserError if there is none."""
     warnings: list[str] = []
     for number in range(keep):
         candidate = older(Path(path), number)
@@ -500,7 +527,7 @@ def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], list[st
                     f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "
                     "give last.pth, or start from its weights with --finetune"
                 )
-            return state, [*warnings, f"taken instead: {candidate}"] if warnings else []
+            return state, candidate, [*warnings, f"taken: {candidate}"] if warnings else []
         except UserError as error:
             warnings.append(str(error))
     raise UserError(warnings[0])

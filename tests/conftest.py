@@ -2,6 +2,7 @@
 
 import collections
 import shutil
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ import torch
 from tests.helpers import golden_clip
 
 TALLY = collections.Counter()
+
+# Where a shell starts the tests in the background, they are told to ignore these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser):

@@ -10,7 +10,6 @@ be, but deserves a look, is a warning; with --strict warnings fail too.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 import unicodedata
@@ -32,6 +31,7 @@ from datasets.build import read_dataset
 from datasets.records import Data, Image
 from datasets.transforms import read_image
 from utils.attributes import read_attributes
+from utils.devices import cores
 from utils.errors import UserError, run_main
 from utils.options import parse_some
 
@@ -268,7 +268,7 @@ def main() -> None:
             "\nIdentities are numbered per split here, so that one in two splits is found by its "
             "pictures alone."
         )
-    check_images(parts, args.min_side, min(args.num_workers, os.cpu_count() or 1), report)
+    check_images(parts, args.min_side, min(args.num_workers, cores()), report)
     check_identities(data, parts, report)
     check_captions(parts, report)
     print(f"\n{report}" if report.findings else "")

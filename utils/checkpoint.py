@@ -51,6 +51,15 @@ def older(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}{path.suffix}") if number else path
 
 
+def restore(path: Path, good: Path) -> None:
+    """Put a kept checkpoint in a damaged one's place, which is kept as `last.damaged.pth`."""
+    if path.exists():
+        _link(path, path.with_suffix(f".damaged{path.suffix}"))
+    beside = path.with_name(f".{path.name}.new")
+    _link(good, beside)
+    os.replace(beside, path)
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint: a dictionary whose entry `model` holds the weights, on the CPU.
 
@@ -142,7 +151,7 @@ def _load(path: Path) -> Any:
             f"run code, or it is damaged ({found.group() if found else 'unreadable'})"
         ) from None
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not readable as a checkpoint, or damaged ({reason})") from None
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
+
+
+def cores() -> int:
+    """Processor cores that this process may use, which a scheduler may have made fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str) -> torch.device:

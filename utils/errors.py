@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from utils.logger import note_in_file
 
@@ -41,13 +42,17 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def words_of(error: UserError) -> str:
+    """Its message. A loader process sends its error on with a traceback in front."""
+    return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point: a UserError becomes one line on stderr and exit status 2."""
     try:
         main()
     except UserError as error:
-        # A loader process sends its error on with a traceback in front; the message is its end.
-        _leave(f"error: {str(error).rsplit(f'{type(error).__name__}: ', 1)[-1].strip()}", FAILED)
+        _leave(f"error: {words_of(error)}", FAILED)
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -72,7 +77,8 @@ def _leave(message: str, status: int, cause: bool = True) -> None:
         message = f"rank {rank}: {message}"
     if rank == 0 or status == FAILED:
         note_in_file(message)
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may be there to read it
+            print(message, file=sys.stderr, flush=True)
     # torchrun's own report ends with what stands in a file of its choice.
     if cause and "TORCHELASTIC_ERROR_FILE" in os.environ:
         told = {"py_callstack": message, "timestamp": str(int(time.time()))}

@@ -33,7 +33,7 @@ def write_atomically(
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # NamedTemporaryFile makes files private to the user
+        os.chmod(temporary, 0o666 & ~_umask())  # NamedTemporaryFile makes files private
         before()
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -74,6 +74,13 @@ def lock(folder: Path, inherited: bool = False) -> int:
         os.close(descriptor)
         raise UserError(f"{folder}: another process is at work here; run it again later") from None
     return descriptor
+
+
+def _umask() -> int:
+    """The rights that the user's new files do not get; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(folder: Path) -> None:

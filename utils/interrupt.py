@@ -8,12 +8,27 @@ import threading
 import time
 from types import FrameType
 
+from utils.errors import Stopped
+
 WATCH_SECONDS = 5
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What schedulers, people, and terminals that close send.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+
+
+def leave_at_once() -> None:
+    """Outside of a training there is nothing to save: signals that ask to leave end the program
+    with the status of one that may be started again."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"{signal.Signals(number).name}: stopped; there was nothing to save")
+
+    for number in SIGNALS:
+        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, leave)
 
 
 class StopRequest:
-    """While entered, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (a scheduler's warning) are noted.
+    """While entered, `SIGNALS` are noted, but for those that the process is to ignore (nohup).
 
     `name` is then the signal's. A second Ctrl-C raises KeyboardInterrupt at once.
     """
@@ -23,7 +38,8 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

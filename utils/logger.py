@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -13,8 +14,15 @@ LAST_WORDS = logging.CRITICAL
 
 
 class _AboveBars(logging.Handler):
+    """A console that is gone or full loses lines, not the run."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
+        try:
+            tqdm.write(self.format(record))
+        except BrokenPipeError:  # what read it has ended; later lines go nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:
+            pass
 
 
 class _File(logging.FileHandler):

@@ -8,6 +8,7 @@ back as `--config_file` it gives the same run.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import reprlib
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError, suggest
-from utils.files import write_atomically
-from utils.runs import CONFIG, LAST, checkpoints, differences
+from utils.files import lock, write_atomically
+from utils.runs import CONFIG, LAST, differences, folders
 
 LARGEST = 2**31 - 1  # no option needs a larger number
 
@@ -73,7 +74,7 @@ class Option:
         except (TypeError, ValueError, OverflowError):
             raise wrong from None
         if self.pattern and not re.fullmatch(self.pattern, typed):
-            raise UserError(f"{where}: {self.name} is {typed!r}; {self.help}")
+            raise UserError(f"{where}: {self.name} cannot be {typed!r}; {self.help}")
         if self.type is int and isinstance(value, float) and value != typed:
             raise wrong
         if self.choices and typed not in self.choices:
@@ -95,7 +96,7 @@ class Option:
             ]
             raise UserError(f"{where}: {self.name} must be {' and '.join(bounds)}, got {typed}")
         if self.type is not str and not -LARGEST <= typed <= LARGEST:  # nor NaN
-            raise wrong
+            raise UserError(f"{where}: {self.name} is out of range, got {typed}")
         return typed
 
 
@@ -109,8 +110,8 @@ GROUPS: dict[str, list[Option]] = {
             "name",
             str,
             "baseline",
-            "name of the run, without a slash; its folder is TIME_NAME",
-            pattern=r"[^/\0]*",
+            "name of the run, 1 to 100 characters without a slash; its folder is TIME_NAME",
+            pattern=r"[^/\0]{1,100}",
         ),
         _o("output_dir", str, "logs", "folder that receives all runs"),
         _o("seed", int, 1, "seed of weights, batches, augmentation and draws", least=0),
@@ -419,32 +420,49 @@ def _resumed(
         return values.get(name, OPTIONS[name].default)
 
     named, mode = value("resume_ckpt_file"), value("resume")
-    if named and "output_dir" in given:
-        raise UserError("--resume_ckpt_file says where the run is; leave --output_dir out")
+    own = preset and preset.name == CONFIG and (preset.parent / LAST).is_file()
+    if (named or own) and "output_dir" in given:
+        says = "--resume_ckpt_file" if named else f"--config_file {preset}"
+        raise UserError(f"{says} says where the run is; leave --output_dir out")
     if named:
         last = Path(named)
         _check(not last.is_dir(), f"{last}: a folder; --resume_ckpt_file names a file, its {LAST}")
         _check(last.is_file(), f"{last}: no such file (--resume_ckpt_file)")
-    elif preset and preset.name == CONFIG and (preset.parent / LAST).is_file():
-        last = preset.parent / LAST  # a run's own configs.yaml
+    elif own:
+        last = preset.parent / LAST
     else:
-        found = checkpoints(value("output_dir"), value("dataset_name"))
-        last = next((p for p in found if _recorded_name(p.parent / CONFIG) == value("name")), None)
+        # Where there must be a run, its own options say of which data set.
+        dataset = value("dataset_name") if mode == "auto" else values.get("dataset_name", "*")
+        found = folders(value("output_dir"), dataset)
+        found = [folder for folder in found if _is_named(folder, value("name"))]
+        last = next((folder / LAST for folder in found if (folder / LAST).is_file()), None)
     if last is None:
-        where = f"{value('output_dir')}/{value('dataset_name')}/"
-        _check(mode == "auto", f"--resume: {where} has no run '{value('name')}' with a {LAST}")
+        where = Path(value("output_dir"), dataset.strip("*"))
+        _check(mode == "auto", f"--resume: {where}/ has no run '{value('name')}' with a {LAST}")
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one asks
+            for folder in found:  # which may be under way, and not have saved yet
+                os.close(lock(folder))
         return resolve({**values, "resume": "no"})
     recorded = last.parent / CONFIG
+    _check(
+        bool(named) or recorded.is_file(),
+        f"{recorded}: missing, and with it the run's options; all options and "
+        f"--resume --resume_ckpt_file {last} go on, or remove the folder",
+    )
     if preset is None and recorded.is_file():
         values = {**read_preset(recorded), **given}
     args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
-    if mode == "auto" and recorded.is_file():
-        then = vars(resolve(read_preset(recorded)))
+    then = vars(resolve(read_preset(recorded))) if recorded.is_file() else {}
+    _check(
+        then.get("seed", args.seed) == args.seed,
+        f"--seed {args.seed}: only a new run can have another than {then.get('seed')}",
+    )
+    if mode == "auto" and then:
         free = [name for name in ("device", "precision") if getattr(args, name) == "auto"]
         changed = differences(vars(args), then, (*INDIFFERENT, "num_epoch", *free))
         if changed:
             raise UserError(
-                f"--resume auto: {last.parent} was begun with other options: {', '.join(changed)}. "
+                f"--resume auto: {last.parent} runs with other options: {', '.join(changed)}. "
                 "Give another --name or --output_dir, or --resume to go on with the new options"
             )
     return args
@@ -457,11 +475,12 @@ def changed_options(args: argparse.Namespace, config: Path) -> list[str]:
     return [f"changed: {change}" for change in differences(vars(args), then, ignored)]
 
 
-def _recorded_name(config: Path) -> str | None:
+def _is_named(folder: Path, name: str) -> bool:
+    """Whether a run is of that name; if its options cannot be read, by its folder's name."""
     try:
-        return read_preset(config).get("name")
+        return read_preset(folder / CONFIG).get("name") == name
     except UserError:
-        return None
+        return bool(re.fullmatch(rf"\d{{8}}_\d{{6}}_{re.escape(name)}(_\d+)?", folder.name))
 
 
 def parse_test_options(

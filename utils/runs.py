@@ -45,11 +45,15 @@ def open_run(args: argparse.Namespace, world: World) -> Path:
     return world.from_leader(folder)
 
 
-def checkpoints(output_dir: str, dataset_name: str) -> list[Path]:
-    """last.pth of all runs that can be gone on with, the one written last first."""
-    found = Path(output_dir, dataset_name).glob(f"*/{LAST}")
-    found = [last for last in found if (last.parent / CONFIG).is_file()]
-    return sorted(found, key=lambda last: last.stat().st_mtime_ns, reverse=True)
+def folders(output_dir: str, dataset_name: str) -> list[Path]:
+    """Of all runs on a data set ("*": on any), the one that saved last first."""
+
+    def saved(folder: Path) -> int:
+        last = folder / LAST
+        return last.stat().st_mtime_ns if last.is_file() else 0
+
+    found = [path for path in Path(output_dir).glob(f"{dataset_name}/*") if path.is_dir()]
+    return sorted(found, key=saved, reverse=True)
 
 
 def differences(now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Command line of the renderer: python -m datasets.mini --help."""
 
 import argparse
-import os
 from pathlib import Path
+
+from utils.devices import cores
 
 from .build import LAYOUTS, render
 from .figure import draw_figure
@@ -24,7 +25,7 @@ def main() -> None:
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
     add("--test_ids", type=int, default=60, help="identities to test on, over both sources")
     add("--pairs", type=int, default=2, help="aerial-ground pairs of images per identity")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw")
+    add("--workers", type=int, default=min(8, cores()), help="processes that draw")
     add("--force", action="store_true", help="replace what is at the folder already")
     add("--figure", type=Path, help="only draw this picture of test people of the set at --out")
     args = parser.parse_args()

@@ -167,7 +167,7 @@ def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> N
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
     with pool as executor:
         done = executor.map(work, jobs, chunksize=4) if workers > 1 else map(work, jobs)
-        bar = tqdm(done, total=len(jobs), unit="person", disable=not progress)
+        bar = tqdm(done, total=len(jobs), unit="person", disable=None if progress else True)
         results = list(zip(jobs, bar, strict=True))
     if layout != "TBAGPR":
         first = 1 if layout == "CUHK-PEDES" else 0  # its identities count from 1

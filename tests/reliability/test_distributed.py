@@ -119,11 +119,11 @@ def test_processes_that_find_different_checkpoints_do_not_go_on(mini_root, tmp_p
     before = load_checkpoint(folder_of(tmp_path / "o") / "last.pth")
     script = tmp_path / "elsewhere.py"
     script.write_text(
-        "import os, processor.trainer, train\n"
+        "import os, train\n"
         "from utils.errors import run_main\n"
         "if os.environ['RANK'] == '1':\n"
-        "    read = processor.trainer.read_state\n"
-        "    processor.trainer.read_state = lambda path, keep: "
+        "    read = train.read_state\n"
+        "    train.read_state = lambda path, keep: "
         "read(path.replace('last.pth', 'last.1.pth'))\n"
         "run_main(train.main)\n"
     )

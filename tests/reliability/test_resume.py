@@ -1,9 +1,13 @@
 """A run cut at any moment and resumed ends as the unbroken one, bit for bit."""
 
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +15,11 @@ import processor.trainer
 import train as train_entry
 from datasets.build import on_device
 from processor.evaluator import Evaluator
-from tests.helpers import run
+from tests.helpers import ROOT, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, same, start
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Stopped, UserError
+from utils.interrupt import StopRequest
 
 WAYS = {
     "random": {},
@@ -54,7 +59,7 @@ def raise_at_step(monkeypatch, moment, number):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGUSR1), (6, signal.SIGTERM)],
+    [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGUSR1), (6, signal.SIGHUP)],
 )
 def test_a_run_that_a_signal_stops_goes_on_to_the_same_end(
     way, moment, number, unbroken, mini_root, tmp_path, monkeypatch
@@ -111,7 +116,7 @@ def test_resume_auto_refuses_other_options(mini_root, tmp_path, monkeypatch):
     few = {"num_epoch": 1, "warmup_epochs": 0, "resume": "auto"}
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few))
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, save_period="30min"))
-    with pytest.raises(UserError, match=r"begun with other options: --slack 0.3 \(was 0.15\)"):
+    with pytest.raises(UserError, match=r"runs with other options: --slack 0.3 \(was 0.15\)"):
         run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, slack=0.3))
 
 
@@ -162,6 +167,15 @@ def test_a_run_is_left_to_the_process_that_works_on_it(mini_root, tmp_path, monk
     busy.terminate()
     busy.join()
     assert busy.exitcode == 75
+    # Nor does `auto` begin a second one beside a run that has not saved yet.
+    words = flags(mini_root, tmp_path / "b", num_epoch=500, save_period=500, resume="auto")
+    busy = start(words)
+    wait_for(lambda: list(tmp_path.glob("b/*/*/configs.yaml")))
+    with pytest.raises(UserError, match="another process is at work here"):
+        run(train_entry.main, monkeypatch, *words)
+    assert len(list(tmp_path.glob("b/*/*"))) == 1
+    busy.kill()
+    busy.join()
 
 
 def test_minutes_between_saves_are_kept_and_older_saves_stay(mini_root, tmp_path, monkeypatch):
@@ -184,9 +198,69 @@ def test_epochs_between_saves_are_kept(mini_root, tmp_path, monkeypatch):
     assert saved == [2, 4, 5]
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path):
-    from utils.interrupt import StopRequest
+def test_a_run_whose_options_are_lost_is_not_begun_anew(mini_root, tmp_path, monkeypatch):
+    words = flags(mini_root, tmp_path, num_epoch=1, warmup_epochs=0)
+    run(train_entry.main, monkeypatch, *words)
+    config = folder_of(tmp_path) / "configs.yaml"
+    text = config.read_text()
+    config.unlink()
+    for mode in ("yes", "auto"):
+        with pytest.raises(UserError, match=f"{config}: missing, and with it the run's options"):
+            run(train_entry.main, monkeypatch, *words, "--resume", mode)
+    config.write_text(text)
+    with pytest.raises(UserError, match="--seed 5: only a new run can have another than 1"):
+        run(train_entry.main, monkeypatch, *words, "--resume", "--seed", 5)
+    with pytest.raises(UserError, match=f"--config_file {config} says where the run is"):
+        run(train_entry.main, monkeypatch, "--resume", "auto", "--config_file", config, "--output_dir", tmp_path)  # fmt: skip
 
+
+def test_a_signal_before_training_leaves_with_the_status_of_one_that_may_start_again():
+    code = (
+        "import signal; from utils.errors import run_main; "
+        "from utils.interrupt import leave_at_once; leave_at_once(); "
+        "run_main(lambda: signal.raise_signal(signal.SIGTERM))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 75
+    assert found.stderr == "SIGTERM: stopped; there was nothing to save\n"
+
+
+def test_signals_that_are_ignored_stay_so():
+    """`nohup` and the background of a script."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.name
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_error_between_steps_saves_what_was_done(mini_copy, tmp_path, monkeypatch, unbroken):
+    """An image that is damaged for a while: the run goes on from where it met it."""
+    words = flags(mini_copy, tmp_path, save_period="10min", num_workers=1)
+    image = Path(read("AGDataAttr", mini_copy).splits["test"].images[2].path)
+    data = image.read_bytes()
+    image.write_bytes(data[:400])
+    with pytest.raises(UserError, match=r"^/.*\(saved at epoch 1, step 4; go on with: python "):
+        run(train_entry.main, monkeypatch, *words)
+    image.write_bytes(data)
+    run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path)
+    assert_same_end(folder_of(tmp_path), unbroken["random"])
+
+
+def test_a_console_that_is_gone_ends_no_run(mini_root, tmp_path):
+    reading, writing = os.pipe()
+    child = start(flags(mini_root, tmp_path), f"/proc/{os.getpid()}/fd/{writing}")
+    os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
+    child.join()
+    assert child.exitcode == 0
+    assert "epoch 3/3" in (folder_of(tmp_path) / "train_log.txt").read_text()
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.name == "SIGINT"

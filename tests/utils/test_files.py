@@ -77,3 +77,13 @@ def test_user_errors_become_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit) as leave:
         run_main(main)
     assert leave.value.code == 2 and capsys.readouterr().err == "error: a.jpg\n"
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_files_get_the_rights_that_the_user_gives_to_new_ones(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+    finally:
+        os.umask(before)
