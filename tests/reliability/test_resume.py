@@ -249,6 +249,22 @@ def test_an_error_between_steps_saves_what_was_done(mini_copy, tmp_path, monkeyp
     assert_same_end(folder_of(tmp_path), unbroken["random"])
 
 
+def test_a_best_checkpoint_that_could_not_be_written_is_written_on_resuming(
+    mini_root, tmp_path, monkeypatch, unbroken
+):
+    def full(path, *args):
+        if path.name == "best.pth":
+            raise UserError(f"{path}: could not be written: No space left on device")
+        save_checkpoint(path, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(processor.trainer, "save_checkpoint", full)
+        with pytest.raises(UserError, match="No space left on device .saved at epoch 1, step "):
+            run(train_entry.main, patched, *flags(mini_root, tmp_path))
+    run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path)
+    assert_same_end(folder_of(tmp_path), unbroken["random"])
+
+
 def test_a_console_that_is_gone_ends_no_run(mini_root, tmp_path):
     reading, writing = os.pipe()
     child = start(flags(mini_root, tmp_path), f"/proc/{os.getpid()}/fd/{writing}")
