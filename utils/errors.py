@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
-from utils.logger import note_in_file
+from utils.logger import note_in_file, say
 
 FAILED, STOPPED, KILLED = 2, 75, 130  # 75: "try again later" (sysexits.h)
 LONGEST = 2000  # characters of a message
@@ -77,14 +78,13 @@ def _leave(message: str, status: int, cause: bool = True) -> None:
         message = f"rank {rank}: {message}"
     if rank == 0 or status == FAILED:
         note_in_file(message)
-        with suppress(OSError):  # nobody may be there to read it
-            print(message, file=sys.stderr, flush=True)
+        say(message, sys.stderr)
     # torchrun's own report ends with what stands in a file of its choice.
     if cause and "TORCHELASTIC_ERROR_FILE" in os.environ:
         told = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": message, "extraInfo": told}}, file)
+        content = json.dumps({"message": {"message": message, "extraInfo": told}})
+        with suppress(OSError):  # its disk may be full
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content, encoding="utf-8")
     if "RANK" in os.environ:
-        sys.stdout.flush()
         os._exit(status)  # other processes may be gone; a farewell to them would wait
     sys.exit(status)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -14,22 +15,17 @@ LAST_WORDS = logging.CRITICAL
 
 
 class _AboveBars(logging.Handler):
-    """A console that is gone or full loses lines, not the run."""
+    """The console, above progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record))
-        except BrokenPipeError:  # what read it has ended; later lines go nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError:
-            pass
+        say(self.format(record))
 
 
 class _File(logging.FileHandler):
-    """A full disk loses lines of the log, not the run."""
+    """A full disk delays lines of the log, and ends no run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"{self.baseFilename}: {sys.exc_info()[1]}")
+        say(f"{self.baseFilename}: {sys.exc_info()[1]}")
 
 
 class _FileForLast(_File):
@@ -38,6 +34,19 @@ class _FileForLast(_File):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == LAST_WORDS:
             super().emit(record)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line at once, on stdout if no `file` is given.
+
+    A console that is gone or full gets no more lines, and ends no run.
+    """
+    file = file or sys.stdout
+    try:
+        tqdm.write(text, file=file)
+        file.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def note_in_file(message: str) -> None:

@@ -276,6 +276,16 @@ def test_a_console_that_is_gone_ends_no_run(mini_root, tmp_path):
     assert "epoch 3/3" in (folder_of(tmp_path) / "train_log.txt").read_text()
 
 
+def test_a_console_that_is_full_ends_no_run(mini_root, tmp_path):
+    child = start(flags(mini_root, tmp_path), "/dev/full")
+    child.join()
+    assert child.exitcode == 0
+    assert "epoch 3/3" in (folder_of(tmp_path) / "train_log.txt").read_text()
+    child = start(flags(mini_root, tmp_path, lr=-1), "/dev/full")
+    child.join()
+    assert child.exitcode == 2
+
+
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
