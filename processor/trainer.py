@@ -13,10 +13,11 @@ import logging
 import os
 import random
 import shlex
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,6 @@ class Trainer:
         Raises Stopped when a signal asked to leave and all is saved.
         """
         args = self.args
-        if self.world.leads:
-            self.writer = SummaryWriter(self.run_dir, purge_step=self.epoch + 1)
         bar = tqdm(
             total=args.num_epoch * len(self.loader),
             initial=self.epoch * len(self.loader) + self.step,
@@ -118,13 +117,26 @@ class Trainer:
             # No bar where stderr is no terminal; the log has every figure.
             disable=None if self.world.leads else True,
         )
-        with self.writer or nullcontext(), bar, self.stop:
+        with self._curves(), bar, self.stop:
             while self.epoch < args.num_epoch:
                 try:
                     self._epoch(bar)
                 except UserError as error:
                     raise UserError(words_of(error) + self._rescue()) from None
         return self.best
+
+    @contextmanager
+    def _curves(self) -> Iterator[None]:
+        """TensorBoard's writer, of the leader. A full disk ends the curves, not the run."""
+        if self.world.leads:
+            threading.excepthook = _excepthook
+            self.writer = SummaryWriter(self.run_dir, purge_step=self.epoch + 1)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if self.writer:
+                    self.writer.close()
 
     def _epoch(self, bar: tqdm) -> None:
         """What remains of an epoch: its steps, its evaluation, its checkpoint."""
@@ -297,9 +309,15 @@ class Trainer:
         bar.set_postfix_str(f"loss {means['total']:.3f}, lr {lr:.1e}, {speed:.0f} samples/s")
 
     def _write_scalars(self, values: dict[str, float]) -> None:
-        if self.writer:
+        if self.writer is None:
+            return
+        try:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.epoch + 1)
+            self.writer.flush()
+        except OSError as error:
+            self.log.warning(f"{self.run_dir}: no more curves for TensorBoard: {error}")
+            self.writer = None
 
     def _evaluate(self) -> str:
         """Evaluate the epoch, and save what is best. Returns what the log says of it."""
@@ -499,6 +517,12 @@ def _set_generators(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
+
+
+def _excepthook(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its error on to `_write_scalars`, which tells it."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def parse_period(text: str) -> tuple[int, float]:

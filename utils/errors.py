@@ -33,8 +33,12 @@ class UserError(Exception):
         super().__init__(message)
 
 
-class Stopped(Exception):
-    """A signal asked a run to leave, and it has saved: status 75, which schedulers may requeue."""
+class Stopped(BaseException):
+    """A signal asked a run to leave, and it has saved: status 75, which schedulers may requeue.
+
+    Like KeyboardInterrupt it may come at any moment, and is nobody's error: what reads a file must
+    not take it for damage.
+    """
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import signal
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import datasets.image_cache
 import processor.trainer
@@ -383,6 +384,25 @@ def test_a_run_whose_disk_is_full_leaves_and_goes_on_when_there_is_room(mini_roo
     child.join()
     assert child.exitcode == 0
     assert_same_end(folder, folder_of(tmp_path / "whole"))
+    tally["writes to a disk that was full"] += 1
+
+
+def test_curves_that_cannot_be_written_end_no_run(mini_root, tmp_path, monkeypatch, capfd, tally):
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path / "whole"))
+    write, written = RecordWriter.write, iter(range(1000))
+
+    def full(self, data):
+        if next(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path / "full"))
+    shown = capfd.readouterr()
+    assert "no more curves for TensorBoard: [Errno 28] No space left on device\n" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+    folders = [folder_of(tmp_path / name) for name in ("full", "whole")]
+    same(*(load_checkpoint(folder / "last.pth") for folder in folders))
     tally["writes to a disk that was full"] += 1
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import processor.trainer
 import train as train_entry
@@ -223,6 +224,15 @@ def test_a_signal_before_training_leaves_with_the_status_of_one_that_may_start_a
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 75
     assert found.stderr == "SIGTERM: stopped; there was nothing to save\n"
+
+
+def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise Stopped("SIGTERM: stopped; there was nothing to save")
+
+    monkeypatch.setattr(torch, "load", stop)
+    with pytest.raises(Stopped):
+        processor.trainer.read_state(tmp_path / "last.pth", keep=2)
 
 
 def test_signals_that_are_ignored_stay_so():
