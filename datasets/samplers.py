@@ -99,6 +99,7 @@ class EpochSampler(Sampler[list[Key]]):
         self.first = state["step"]
 
     def _describe(self) -> str:
+        """What a saved epoch must have in common with this one."""
         return f"{self.count} samples in batches of {self.batch_size} ({type(self).__name__})"
 
 
@@ -147,6 +148,9 @@ class IdentitySampler(EpochSampler):
     @property
     def count(self) -> int:
         return self._count
+
+    def _describe(self) -> str:
+        return f"{super()._describe()}, {self.num_instance} of an identity"
 
     def order(self) -> list[int]:
         groups = {pid: self._deal(indices) for pid, indices in self.by_pid.items()}

@@ -9,6 +9,7 @@ had happened. Of several processes the first alone writes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import random
@@ -333,12 +334,10 @@ class Trainer:
             )
             best = self.best.get(split)
             if best is None or values["R@1"] > best["figures"][split]["R@1"]:
-                chosen = {**values, "epoch": self.epoch + 1, "split": split}
-                content = {
-                    "model": self.model.state_dict(), "epoch": self.epoch + 1, "best": chosen
-                }  # fmt: skip
-                self._write(self._best_file(split), content)
-                self.best[split] = {"epoch": self.epoch + 1, "figures": figures}
+                best = {"epoch": self.epoch + 1, "figures": figures}
+                content = {"model": self.model.state_dict(), "epoch": self.epoch + 1}
+                self._write(self._best_file(split), content | {"best": _chosen(split, best)})
+                self.best[split] = best
                 line += "  best"
         self.best = {split: self.best[split] for split in figures}
         return line
@@ -360,6 +359,8 @@ class Trainer:
         Raises Stopped.
         """
         due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
+        if due:
+            self.saved = time.monotonic()  # several processes agree a step later; ask once
         leave, due = self.votes(bool(self.stop.name), self.world.leads and due)
         if leave or due:
             self.save()
@@ -423,20 +424,24 @@ class Trainer:
         if self.epoch == self.args.num_epoch:  # nothing more will be saved
             return told, best
         for split in (e.name for e in self.evaluators):
-            file, expected = self._best_file(split), best.get(split, {}).get("epoch")
-            found = None
+            file, found = self._best_file(split), {}
+            expected = _chosen(split, best[split]) if split in best else None
             with suppress(UserError):
-                found = load_checkpoint(file).get("epoch")
-            if found == expected:
+                found = load_checkpoint(file)
+            if found.get("best") == expected:
                 continue
             best.pop(split, None)
-            aside = file.with_suffix(".aside.pth")
+            state = "missing or damaged"
             if file.exists():
+                names = (file.with_suffix(f".aside{n}.pth") for n in itertools.count(1))
+                aside = next(name for name in names if not name.exists())
                 os.replace(file, aside)
-            state = f"of epoch {found}, now {aside.name}" if found else "missing or damaged"
+                of = f"of epoch {found['epoch']}" if "epoch" in found else "damaged"
+                state = f"{of}, and not this run's; now {aside.name}"
+            was = f"epoch {expected['epoch']}, R@1 {expected['R@1']:.2f}" if expected else "none"
             told.append(
-                f"{file.name} is {state}; this run's best was of epoch {expected or 'none'}; the "
-                "best from here on will be kept"
+                f"{file.name} is {state}; this run's best was of {was}; the best from here on will "
+                "be kept"
             )
         return told, best
 
@@ -477,7 +482,8 @@ class Trainer:
             if self.world.rank < len(own):  # with more processes than before, these begin anew
                 _set_generators(own[self.world.rank], self.device)
         except Exception as error:  # a stranger's file may hold anything
-            raise UserError(f"{path}: does not fit these options: {error}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: does not fit these options: {reason}") from None
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Its moments; rates, decay and betas are those of the present options."""
@@ -517,6 +523,11 @@ def _set_generators(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
+
+
+def _chosen(split: str, best: dict[str, Any]) -> dict[str, Any]:
+    """What a best checkpoint says of itself."""
+    return {**best["figures"][split], "epoch": best["epoch"], "split": split}
 
 
 def _excepthook(args: threading.ExceptHookArgs) -> None:

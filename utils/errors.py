@@ -54,6 +54,9 @@ def words_of(error: UserError) -> str:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point: a UserError becomes one line on stderr and exit status 2."""
+    for name in ("stdout", "stderr"):  # closed by who started us (>&-)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         main()
     except UserError as error:

@@ -444,8 +444,9 @@ def _resumed(
                 os.close(lock(folder))
         return resolve({**values, "resume": "no"})
     recorded = last.parent / CONFIG
+    told = bool(preset) or set(given) > {"resume", "resume_ckpt_file", "num_epoch"}
     _check(
-        bool(named) or recorded.is_file(),
+        recorded.is_file() or (bool(named) and told),
         f"{recorded}: missing, and with it the run's options; all options and "
         f"--resume --resume_ckpt_file {last} go on, or remove the folder",
     )
@@ -470,7 +471,9 @@ def _resumed(
 
 def changed_options(args: argparse.Namespace, config: Path) -> list[str]:
     """What a resumed run changes of the options that its configs.yaml has, as lines to log."""
-    then = vars(resolve(read_preset(config))) if config.is_file() else {}
+    if not config.is_file():
+        return [f"{config}: missing, so nobody can tell which options have changed"]
+    then = vars(resolve(read_preset(config)))
     ignored = ("resume", "resume_ckpt_file", "output_dir")
     return [f"changed: {change}" for change in differences(vars(args), then, ignored)]
 

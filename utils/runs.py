@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,8 +54,9 @@ def folders(output_dir: str, dataset_name: str) -> list[Path]:
         last = folder / LAST
         return last.stat().st_mtime_ns if last.is_file() else 0
 
-    found = [path for path in Path(output_dir).glob(f"{dataset_name}/*") if path.is_dir()]
-    return sorted(found, key=saved, reverse=True)
+    name = dataset_name if dataset_name == "*" else glob.escape(dataset_name)
+    found = map(Path, glob.glob(os.path.join(glob.escape(output_dir), name, "*")))
+    return sorted((path for path in found if path.is_dir()), key=saved, reverse=True)
 
 
 def differences(now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]) -> list[str]:

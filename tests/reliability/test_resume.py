@@ -1,5 +1,6 @@
 """A run cut at any moment and resumed ends as the unbroken one, bit for bit."""
 
+import itertools
 import os
 import random
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 import processor.trainer
 import train as train_entry
 from datasets.build import on_device
+from datasets.samplers import IdentitySampler
 from processor.evaluator import Evaluator
 from tests.helpers import ROOT, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, same, start
@@ -126,24 +129,31 @@ def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
 ):
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, keep_last=3))
     folder = folder_of(tmp_path)
-    later = load_checkpoint(folder / "best.pth") | {"epoch": 3}
+    later = load_checkpoint(folder / "best.pth")
+    later |= {"epoch": 3, "best": later["best"] | {"epoch": 3}}
     save_checkpoint(folder / "best.pth", later)
     again = ["--resume", "--config_file", folder / "configs.yaml", "--resume_ckpt_file"]
     run(train_entry.main, monkeypatch, *again, folder / "last.2.pth", "--lr", "1e-4")
-    same(load_checkpoint(folder / "best.aside.pth"), later)
+    same(load_checkpoint(folder / "best.aside1.pth"), later)
     chosen = load_checkpoint(folder / "best.pth")["epoch"]
     assert chosen == load_checkpoint(folder / "last.pth")["best"]["test"]["epoch"] >= 2
     assert re.search(
-        "best.pth is of epoch 3, now best.aside.pth; this run's best was of epoch 1; the best from "
-        "here on will be kept",
+        "best.pth is of epoch 3, and not this run's; now best.aside1.pth; this run's best was of "
+        r"epoch 1, R@1 \d+.\d\d; the best from here on will be kept",
         (folder / "train_log.txt").read_text(),
     )
     (folder / "best.pth").unlink()
     run(train_entry.main, monkeypatch, *again, folder / "last.1.pth")
     assert load_checkpoint(folder / "best.pth")["epoch"] == 3
-    assert re.search(
-        "best.pth is missing or damaged; this run", (folder / "train_log.txt").read_text()
-    )
+    log = (folder / "train_log.txt").read_text()
+    assert "best.pth is missing or damaged; this run" in log
+    # Another line's, though of the same epoch; and what was set aside before stays.
+    other = load_checkpoint(folder / "best.pth")
+    other |= {"best": other["best"] | {"R@1": -1.0}}
+    save_checkpoint(folder / "best.pth", other)
+    run(train_entry.main, monkeypatch, *again, folder / "last.pth", "--num_epoch", 4)
+    same(load_checkpoint(folder / "best.aside2.pth"), other)
+    same(load_checkpoint(folder / "best.aside1.pth"), later)
 
 
 def test_an_epoch_that_is_under_way_cannot_change_its_batches(mini_root, tmp_path, monkeypatch):
@@ -157,6 +167,15 @@ def test_an_epoch_that_is_under_way_cannot_change_its_batches(mini_root, tmp_pat
         run(train_entry.main, monkeypatch, *again)
     run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path)  # its own options
     run(train_entry.main, monkeypatch, *again, "--num_epoch", 4)  # between epochs it may
+
+
+def test_an_epoch_of_identities_that_is_under_way_cannot_change_its_batches():
+    pids = [0, 0, 1, 1, 2, 2, 3, 3]
+    sampler = IdentitySampler(pids, 2, 4, torch.Generator())
+    next(iter(sampler))
+    state = sampler.state(1)
+    with pytest.raises(ValueError, match="2 of an identity.*1 of an identity"):
+        IdentitySampler(pids, 1, 4, torch.Generator()).load_state(state)
 
 
 def test_a_run_is_left_to_the_process_that_works_on_it(mini_root, tmp_path, monkeypatch):
@@ -192,6 +211,31 @@ def test_minutes_between_saves_are_kept_and_older_saves_stay(mini_root, tmp_path
     assert processor.trainer.read_state(folder / "last.pth", 3)[0]["epoch"] == 1
 
 
+def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_path, monkeypatch):
+    class Late:
+        def __init__(self, world):
+            self.flags = [False, False]
+
+        def __call__(self, *flags):
+            answer, self.flags = self.flags, flags
+            return answer
+
+    saved, minutes = [], iter(range(1000))
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: 60 * next(minutes))
+    trainer = processor.trainer.Trainer
+    monkeypatch.setattr(processor.trainer, "Votes", Late)
+    monkeypatch.setattr(processor.trainer, "time", clock)
+    monkeypatch.setattr(trainer, "_write", lambda self, path, *_: saved.append((path.name, self.epoch, self.step)))  # fmt: skip
+    run(
+        train_entry.main,
+        monkeypatch,
+        *flags(mini_root, tmp_path, save_period="4min", eval_period=3),
+    )
+    steps = [4 * epoch + step for name, epoch, step in saved if name == "last.pth" and step]
+    assert len(steps) >= 2
+    assert min(b - a for a, b in itertools.pairwise(steps)) > 1
+
+
 def test_epochs_between_saves_are_kept(mini_root, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(processor.trainer.Trainer, "save", lambda self: saved.append(self.epoch))
@@ -205,12 +249,19 @@ def test_a_run_whose_options_are_lost_is_not_begun_anew(mini_root, tmp_path, mon
     config = folder_of(tmp_path) / "configs.yaml"
     text = config.read_text()
     config.unlink()
-    for mode in ("yes", "auto"):
+    last = ["--resume_ckpt_file", config.with_name("last.pth"), "--resume"]
+    for given in ([*words, "--resume", "yes"], [*words, "--resume", "auto"], last):
         with pytest.raises(UserError, match=f"{config}: missing, and with it the run's options"):
-            run(train_entry.main, monkeypatch, *words, "--resume", mode)
+            run(train_entry.main, monkeypatch, *given)
+    at = words.index("--output_dir")
+    run(train_entry.main, monkeypatch, *words[:at], *words[at + 2 :], *last)
+    log = config.with_name("train_log.txt").read_text()
+    assert f"{config}: missing, so nobody can tell which options have changed" in log
     config.write_text(text)
     with pytest.raises(UserError, match="--seed 5: only a new run can have another than 1"):
         run(train_entry.main, monkeypatch, *words, "--resume", "--seed", 5)
+    with pytest.raises(UserError, match="--dataset_name /abs: unknown"):
+        run(train_entry.main, monkeypatch, *words, "--resume", "auto", "--dataset_name", "/abs")
     with pytest.raises(UserError, match=f"--config_file {config} says where the run is"):
         run(train_entry.main, monkeypatch, "--resume", "auto", "--config_file", config, "--output_dir", tmp_path)  # fmt: skip
 
@@ -294,6 +345,19 @@ def test_a_console_that_is_full_ends_no_run(mini_root, tmp_path):
     child = start(flags(mini_root, tmp_path, lr=-1), "/dev/full")
     child.join()
     assert child.exitcode == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_console_that_is_closed_from_the_start_ends_no_run(tmp_path, closed):
+    command = f"{sys.executable} train.py --lr 0 {closed}"
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: --lr must be more than 0") or "2" in closed
+    code = "from utils.errors import run_main; from utils.logger import setup_logger; run_main("
+    code += f"lambda: setup_logger(__import__('pathlib').Path('{tmp_path}/log')).info('hello'))"
+    command = f'{sys.executable} -c "{code}" {closed}'
+    assert subprocess.run(command, shell=True, cwd=ROOT).returncode == 0
+    assert "hello" in (tmp_path / "log").read_text()
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
