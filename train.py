@@ -16,8 +16,9 @@ from datasets.build import read_dataset, selecting_splits, train_loader
 from model.build import build_training_model, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
+from processor.resume import read_state, resume
 from processor.summary import best_table, describe
-from processor.trainer import Trainer, read_state
+from processor.trainer import Trainer
 from solver.build import build_optimizer, build_scheduler
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
@@ -69,7 +70,7 @@ def main() -> None:
         args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world
     )
     if found:
-        notes = trainer.resume(args.resume_ckpt_file, *found)
+        notes = resume(trainer, args.resume_ckpt_file, *found)
         for note in (*notes, *changed_options(args, run_dir / CONFIG)):
             log.info(note)
         complete = trainer.epoch == args.num_epoch

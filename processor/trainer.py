@@ -9,20 +9,15 @@ had happened. Of several processes the first alone writes.
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
-import os
-import random
 import shlex
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -35,18 +30,13 @@ from datasets.build import on_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
 from processor.guards import Guard, explained
-from utils.checkpoint import digest, load_checkpoint, older, restore, save_checkpoint
+from processor.resume import chosen, seed_generators, state_of
+from utils.checkpoint import save_checkpoint
 from utils.devices import autocast
 from utils.distributed import ALONE, Votes, World
 from utils.errors import Stopped, UserError, words_of
 from utils.interrupt import StopRequest
 from utils.runs import LAST
-
-# What `Trainer.state` holds and going on with a run needs.
-STATE = {
-    "model": dict, "optimizer": dict, "scaler": dict, "epoch": int, "step": int, "sums": dict,
-    "skipped": int, "best": dict, "sampler": dict, "generators": dict,
-}  # fmt: skip
 
 
 class Trainer:
@@ -336,13 +326,13 @@ class Trainer:
             if best is None or values["R@1"] > best["figures"][split]["R@1"]:
                 best = {"epoch": self.epoch + 1, "figures": figures}
                 content = {"model": self.model.state_dict(), "epoch": self.epoch + 1}
-                self._write(self._best_file(split), content | {"best": _chosen(split, best)})
+                self._write(self.best_file(split), content | {"best": chosen(split, best)})
                 self.best[split] = best
                 line += "  best"
         self.best = {split: self.best[split] for split in figures}
         return line
 
-    def _best_file(self, split: str) -> Path:
+    def best_file(self, split: str) -> Path:
         first = split == self.evaluators[0].name
         return self.run_dir / ("best.pth" if first else f"best_{split}.pth")
 
@@ -376,158 +366,10 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write last.pth."""
+        """Write last.pth. All processes must call it."""
         self.guard.look(wait=True)
-        self._write(self.run_dir / LAST, self.state(), self.args.keep_last)
+        self._write(self.run_dir / LAST, state_of(self), self.args.keep_last)
         self.saved = time.monotonic()
-
-    def state(self) -> dict[str, Any]:
-        """Everything that going on with the run needs. All processes must call it."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "sums": self.sums,
-            "skipped": sum(self.world.objects(self.skipped)),
-            "best": self.best,
-            "sampler": self.loader.batch_sampler.state(self.step),
-            "generators": {
-                "firm": self.model.generator.get_state(),
-                "processes": self.world.objects(_generators(self.device)),
-            },
-        }
-
-    def resume(
-        self, path: str | Path, state: dict[str, Any], taken: Path, notes: list[str]
-    ) -> list[str]:
-        """Go on from `read_state(path)`. Returns what the log should say of it. Raises UserError if
-        it does not fit the options, or if processes have read different ones.
-
-        Learning rates are those of the present options at that epoch, so that a run may be given
-        more epochs.
-        """
-        own = digest({k: v for k, v in state.items() if k not in ("model", "optimizer")})
-        if len(set(self.world.objects(own))) > 1:
-            raise UserError(f"{path}: processes find different checkpoints there; share the folder")
-        if self.world.leads and taken != Path(path):  # or it would be kept in a good one's place
-            restore(Path(path), taken)
-        self._load(state, path)
-        told, self.best = self.world.from_leader(self._set_aside() if self.world.leads else None)
-        return notes + told
-
-    def _set_aside(self) -> tuple[list[str], dict[str, dict[str, Any]]]:
-        """Keep a best checkpoint from being overwritten that this run, since it goes on from before
-        it, does not know. Returns what the log should say, and the best that there is a file of."""
-        told, best = [], dict(self.best)
-        if self.epoch == self.args.num_epoch:  # nothing more will be saved
-            return told, best
-        for split in (e.name for e in self.evaluators):
-            file, found = self._best_file(split), {}
-            expected = _chosen(split, best[split]) if split in best else None
-            with suppress(UserError):
-                found = load_checkpoint(file)
-            if found.get("best") == expected:
-                continue
-            best.pop(split, None)
-            state = "missing or damaged"
-            if file.exists():
-                names = (file.with_suffix(f".aside{n}.pth") for n in itertools.count(1))
-                aside = next(name for name in names if not name.exists())
-                os.replace(file, aside)
-                of = f"of epoch {found['epoch']}" if "epoch" in found else "damaged"
-                state = f"{of}, and not this run's; now {aside.name}"
-            was = f"epoch {expected['epoch']}, R@1 {expected['R@1']:.2f}" if expected else "none"
-            told.append(
-                f"{file.name} is {state}; this run's best was of {was}; the best from here on will "
-                "be kept"
-            )
-        return told, best
-
-    def _load(self, state: dict[str, Any], path: str) -> None:
-        sampler = self.loader.batch_sampler
-        if state["epoch"] > self.args.num_epoch:
-            raise UserError(
-                f"{path}: {state['epoch']} epochs are done; --num_epoch {self.args.num_epoch} "
-                "is fewer"
-            )
-        try:
-            self.model.load_state_dict(state["model"])
-            self._load_optimizer(state["optimizer"])
-            if not state["sampler"]["step"] == state["step"] <= len(sampler):
-                raise ValueError(f"step {state['step']} of an epoch of {len(sampler)}")
-            for split, found in state["best"].items():
-                float(found["figures"][split]["R@1"] + found["epoch"])
-            self.scheduler.last_epoch = state["epoch"]
-            for group, base, factor in zip(
-                self.optimizer.param_groups,
-                self.scheduler.base_lrs,
-                self.scheduler.lr_lambdas,
-                strict=True,
-            ):
-                group["initial_lr"], group["lr"] = base, base * factor(state["epoch"])
-            self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-            # Or the schedule warns where the next thing to do is an epoch's evaluation.
-            self.optimizer._opt_called = True
-            self.scaler.load_state_dict(state["scaler"])
-            self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-            self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
-            if self.step and not {"total", "grad_norm", "steps", "norms"} <= set(self.sums):
-                raise ValueError("its sums of losses are others")
-            self.skipped = state["skipped"] if self.world.leads else 0
-            sampler.load_state(state["sampler"])
-            self.model.generator.set_state(state["generators"]["firm"])
-            own = state["generators"]["processes"]
-            if self.world.rank < len(own):  # with more processes than before, these begin anew
-                _set_generators(own[self.world.rank], self.device)
-        except Exception as error:  # a stranger's file may hold anything
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path}: does not fit these options: {reason}") from None
-
-    def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Its moments; rates, decay and betas are those of the present options."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        if [g["params"] for g in groups] != [g["params"] for g in saved["param_groups"]]:
-            raise ValueError("the optimizer's groups are others")
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, moments in saved["state"].items():
-            for name, value in moments.items():
-                if value.dim() and value.shape != parameters[index].shape:
-                    raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
-        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-def seed_generators(seed: int) -> None:
-    """Seed the global generators of this process."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    """The global generators of this process. Nothing here draws from them, but a method that is
-    built on it may (dropout)."""
-    kind, keys, position, *gauss = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [kind, keys.tolist(), position, *gauss],
-        "python": random.getstate(),
-    }
-
-
-def _set_generators(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["python"])
-
-
-def _chosen(split: str, best: dict[str, Any]) -> dict[str, Any]:
-    """What a best checkpoint says of itself."""
-    return {**best["figures"][split], "epoch": best["epoch"], "split": split}
 
 
 def _excepthook(args: threading.ExceptHookArgs) -> None:
@@ -541,31 +383,6 @@ def parse_period(text: str) -> tuple[int, float]:
     if text.endswith("min"):
         return 0, 60 * float(text.removesuffix("min"))
     return int(text), 0.0
-
-
-def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], Path, list[str]]:
-    """A checkpoint that a run can go on from, its file, and warnings: if it is damaged, one of the
-    `keep` kept ones is taken. Raises UserError if there is none."""
-    warnings: list[str] = []
-    for number in range(keep):
-        candidate = older(Path(path), number)
-        try:
-            state = load_checkpoint(candidate)
-            missing = sorted(
-                name
-                for name, kind in STATE.items()
-                if type(state.get(name)) not in (kind, OrderedDict)
-                or (kind is int and state[name] < 0)
-            )
-            if missing:
-                raise UserError(
-                    f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "
-                    "give last.pth, or start from its weights with --finetune"
-                )
-            return state, candidate, [*warnings, f"taken: {candidate}"] if warnings else []
-        except UserError as error:
-            warnings.append(str(error))
-    raise UserError(warnings[0])
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, torch.Tensor]]:

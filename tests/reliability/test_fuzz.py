@@ -23,7 +23,8 @@ import train as train_entry
 from datasets.build import read_dataset, train_loader
 from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
-from processor.trainer import Trainer, read_state
+from processor.resume import read_state, resume
+from processor.trainer import Trainer
 from tests.helpers import ROOT, SCRATCH, golden_clip, options, run
 from tests.reliability.runs import flags, folder_of
 from utils.attributes import read_attributes
@@ -350,7 +351,7 @@ def test_strange_checkpoints(request, data):
     except UnicodeError:
         return
     if how != "weight":
-        tolerated(lambda: trainer.resume(path, *read_state(path)))
+        tolerated(lambda: resume(trainer, path, *read_state(path)))
         return
     weights = tolerated(lambda: read_weights(path))
     if weights is not None:

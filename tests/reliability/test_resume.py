@@ -19,6 +19,7 @@ import train as train_entry
 from datasets.build import on_device
 from datasets.samplers import IdentitySampler
 from processor.evaluator import Evaluator
+from processor.resume import read_state
 from tests.helpers import ROOT, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, same, start
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -208,7 +209,7 @@ def test_minutes_between_saves_are_kept_and_older_saves_stay(mini_root, tmp_path
     states = [load_checkpoint(folder / f"last{n}.pth") for n in ("", ".1", ".2")]
     assert [(s["epoch"], s["step"]) for s in states] == [(1, 0), (0, 4), (0, 4)]
     assert not (folder / "last.3.pth").exists()
-    assert processor.trainer.read_state(folder / "last.pth", 3)[0]["epoch"] == 1
+    assert read_state(folder / "last.pth", 3)[0]["epoch"] == 1
 
 
 def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_path, monkeypatch):
@@ -283,7 +284,7 @@ def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(tmp_path, monkeyp
 
     monkeypatch.setattr(torch, "load", stop)
     with pytest.raises(Stopped):
-        processor.trainer.read_state(tmp_path / "last.pth", keep=2)
+        read_state(tmp_path / "last.pth", keep=2)
 
 
 def test_signals_that_are_ignored_stay_so():

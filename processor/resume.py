@@ -1,0 +1,205 @@
+"""What a run is saved as, and going on from it as if nothing had happened."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from utils.checkpoint import digest, load_checkpoint, older, restore
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from processor.trainer import Trainer
+
+# What `state_of` holds and going on with a run needs.
+STATE = {
+    "model": dict, "optimizer": dict, "scaler": dict, "epoch": int, "step": int, "sums": dict,
+    "skipped": int, "best": dict, "sampler": dict, "generators": dict,
+}  # fmt: skip
+
+
+def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], Path, list[str]]:
+    """A checkpoint that a run can go on from, its file, and warnings: if it is damaged, one of the
+    `keep` kept ones is taken. Raises UserError if there is none."""
+    warnings: list[str] = []
+    for number in range(keep):
+        candidate = older(Path(path), number)
+        try:
+            state = load_checkpoint(candidate)
+            missing = sorted(
+                name
+                for name, kind in STATE.items()
+                if type(state.get(name)) not in (kind, OrderedDict)
+                or (kind is int and state[name] < 0)
+            )
+            if missing:
+                raise UserError(
+                    f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "
+                    "give last.pth, or start from its weights with --finetune"
+                )
+            return state, candidate, [*warnings, f"taken: {candidate}"] if warnings else []
+        except UserError as error:
+            warnings.append(str(error))
+    raise UserError(warnings[0])
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """Everything that going on with the run needs. All processes must call it."""
+    return {
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "epoch": trainer.epoch,
+        "step": trainer.step,
+        "sums": trainer.sums,
+        "skipped": sum(trainer.world.objects(trainer.skipped)),
+        "best": trainer.best,
+        "sampler": trainer.loader.batch_sampler.state(trainer.step),
+        "generators": {
+            "firm": trainer.model.generator.get_state(),
+            "processes": trainer.world.objects(_generators(trainer.device)),
+        },
+    }
+
+
+def resume(
+    trainer: Trainer, path: str | Path, state: dict[str, Any], taken: Path, notes: list[str]
+) -> list[str]:
+    """Go on from `read_state(path)`. Returns what the log should say of it. Raises UserError if
+    it does not fit the options, or if processes have read different ones.
+
+    Learning rates are those of the present options at that epoch, so that a run may be given
+    more epochs.
+    """
+    own = digest({k: v for k, v in state.items() if k not in ("model", "optimizer")})
+    if len(set(trainer.world.objects(own))) > 1:
+        raise UserError(f"{path}: processes find different checkpoints there; share the folder")
+    if trainer.world.leads and taken != Path(path):  # or it would be kept in a good one's place
+        restore(Path(path), taken)
+    _load(trainer, state, path)
+    own = _set_aside(trainer) if trainer.world.leads else None
+    told, trainer.best = trainer.world.from_leader(own)
+    return notes + told
+
+
+def _set_aside(trainer: Trainer) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Keep a best checkpoint from being overwritten that this run, since it goes on from before
+    it, does not know. Returns what the log should say, and the best that there is a file of."""
+    told, best = [], dict(trainer.best)
+    if trainer.epoch == trainer.args.num_epoch:  # nothing more will be saved
+        return told, best
+    for split in (e.name for e in trainer.evaluators):
+        file, found = trainer.best_file(split), {}
+        expected = chosen(split, best[split]) if split in best else None
+        with suppress(UserError):
+            found = load_checkpoint(file)
+        if found.get("best") == expected:
+            continue
+        best.pop(split, None)
+        what = "missing or damaged"
+        if file.exists():
+            names = (file.with_suffix(f".aside{n}.pth") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            os.replace(file, aside)
+            of = f"of epoch {found['epoch']}" if "epoch" in found else "damaged"
+            what = f"{of}, and not this run's; now {aside.name}"
+        was = f"epoch {expected['epoch']}, R@1 {expected['R@1']:.2f}" if expected else "none"
+        told.append(
+            f"{file.name} is {what}; this run's best was of {was}; the best from here on will "
+            "be kept"
+        )
+    return told, best
+
+
+def _load(trainer: Trainer, state: dict[str, Any], path: str) -> None:
+    sampler = trainer.loader.batch_sampler
+    if state["epoch"] > trainer.args.num_epoch:
+        raise UserError(
+            f"{path}: {state['epoch']} epochs are done; --num_epoch {trainer.args.num_epoch} "
+            "is fewer"
+        )
+    try:
+        trainer.model.load_state_dict(state["model"])
+        _load_optimizer(trainer, state["optimizer"])
+        if not state["sampler"]["step"] == state["step"] <= len(sampler):
+            raise ValueError(f"step {state['step']} of an epoch of {len(sampler)}")
+        for split, found in state["best"].items():
+            float(found["figures"][split]["R@1"] + found["epoch"])
+        trainer.scheduler.last_epoch = state["epoch"]
+        for group, base, factor in zip(
+            trainer.optimizer.param_groups,
+            trainer.scheduler.base_lrs,
+            trainer.scheduler.lr_lambdas,
+            strict=True,
+        ):
+            group["initial_lr"], group["lr"] = base, base * factor(state["epoch"])
+        trainer.scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]
+        # Or the schedule warns where the next thing to do is an epoch's evaluation.
+        trainer.optimizer._opt_called = True
+        trainer.scaler.load_state_dict(state["scaler"])
+        trainer.epoch, trainer.step, trainer.best = state["epoch"], state["step"], state["best"]
+        trainer.sums = {k: v.to(trainer.device) for k, v in state["sums"].items()}
+        if trainer.step and not {"total", "grad_norm", "steps", "norms"} <= set(trainer.sums):
+            raise ValueError("its sums of losses are others")
+        trainer.skipped = state["skipped"] if trainer.world.leads else 0
+        sampler.load_state(state["sampler"])
+        trainer.model.generator.set_state(state["generators"]["firm"])
+        own = state["generators"]["processes"]
+        if trainer.world.rank < len(own):  # with more processes than before, these begin anew
+            _set_generators(own[trainer.world.rank], trainer.device)
+    except Exception as error:  # a stranger's file may hold anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: does not fit these options: {reason}") from None
+
+
+def _load_optimizer(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Its moments; rates, decay and betas are those of the present options."""
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    if [g["params"] for g in groups] != [g["params"] for g in saved["param_groups"]]:
+        raise ValueError("the optimizer's groups are others")
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    for index, moments in saved["state"].items():
+        for name, value in moments.items():
+            if value.dim() and value.shape != parameters[index].shape:
+                raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
+    trainer.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of this process."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The global generators of this process. Nothing here draws from them, but a method that is
+    built on it may (dropout)."""
+    kind, keys, position, *gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, keys.tolist(), position, *gauss],
+        "python": random.getstate(),
+    }
+
+
+def _set_generators(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+
+
+def chosen(split: str, best: dict[str, Any]) -> dict[str, Any]:
+    """What a best checkpoint says of itself."""
+    return {**best["figures"][split], "epoch": best["epoch"], "split": split}
