@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINI ?= data/mini-TBAGPR
+# Each file of tests runs in one of up to four processes.
+SHARED := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test reliability lint clean
 
@@ -17,10 +19,10 @@ demo: $(VENV)/installed
 		--config_file "$$(ls -td logs/AGDataAttr/*_mini*/configs.yaml | head -n 1)"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 reliability: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 300
+	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 300 $(SHARED)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -22,14 +22,15 @@ from processor.evaluator import (
     interval_table,
     intervals,
 )
+from processor.guards import explained
 from processor.queries import per_query, write_queries
 from utils import distributed
 from utils.checkpoint import load_checkpoint
+from utils.command_line import parse_test_options
 from utils.devices import choose_precision
 from utils.errors import UserError, run_main
 from utils.files import write_atomically
 from utils.logger import setup_logger
-from utils.options import parse_test_options
 
 
 def main() -> None:
@@ -53,8 +54,9 @@ def main() -> None:
     chooser = best.get("split", selecting_splits(args.val_dataset)[0])
     for name in dict.fromkeys((chooser, "test")):
         evaluator = Evaluator(data, name, args, device, world=world)
-        features = evaluator.encode(model)
-        galleries = evaluator.galleries(features)
+        with explained(args, device, evaluator.files, "evaluation"):
+            features = evaluator.encode(model)
+            galleries = evaluator.galleries(features)
         figures = {k: ranked.summary() for k, ranked in galleries.items()}
         results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
         queries |= per_query(name, galleries)
@@ -64,8 +66,8 @@ def main() -> None:
         if args.bootstrap:
             found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
             results["splits"][name]["intervals"] = found
-            log.info(f"\n95 % intervals, {args.bootstrap} draws of identities")
-            log.info(interval_table(found))
+            heading = f"95 % intervals, {args.bootstrap} draws of identities"
+            log.info(f"\n{heading}\n{interval_table(found)}")
         if best.get("split") == name:
             now = next(iter(figures.values())).percentages()
             same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in now.items())

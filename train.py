@@ -23,11 +23,12 @@ from solver.build import build_optimizer, build_scheduler
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import read_weights
+from utils.command_line import changed_options, parse_options
 from utils.devices import choose_precision
 from utils.errors import run_main
 from utils.interrupt import leave_at_once
 from utils.logger import setup_logger
-from utils.options import changed_options, parse_options, write_config
+from utils.options import write_config
 from utils.runs import CONFIG, open_run
 
 
@@ -73,6 +74,7 @@ def main() -> None:
         notes = resume(trainer, args.resume_ckpt_file, *found)
         for note in (*notes, *changed_options(args, run_dir / CONFIG)):
             log.info(note)
+        del found  # or its tensors would stay in memory
         complete = trainer.epoch == args.num_epoch
         log.info(
             f"resumed after {trainer.epoch} epochs and {trainer.step} steps"

@@ -41,7 +41,7 @@ class EpochSampler(Sampler[list[Key]]):
         self.batch_size, self.generator, self.world = batch_size, generator, world
         self.first = 0  # batches of the next epoch that are left out: they were done before
         self.epoch: list[Key] = []  # the epoch that is under way
-        self.begun = generator.get_state()  # before that epoch was drawn
+        self.begun = generator.get_state()  # before that epoch, or the next, is drawn
 
     @property
     def count(self) -> int:
@@ -79,10 +79,14 @@ class EpochSampler(Sampler[list[Key]]):
         rest = self.count - step * self.batch_size
         return shares(min(rest, self.batch_size), self.world.size)
 
+    def end_epoch(self) -> None:
+        """The epoch that was under way is done. (Loaders draw batches ahead, so the last one that
+        was drawn does not tell.)"""
+        self.begun = self.generator.get_state()
+
     def state(self, step: int) -> dict[str, Any]:
         """Where the sampler stands when `step` batches of an epoch are done."""
-        generator = self.begun if step else self.generator.get_state()
-        return {"generator": generator, "step": step, "epoch": self._describe()}
+        return {"generator": self.begun, "step": step, "epoch": self._describe()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on there: the next epoch is the one that was under way, without its first batches.
@@ -96,7 +100,7 @@ class EpochSampler(Sampler[list[Key]]):
                 "the epoch as it was begun, or go on from a save at an epoch's end"
             )
         self.generator.set_state(state["generator"])
-        self.first = state["step"]
+        self.begun, self.first = self.generator.get_state(), state["step"]
 
     def _describe(self) -> str:
         """What a saved epoch must have in common with this one."""

@@ -1,6 +1,6 @@
 """Images: a file becomes resized bytes, a batch of bytes becomes the encoder's input.
 
-Decoding and resizing are done per file, by loader processes or once for all (`cached_images`).
+Decoding and resizing are done per file, by loader processes or once for all (`--image_cache`).
 What follows (flip, crop, erasing, normalisation) is done for a whole batch, on the training device,
 from random numbers that were drawn per sample: the same on any device, for any number of processes.
 """

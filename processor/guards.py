@@ -124,8 +124,11 @@ class Guard:
             file = self.folder / "nonfinite" / f"{name}.json"
             shown = {k: v if abs(v) < float("inf") else str(v) for k, v in figures.items()}
             content = {"place": step.place, "figures": shown, "samples": samples}
-            write_atomically(file, lambda f: f.write(json.dumps(content, indent=1).encode()))
-            text += f"; its {len(samples)} samples are listed in {file}"
+            try:
+                write_atomically(file, lambda f: f.write(json.dumps(content, indent=1).encode()))
+                text += f"; its {len(samples)} samples are listed in {file}"
+            except UserError as error:  # a full disk may cost the list, not the run
+                self.log.warning(str(error))
         if samples:
             text += f", the first: {samples[0]['image']} ({samples[0]['entry']})"
         if self.in_a_row > self.args.max_nonfinite:
@@ -138,7 +141,7 @@ class Guard:
 
     def _sample(self, key: Key) -> dict[str, Any]:
         sample = self.dataset.samples[key.index]
-        return {
+        told = {
             "entry": sample.entry,
             "pid": sample.pid,
             "image": sample.image.path,
@@ -146,6 +149,9 @@ class Guard:
             "caption": sample.caption,
             "seed": key.seed,
         }
+        if self.dataset.skip:  # whether it was broken is in the log
+            told["or if broken"] = [self.dataset.samples[i].entry for i in key.spares]
+        return told
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from utils.checkpoint import digest, load_checkpoint, older, restore
+from utils.checkpoint import Lost, digest, load_checkpoint, older, restore, save_checkpoint
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,20 +34,20 @@ def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], Path, l
         candidate = older(Path(path), number)
         try:
             state = load_checkpoint(candidate)
-            missing = sorted(
-                name
-                for name, kind in STATE.items()
-                if type(state.get(name)) not in (kind, OrderedDict)
-                or (kind is int and state[name] < 0)
-            )
-            if missing:
-                raise UserError(
-                    f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "
-                    "give last.pth, or start from its weights with --finetune"
-                )
-            return state, candidate, [*warnings, f"taken: {candidate}"] if warnings else []
-        except UserError as error:
+        except Lost as error:
             warnings.append(str(error))
+            continue
+        missing = sorted(
+            name
+            for name, kind in STATE.items()
+            if type(state.get(name)) not in (kind, OrderedDict) or (kind is int and state[name] < 0)
+        )
+        if missing:
+            raise UserError(
+                f"{candidate}: cannot be resumed, it lacks {', '.join(missing)}; "
+                "give last.pth, or start from its weights with --finetune"
+            )
+        return state, candidate, [*warnings, f"taken: {candidate}"] if warnings else []
     raise UserError(warnings[0])
 
 
@@ -85,37 +85,43 @@ def resume(
     if trainer.world.leads and taken != Path(path):  # or it would be kept in a good one's place
         restore(Path(path), taken)
     _load(trainer, state, path)
-    own = _set_aside(trainer) if trainer.world.leads else None
+    own = _best_files(trainer) if trainer.world.leads else None
     told, trainer.best = trainer.world.from_leader(own)
     return notes + told
 
 
-def _set_aside(trainer: Trainer) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Keep a best checkpoint from being overwritten that this run, since it goes on from before
-    it, does not know. Returns what the log should say, and the best that there is a file of."""
+def _best_files(trainer: Trainer) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Make the best checkpoints those of the run that goes on. One that a kill came before is
+    written, since the save has its weights; one that the run does not know, since it goes on from
+    before it, is set aside. Returns what the log should say, and the best that there is a file of.
+    """
     told, best = [], dict(trainer.best)
-    if trainer.epoch == trainer.args.num_epoch:  # nothing more will be saved
-        return told, best
     for split in (e.name for e in trainer.evaluators):
         file, found = trainer.best_file(split), {}
         expected = chosen(split, best[split]) if split in best else None
-        with suppress(UserError):
+        with suppress(Lost):
             found = load_checkpoint(file)
         if found.get("best") == expected:
             continue
-        best.pop(split, None)
-        what = "missing or damaged"
-        if file.exists():
+        here = bool(expected) and (expected["epoch"], 0) == (trainer.epoch, trainer.step)
+        if trainer.epoch == trainer.args.num_epoch and not here:  # nothing more will be saved
+            continue
+        what = f"{file.name} is missing or damaged"
+        if here and found.get("epoch", trainer.epoch) < trainer.epoch:
+            what = f"{file.name} is of epoch {found['epoch']}, which this one was to replace"
+        elif file.exists():
             names = (file.with_suffix(f".aside{n}.pth") for n in itertools.count(1))
             aside = next(name for name in names if not name.exists())
             os.replace(file, aside)
             of = f"of epoch {found['epoch']}" if "epoch" in found else "damaged"
-            what = f"{of}, and not this run's; now {aside.name}"
+            what = f"{file.name} is {of}, and not this run's; now {aside.name}"
+        if here:
+            save_checkpoint(file, best_of(trainer, split))
+            told.append(f"{what}; written, of epoch {trainer.epoch}, whose weights this save has")
+            continue
+        best.pop(split, None)
         was = f"epoch {expected['epoch']}, R@1 {expected['R@1']:.2f}" if expected else "none"
-        told.append(
-            f"{file.name} is {what}; this run's best was of {was}; the best from here on will "
-            "be kept"
-        )
+        told.append(f"{what}; this run's best was of {was}; the best from here on will be kept")
     return told, best
 
 
@@ -155,6 +161,8 @@ def _load(trainer: Trainer, state: dict[str, Any], path: str) -> None:
         own = state["generators"]["processes"]
         if trainer.world.rank < len(own):  # with more processes than before, these begin anew
             _set_generators(own[trainer.world.rank], trainer.device)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # a stranger's file may hold anything
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: does not fit these options: {reason}") from None
@@ -198,6 +206,14 @@ def _set_generators(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
+
+
+def best_of(trainer: Trainer, split: str) -> dict[str, Any]:
+    """What a best checkpoint holds, when the model is that of the epoch that `split` has chosen."""
+    best = trainer.best[split]
+    return {
+        "model": trainer.model.state_dict(), "epoch": best["epoch"], "best": chosen(split, best)
+    }  # fmt: skip
 
 
 def chosen(split: str, best: dict[str, Any]) -> dict[str, Any]:

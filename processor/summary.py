@@ -40,6 +40,10 @@ def describe(
     log.info(
         f"losses {args.loss_names}; {processes}{device.type}, {args.precision}, seed {args.seed}"
     )
+    workers = next(iter(evaluators[0].loaders.values())).num_workers
+    if workers < args.num_workers:
+        each = " for each process" if world.size > 1 else ""
+        log.info(f"{workers} loader processes{each}, since there are no more cores")
 
 
 def best_table(best: dict[str, dict[str, Any]]) -> str:

@@ -30,12 +30,13 @@ from datasets.build import on_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
 from processor.guards import Guard, explained
-from processor.resume import chosen, seed_generators, state_of
+from processor.resume import best_of, seed_generators, state_of
 from utils.checkpoint import save_checkpoint
 from utils.devices import autocast
 from utils.distributed import ALONE, Votes, World
 from utils.errors import Stopped, UserError, words_of
 from utils.interrupt import StopRequest
+from utils.logger import note_in_file
 from utils.runs import LAST
 
 
@@ -89,7 +90,7 @@ class Trainer:
         self.sums: dict[str, torch.Tensor] = {}
         self.in_step = False  # then the queue may be ahead of the weights
         self.skipped = 0  # broken images of that epoch
-        self.reported: set[str] = set()  # of which the log has told
+        self.reported: dict[str, None] = {}  # messages on them, of this process's shares
         # By the split that chose it: its `epoch`, and all splits' `figures` there.
         self.best: dict[str, dict[str, Any]] = {}
 
@@ -136,16 +137,21 @@ class Trainer:
         with explained(args, self.device, images, "training"):
             line = self._train_epoch(bar)
         with explained(args, self.device, images, "evaluation"):
+            better: list[str] = []
             if (self.epoch + 1) % args.eval_period == 0 or self.epoch + 1 == args.num_epoch:
-                line += self._evaluate()
+                shown, better = self._evaluate()
+                line += shown
             self.epoch, self.step, self.sums, self.skipped = self.epoch + 1, 0, {}, 0
             self.scheduler.step()
+            self.loader.batch_sampler.end_epoch()
             seconds = time.perf_counter() - started
             self.log.info(f"epoch {self.epoch}/{args.num_epoch}  {line}  {seconds:.1f} s")
-            if self.epoch == args.num_epoch or (
-                self.save_epochs and self.epoch % self.save_epochs == 0
-            ):
+            due = self.save_epochs and self.epoch % self.save_epochs == 0
+            if better or due or self.epoch == args.num_epoch:
                 self.save()
+            # After last.pth, which has the same weights: so a kill between the two loses no best.
+            for split in better:
+                self._write(self.best_file(split), best_of(self, split))
 
     def _rescue(self) -> str:
         """Save after an error that came between steps. Returns what to tell.
@@ -204,9 +210,16 @@ class Trainer:
         scalars = {f"loss/{k}": v for k, v in means.items() if k != "grad_norm"}
         scalars |= {"grad_norm": means["grad_norm"], "lr": lr, "samples_per_second": speed}
         self._write_scalars(scalars)
-        skipped = sum(self.world.objects(self.skipped))
         line = f"{_shown(means)}  lr {lr:.2e}  {speed:.0f} samples/s"
-        return line + (f"  broken images skipped: {skipped}" if skipped else "")
+        skipped = sum(self.world.objects(self.skipped))
+        if not skipped:
+            return line
+        told = [text for texts in self.world.objects(list(self.reported)) for text in texts]
+        for text in told if self.world.leads else ():
+            if text not in self.reported:  # another process, on the console alone
+                note_in_file(f"skipped in epoch {self.epoch + 1}: {text}")
+                self.reported[text] = None
+        return f"{line}  broken images skipped: {skipped}"
 
     def _step(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """One step. Returns its losses by name, `total` and `grad_norm`, and whether one of them
@@ -221,12 +234,12 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
-        overflow = ~norm.isfinite()
+        no_loss, no_gradient = ~losses["total"].isfinite(), ~norm.isfinite()
+        bad = undone = no_loss | no_gradient
         if self.scaler.is_enabled():  # gradients that overflow are its business, down to scale 1
-            overflow &= self.scaler._scale <= 1
-        bad = ~losses["total"].isfinite() | overflow
+            bad = no_loss | (no_gradient & (self.scaler._scale <= 1))
         self._update(bad)
-        self.guard.after(bad)
+        self.guard.after(undone)
         return {**losses, "grad_norm": norm.to(losses["total"].dtype)}, bad
 
     def _update(self, bad: torch.Tensor) -> None:
@@ -238,7 +251,7 @@ class Trainer:
             # What the scaler itself gives to fused optimizers: they skip on the device.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()
             self.optimizer.step()
-        elif not bad:  # half-precision weights: a wait for the device
+        elif not bad:  # weights in half or double precision: a wait for the device
             self.optimizer.step()
 
     def _backward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -294,7 +307,7 @@ class Trainer:
         for text in messages:
             if text not in self.reported:
                 self.log.warning(f"skipped in epoch {self.epoch + 1}: {text}")
-        self.reported.update(messages)
+        self.reported |= dict.fromkeys(messages)
 
     def _show(self, bar: tqdm, means: dict[str, float], lr: float, speed: float) -> None:
         bar.set_postfix_str(f"loss {means['total']:.3f}, lr {lr:.1e}, {speed:.0f} samples/s")
@@ -310,13 +323,15 @@ class Trainer:
             self.log.warning(f"{self.run_dir}: no more curves for TensorBoard: {error}")
             self.writer = None
 
-    def _evaluate(self) -> str:
-        """Evaluate the epoch, and save what is best. Returns what the log says of it."""
+    def _evaluate(self) -> tuple[str, list[str]]:
+        """Evaluate the epoch. Returns what the log says of it, and the splits that chose it."""
         figures = {
             e.name: e.evaluate(self.model, self._leave_or_save).percentages()
             for e in self.evaluators
         }
-        line = ""
+        # Other processors may round a similarity otherwise, and all must choose alike.
+        figures = self.world.from_leader(figures)
+        line, better = "", []
         for split, values in figures.items():
             self._write_scalars({f"{split}/{name}": value for name, value in values.items()})
             line += f"  {split}: " + " ".join(
@@ -324,13 +339,11 @@ class Trainer:
             )
             best = self.best.get(split)
             if best is None or values["R@1"] > best["figures"][split]["R@1"]:
-                best = {"epoch": self.epoch + 1, "figures": figures}
-                content = {"model": self.model.state_dict(), "epoch": self.epoch + 1}
-                self._write(self.best_file(split), content | {"best": chosen(split, best)})
-                self.best[split] = best
+                self.best[split] = {"epoch": self.epoch + 1, "figures": figures}
+                better.append(split)
                 line += "  best"
         self.best = {split: self.best[split] for split in figures}
-        return line
+        return line, better
 
     def best_file(self, split: str) -> Path:
         first = split == self.evaluators[0].name

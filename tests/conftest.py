@@ -1,6 +1,7 @@
 """Fixtures: the golden CLIP as a file, and a small rendered mini-TBAGPR."""
 
 import collections
+import os
 import shutil
 import signal
 
@@ -26,6 +27,16 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{count:6d} {name}")
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes (pytest -n)
+        session.config.workeroutput["tally"] = dict(TALLY)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TALLY.update(getattr(node, "workeroutput", {}).get("tally", {}))
+
+
 @pytest.fixture(scope="session")
 def tally():
     """Counts that the summary shows."""
@@ -34,7 +45,11 @@ def tally():
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
-    torch.set_num_threads(2)
+    """Of all test processes together: threads that wait for each other's cores take many times as
+    long. Processes that tests start do the same."""
+    threads = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 @pytest.fixture(scope="session")

@@ -36,11 +36,11 @@ from model.build import AEAFIRM, build_training_model
 from model.losses import parse_loss_names
 from processor.trainer import Trainer
 from solver.build import build_optimizer
+from utils.command_line import parse_options
 from utils.devices import autocast, choose_device, choose_precision
 from utils.errors import UserError, run_main
 from utils.files import write_atomically
 from utils.metrics import query_metrics, retrieval
-from utils.options import parse_options
 
 PARTS = ("data", "step", "encode", "rank")
 GALLERIES = (3_200, 20_000, 100_000)

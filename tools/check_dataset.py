@@ -31,9 +31,9 @@ from datasets.build import read_dataset
 from datasets.records import Data, Image
 from datasets.transforms import read_image
 from utils.attributes import read_attributes
+from utils.command_line import parse_some
 from utils.devices import cores
 from utils.errors import UserError, run_main
-from utils.options import parse_some
 
 SHOWN = 5  # examples of each finding
 # What descriptions of people do not contain, but captions written by a program sometimes do.

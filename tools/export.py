@@ -19,9 +19,9 @@ import yaml
 
 from model.build import build_evaluation_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.command_line import parse_test_options
 from utils.errors import UserError, run_main
 from utils.files import write_atomically
-from utils.options import parse_test_options
 
 # What the family's models are made of; the rest of ours (AEA's queue) it keeps outside the model.
 FAMILY = re.compile(

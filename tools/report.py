@@ -33,11 +33,12 @@ from model.build import build_evaluation_model
 from processor.evaluator import Evaluator
 from processor.queries import read_queries
 from utils.checkpoint import load_checkpoint
+from utils.command_line import parse_test_options
 from utils.devices import choose_device, choose_precision
 from utils.errors import UserError, run_main
 from utils.files import write_atomically
 from utils.metrics import FIGURES
-from utils.options import OPTIONS, parse_test_options
+from utils.options import OPTIONS
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 THUMBNAIL = 120  # pixels high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -21,6 +22,10 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 HASH = "sha256"  # a checkpoint's entry of its own content
+
+
+class Lost(UserError):
+    """A file that is missing, damaged or another: to read it again would not help."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
@@ -64,16 +69,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint: a dictionary whose entry `model` holds the weights, on the CPU.
 
     Only tensors and plain values are accepted (`weights_only`), and a hash in the file must be that
-    of its content. Raises UserError otherwise.
+    of its content. Raises Lost if the file is missing or damaged, or another UserError.
     """
     content = _load(Path(path))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{path}: no checkpoint: it has no entry 'model' with weights")
-    expected = content.pop(HASH, None)  # other code's checkpoints have none
-    if expected is not None and expected != digest(content):
-        raise UserError(
-            f"{path}: damaged: its content does not have the hash that it was saved with"
-        )
+        raise Lost(f"{path}: no checkpoint: it has no entry 'model' with weights")
     return content
 
 
@@ -135,24 +135,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
+    """A file of `torch.save`, whose hash, if it has one, is that of its content."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict) and HASH in content:  # other code's have none
+            damaged = content.pop(HASH) != digest(content)
+        else:
+            damaged = False
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise Lost(f"{path}: no such file") from None
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # damaged bytes may send the reader anywhere
+            raise Lost(f"{path}: not readable as a checkpoint, or damaged ({error})") from None
+        raise UserError(f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise UserError(f"{path}: too large for this machine's memory, or damaged") from None
     except pickle.UnpicklingError as error:
         with open(path, "rb") as file:
             start = file.read(2)
         if start != b"PK" and start[:1] != b"\x80":  # neither of torch.save's formats
-            raise UserError(f"{path}: no checkpoint: not a file of torch.save") from None
+            raise Lost(f"{path}: no checkpoint: not a file of torch.save") from None
         # torch's own words advise to load it unsafely; of them only the culprit is of use.
         found = re.search(r"Unsupported (?:global|class|operand)[^.]*\.?[^.]*", str(error))
-        raise UserError(
+        raise Lost(
             f"{path}: refused: it holds more than tensors and plain values, and loading it could "
             f"run code, or it is damaged ({found.group() if found else 'unreadable'})"
         ) from None
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: not readable as a checkpoint, or damaged ({reason})") from None
+        kind = UserError if "can't allocate memory" in reason else Lost
+        raise kind(f"{path}: not readable as a checkpoint, or damaged ({reason})") from None
+    if damaged:
+        raise Lost(f"{path}: damaged: its content does not have the hash that it was saved with")
+    return content
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -30,7 +30,11 @@ PATIENCE = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a training. The defaults are those of a single process."""
+    """This process among all of a training. The defaults are those of a single process.
+
+    What decides whether a collective is called must be the same everywhere, so it comes from
+    `from_leader` or from `Votes`, never from a process's own arithmetic or clock.
+    """
 
     rank: int = 0
     size: int = 1

@@ -66,6 +66,8 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         _leave(f"error: {error.filename or 'the disk'}: {error.strerror}", FAILED)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, outside of steps, which say more
+            _leave(f"error: {' '.join(str(error).split())}", FAILED)
         if "RANK" not in os.environ or " by peer" not in str(error):  # closed, or reset
             raise
         _leave("error: another process has ended", FAILED, cause=False)

@@ -8,10 +8,8 @@ back as `--config_file` it gives the same run.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import reprlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError, suggest
-from utils.files import lock, write_atomically
-from utils.runs import CONFIG, LAST, differences, folders
+from utils.files import write_atomically
 
 LARGEST = 2**31 - 1  # no option needs a larger number
 
@@ -53,10 +50,11 @@ class Option:
             if isinstance(self.count, int) and len(values) != self.count:
                 found = reprlib.repr(values)
                 raise UserError(f"{where}: {self.name} takes {self.count} values, got {found}")
-            return [self._coerce_one(v, where) for v in values]
-        return self._coerce_one(value, where)
+            return [self.coerce_one(v, where) for v in values]
+        return self.coerce_one(value, where)
 
-    def _coerce_one(self, value: Any, where: str) -> Any:
+    def coerce_one(self, value: Any, where: str) -> Any:
+        """The same for one value of a list, or the only one."""
         wrong = UserError(
             f"{where}: {self.name} takes a value of type {self.type.__name__}, "
             f"got {reprlib.repr(value)}"
@@ -128,7 +126,7 @@ GROUPS: dict[str, list[Option]] = {
             "auto",
             "fp32; bf16 or fp16 autocast; half = half-precision weights, as the original trains; "
             "fp64 for exact comparisons; auto = bf16 where the device computes it natively, else "
-            "fp32",
+            "fp32, and for a run that goes on what it was",
             choices=("auto", "fp32", "bf16", "fp16", "half", "fp64"),
         ),
         _o("compile", bool, False, "compile the encoders with torch.compile; the first steps wait"),
@@ -351,9 +349,6 @@ OPTIONS: dict[str, Option] = {o.name: o for group in GROUPS.values() for o in gr
 SCRATCH_ONLY = (
     "embed_dim", "vision_width", "vision_layers", "vision_patch_size", "text_width", "text_layers",
 )  # fmt: skip
-# test.py takes the rest from the run's configs.yaml.
-# What other code of this family keeps in its configs.yaml besides options.
-_BOOKKEEPING = {"training", "test", "distributed", "local_rank"}
 # What may differ between two machines, or a run and its continuation, without making another
 # experiment of it.
 INDIFFERENT = (
@@ -361,14 +356,6 @@ INDIFFERENT = (
     "finetune", "attributes_file", "resume", "resume_ckpt_file", "test_batch_size", "save_period",
     "keep_last", "max_nonfinite", "on_bad_image",
 )  # fmt: skip
-_CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
-TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_workers")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse prints a page of usage; one line is kinder
-        message = re.sub(r"^argument --\w+: command line: ", "--", message)  # each says it once
-        raise UserError(f"{message} (--help lists all options)")
 
 
 class _TupleLoader(yaml.SafeLoader):
@@ -378,161 +365,6 @@ class _TupleLoader(yaml.SafeLoader):
 _TupleLoader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node)
 )
-
-
-def parse_options(
-    argv: Sequence[str] | None = None,
-    description: str = "",
-    extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
-    """All options of a training, from the command line, a preset and the defaults.
-
-    `extra` adds a tool's own options, which come back with the others.
-
-    Raises UserError for an unknown key, a value of the wrong type or out of its range, and for
-    options that contradict each other.
-    """
-    parser = _build_parser(OPTIONS.values(), description)
-    parser.add_argument(
-        "--config_file", metavar="YAML", help="preset; the command line overrides it"
-    )
-    extra(parser)
-    given = vars(parser.parse_args(argv))
-    preset_file = given.pop("config_file", None)
-    own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
-    values = {**(read_preset(preset_file) if preset_file else {}), **given}
-    if values.get("resume", "no") != "no":
-        args = _resumed(values, given, Path(preset_file) if preset_file else None)
-    else:
-        args = resolve(values)
-    return argparse.Namespace(**vars(args), **own)
-
-
-def _resumed(
-    values: dict[str, Any], given: dict[str, Any], preset: Path | None
-) -> argparse.Namespace:
-    """The options of a run that goes on; `resume` is "no" if `auto` finds none.
-
-    Without a preset they are the run's own, which the command line overrides.
-    """
-
-    def value(name: str) -> Any:
-        return values.get(name, OPTIONS[name].default)
-
-    named, mode = value("resume_ckpt_file"), value("resume")
-    own = preset and preset.name == CONFIG and (preset.parent / LAST).is_file()
-    if (named or own) and "output_dir" in given:
-        says = "--resume_ckpt_file" if named else f"--config_file {preset}"
-        raise UserError(f"{says} says where the run is; leave --output_dir out")
-    if named:
-        last = Path(named)
-        _check(not last.is_dir(), f"{last}: a folder; --resume_ckpt_file names a file, its {LAST}")
-        _check(last.is_file(), f"{last}: no such file (--resume_ckpt_file)")
-    elif own:
-        last = preset.parent / LAST
-    else:
-        # Where there must be a run, its own options say of which data set.
-        dataset = value("dataset_name") if mode == "auto" else values.get("dataset_name", "*")
-        found = folders(value("output_dir"), dataset)
-        found = [folder for folder in found if _is_named(folder, value("name"))]
-        last = next((folder / LAST for folder in found if (folder / LAST).is_file()), None)
-    if last is None:
-        where = Path(value("output_dir"), dataset.strip("*"))
-        _check(mode == "auto", f"--resume: {where}/ has no run '{value('name')}' with a {LAST}")
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one asks
-            for folder in found:  # which may be under way, and not have saved yet
-                os.close(lock(folder))
-        return resolve({**values, "resume": "no"})
-    recorded = last.parent / CONFIG
-    told = bool(preset) or set(given) > {"resume", "resume_ckpt_file", "num_epoch"}
-    _check(
-        recorded.is_file() or (bool(named) and told),
-        f"{recorded}: missing, and with it the run's options; all options and "
-        f"--resume --resume_ckpt_file {last} go on, or remove the folder",
-    )
-    if preset is None and recorded.is_file():
-        values = {**read_preset(recorded), **given}
-    args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
-    then = vars(resolve(read_preset(recorded))) if recorded.is_file() else {}
-    _check(
-        then.get("seed", args.seed) == args.seed,
-        f"--seed {args.seed}: only a new run can have another than {then.get('seed')}",
-    )
-    if mode == "auto" and then:
-        free = [name for name in ("device", "precision") if getattr(args, name) == "auto"]
-        changed = differences(vars(args), then, (*INDIFFERENT, "num_epoch", *free))
-        if changed:
-            raise UserError(
-                f"--resume auto: {last.parent} runs with other options: {', '.join(changed)}. "
-                "Give another --name or --output_dir, or --resume to go on with the new options"
-            )
-    return args
-
-
-def changed_options(args: argparse.Namespace, config: Path) -> list[str]:
-    """What a resumed run changes of the options that its configs.yaml has, as lines to log."""
-    if not config.is_file():
-        return [f"{config}: missing, so nobody can tell which options have changed"]
-    then = vars(resolve(read_preset(config)))
-    ignored = ("resume", "resume_ckpt_file", "output_dir")
-    return [f"changed: {change}" for change in differences(vars(args), then, ignored)]
-
-
-def _is_named(folder: Path, name: str) -> bool:
-    """Whether a run is of that name; if its options cannot be read, by its folder's name."""
-    try:
-        return read_preset(folder / CONFIG).get("name") == name
-    except UserError:
-        return bool(re.fullmatch(rf"\d{{8}}_\d{{6}}_{re.escape(name)}(_\d+)?", folder.name))
-
-
-def parse_test_options(
-    argv: Sequence[str] | None = None,
-    description: str = "",
-    extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> tuple[argparse.Namespace, Path, list[str]]:
-    """Options of an evaluation: the run's configs.yaml, a few of them overridden.
-
-    `extra` adds a tool's own options, which come back with the others.
-
-    Returns (options, checkpoint path, notes): notes are lines to log about keys that other code
-    of this family wrote to its configs.yaml and that mean nothing here.
-    """
-    parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
-    parser.add_argument(
-        "--config_file", metavar="YAML", required=True, help="configs.yaml of the run to evaluate"
-    )
-    parser.add_argument(
-        "--checkpoint", metavar="PTH", help="checkpoint (default: best.pth beside --config_file)"
-    )
-    extra(parser)
-    given = vars(parser.parse_args(argv))
-    own = {n: given.pop(n) for n in list(given) if n not in (*TEST_OPTIONS, *_CHECKPOINT_OPTIONS)}
-    config_file = Path(given.pop("config_file"))
-    checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
-    recorded = _read_yaml(config_file)
-    unknown = sorted(set(recorded) - set(OPTIONS) - _BOOKKEEPING)
-    notes = [f"{config_file}: ignored, unknown here: {', '.join(unknown)}"] if unknown else []
-    recorded = {
-        name: OPTIONS[name].coerce(value, str(config_file))
-        for name, value in recorded.items()
-        if name in OPTIONS
-    }
-    args = argparse.Namespace(**vars(resolve({**recorded, **given})), **own)
-    return args, checkpoint, notes
-
-
-def parse_some(
-    names: Sequence[str],
-    description: str,
-    extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
-    """For tools: the named options and those that `extra` adds; all others at their defaults."""
-    parser = _build_parser([OPTIONS[name] for name in names], description)
-    extra(parser)
-    given = vars(parser.parse_args())
-    own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
-    return argparse.Namespace(**vars(resolve(given)), **own)
 
 
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
@@ -550,29 +382,29 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
         for name in ("vision_width", "text_width"):
             if getattr(args, name) % 64:
                 raise UserError(f"--{name} must be a multiple of 64 (one head per 64 channels)")
-    _check(
+    check(
         args.warmup_epochs < args.num_epoch,
         f"--warmup_epochs {args.warmup_epochs} leaves nothing of --num_epoch {args.num_epoch}; "
         "give --warmup_epochs 0, or more epochs",
     )
-    _check(
+    check(
         args.milestones == sorted(set(args.milestones)),
         f"--milestones must increase, got {args.milestones}",
     )
-    _check(
+    check(
         args.masked_token_rate + args.masked_token_unchanged_rate <= 1,
         "--masked_token_rate and --masked_token_unchanged_rate exceed 1 together",
     )
     if args.sampler == "identity":
-        _check(
+        check(
             args.batch_size % args.num_instance == 0,
             f"--batch_size {args.batch_size} is no multiple of --num_instance {args.num_instance}",
         )
-    _check(
+    check(
         args.accum_steps <= args.batch_size,
         f"--accum_steps {args.accum_steps} exceeds --batch_size {args.batch_size}",
     )
-    _check(
+    check(
         args.resume != "no" or not args.resume_ckpt_file,
         "--resume_ckpt_file PATH needs --resume",
     )
@@ -590,7 +422,7 @@ def read_preset(path: str | Path) -> dict[str, Any]:
 def _read_preset(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in derived:
         raise UserError(f"{path}: is its own base, by way of {derived[-1]}")
-    values = _read_yaml(path)
+    values = read_yaml(path)
     base = values.pop("base", None)
     inherited = {}
     if base is not None:
@@ -621,12 +453,14 @@ def options_table() -> str:
     return "\n".join(lines)
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping, read as data. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, Loader=_TupleLoader)
@@ -637,46 +471,3 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected lines of 'option: value'")
     return values
-
-
-def _build_parser(options, description: str) -> argparse.ArgumentParser:
-    """Flags without defaults: what was not typed stays absent, so that a preset can fill it."""
-    parser = _Parser(
-        description=description,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
-    )
-    options = list(options)
-    for title, group in GROUPS.items():
-        members = [o for o in group if o in options]
-        section = parser.add_argument_group(title) if members else None
-        for o in members:
-            shown = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
-            help_text = o.help.replace("%", "%%")
-            if shown not in (None, "") and shown is not False:
-                help_text += f" (default: {shown})"
-            if o.type is bool:
-                section.add_argument(
-                    f"--{o.name}", action=argparse.BooleanOptionalAction, help=help_text
-                )
-            else:
-                section.add_argument(
-                    f"--{o.name}",
-                    type=_typed(o),
-                    nargs="?" if o.alone else o.count,
-                    **({"const": o.alone} if o.alone else {}),
-                    metavar="|".join(o.choices) if o.choices else o.type.__name__.upper(),
-                    help=help_text,
-                )
-    return parser
-
-
-def _typed(option: Option):
-    def convert(text: str) -> Any:
-        try:
-            return option._coerce_one(text, "command line")
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert

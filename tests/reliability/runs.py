@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -47,16 +48,30 @@ def main(words: list[str], threads: int = 1, before=None) -> None:
     run_main(train_entry.main)
 
 
-def start(words: list[str], output=os.devnull, **more):
+def start(words: list[str], output=os.devnull, environment=None, **more):
     """The same in a process, which is returned; `output` receives what it prints."""
-    process = forks.Process(target=into, args=(output, words), kwargs=more)
+    process = forks.Process(target=into, args=(output, environment or {}, words), kwargs=more)
     process.start()
     return process
 
 
-def into(output, words: list[str], **more) -> None:
+def start_many(size: int, words: list[str], output=os.devnull, **more) -> list:
+    """The same in so many processes that know of each other, as torchrun would start them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    return [
+        start(
+            words, output, {**shared, "RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}, **more
+        )
+        for rank in range(size)
+    ]
+
+
+def into(output, environment: dict, words: list[str], **more) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()}
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as for train.py
-    file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     main(words, **more)

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import train
 from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
+from processor.evaluator import Evaluator
 from tests.helpers import ROOT, read
-from tests.reliability.runs import flags, folder_of, forks, same, scalars
+from tests.reliability.runs import flags, folder_of, forks, same, scalars, start, start_many
 from utils.checkpoint import load_checkpoint
 from utils.distributed import ALONE, Votes, World, shares
 
@@ -28,10 +31,10 @@ WAYS = {
 }  # fmt: skip
 
 
-def torchrun(processes: int, words, script="train.py") -> subprocess.Popen:
-    """train.py under torchrun, or alone."""
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command = [sys.executable, *map(str, many if processes > 1 else []), script, *words]
+def torchrun(processes: int, words) -> subprocess.Popen:
+    """train.py under torchrun itself, which takes its time to begin."""
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *many, "train.py", *words]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -42,6 +45,12 @@ def finish(process: subprocess.Popen, status=0) -> str:
     output, _ = process.communicate(timeout=200)
     assert process.returncode == status, output
     return output
+
+
+def join(processes, status=0) -> None:
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == status
 
 
 def assert_close(found, expected, where, tolerance=1e-9):
@@ -72,9 +81,7 @@ def test_two_and_three_processes_train_as_one(names, mini_root, tmp_path):
     # Saved whenever it can be, so that last.1.pth holds the sums of the last epoch's losses.
     more = {"log_period": 100, "save_period": "0.0001min", "keep_last": 2, **WAYS[names]}
     words = {n: flags(mini_root, tmp_path / str(n), loss_names=names, **more) for n in sizes}
-    running = [torchrun(n, words[n]) for n in sizes]
-    for process in running:
-        finish(process)
+    join([process for n in sizes for process in start_many(n, words[n], tmp_path / f"said{n}")])
     for n in sizes[1:]:
         assert len(list((tmp_path / str(n)).glob("*/*/"))) == 1  # only the first one writes
         assert (folder_of(tmp_path / str(n)) / "last.1.pth").exists()
@@ -91,10 +98,9 @@ def test_a_run_of_two_processes_stops_at_a_signal_and_goes_on_as_one(mini_root, 
     two.send_signal(signal.SIGTERM)
     output, _ = two.communicate(timeout=100)
     assert two.returncode != 0 and "SIGTERM: saved at epoch" in output, output
-    whole = torchrun(1, flags(mini_root, tmp_path / "whole", precision="fp64", num_epoch=12))
-    output = finish(torchrun(1, words))
-    assert re.search(r"resumed after \d+ epochs", output)
-    finish(whole)
+    whole = flags(mini_root, tmp_path / "whole", precision="fp64", num_epoch=12)
+    join([start(words, tmp_path / "said"), start(whole)])
+    assert re.search(r"resumed after \d+ epochs", (tmp_path / "said").read_text())
     assert_close(folder_of(tmp_path / "cut"), folder_of(tmp_path / "whole"), "resumed")
 
 
@@ -112,24 +118,47 @@ def test_every_process_fails_when_one_fails(mini_copy, tmp_path):
     assert f"rank 1: error: {path}" in (folder_of(tmp_path) / "train_log.txt").read_text()
 
 
+def elsewhere():
+    read = train.read_state
+    if os.environ["RANK"] == "1":
+        train.read_state = lambda path, keep: read(path.replace("last.pth", "last.1.pth"))
+
+
+def figures_that_differ():
+    """As on processors of two kinds, which round otherwise: one process's rise, the other's fall."""
+    evaluate = Evaluator.evaluate
+    figures = iter([1, 2, 3] if os.environ["RANK"] == "0" else [3, 2, 1])
+    Evaluator.evaluate = lambda *args: replace(evaluate(*args), r1=next(figures))
+
+
+def test_processes_whose_figures_differ_choose_the_same_checkpoint(mini_root, tmp_path):
+    """Those of the first count; a process that would go its own way would wait for ever."""
+    join(start_many(2, flags(mini_root, tmp_path), before=figures_that_differ))
+    assert load_checkpoint(folder_of(tmp_path) / "best.pth")["epoch"] == 3
+
+
+def test_broken_images_of_every_process_are_in_the_log(mini_copy, tmp_path):
+    data = read("AGDataAttr", mini_copy)
+    sampler = RandomSampler(16, 16, torch.Generator().manual_seed(1))
+    whole = next(iter(sampler))
+    paths = [Path(data.train[whole[place].index].image.path) for place in (2, 12)]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:400])
+    words = flags(mini_copy, tmp_path / "o", batch_size=16, on_bad_image="skip")
+    join(start_many(2, words))
+    log = (folder_of(tmp_path / "o") / "train_log.txt").read_text()
+    for path in paths:
+        assert log.count(f"{path} (") == 1
+    assert log.count("broken images skipped: 2") == 3
+
+
 def test_processes_that_find_different_checkpoints_do_not_go_on(mini_root, tmp_path):
     """As on machines that do not share the folder: the second one's file is of an epoch before."""
     words = flags(mini_root, tmp_path / "o", keep_last=2, resume="auto")
-    finish(torchrun(1, words))
+    join([start(words)])
     before = load_checkpoint(folder_of(tmp_path / "o") / "last.pth")
-    script = tmp_path / "elsewhere.py"
-    script.write_text(
-        "import os, train\n"
-        "from utils.errors import run_main\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    read = train.read_state\n"
-        "    train.read_state = lambda path, keep: "
-        "read(path.replace('last.pth', 'last.1.pth'))\n"
-        "run_main(train.main)\n"
-    )
-    two = torchrun(2, words, script)
-    output, _ = two.communicate(timeout=100)
-    assert two.returncode != 0 and "processes find different checkpoints there" in output, output
+    join(start_many(2, words, tmp_path / "said", before=elsewhere), status=2)
+    assert "processes find different checkpoints there" in (tmp_path / "said").read_text()
     same(load_checkpoint(folder_of(tmp_path / "o") / "last.pth"), before)
 
 
@@ -249,14 +278,14 @@ def test_the_slurm_file_goes_back_into_the_queue_when_it_is_warned(mini_root, tm
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in (
-        ("srun", 'exec "$@"'),
+        ("srun", f'echo "$1" >> {tmp_path}/steps; shift; exec "$@"'),
         ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"'),
         ("scontrol", f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queue || echo localhost'),
     ):
         (commands / name).write_text(f"#!/bin/bash\n{text}\n")
         (commands / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1",
-             "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
+             "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
     environment = os.environ | slurm | {"PATH": f"{commands}:{os.environ['PATH']}"}
     words = ["docs/train.slurm", *flags(mini_root, tmp_path / "o", num_epoch=10)]
 
@@ -271,6 +300,7 @@ def test_the_slurm_file_goes_back_into_the_queue_when_it_is_warned(mini_root, tm
     output, _ = job.communicate(timeout=100)
     assert job.returncode != 0 and "SIGUSR1: saved at epoch" in output, output
     assert (tmp_path / "queue").read_text() == "77\n"
+    assert (tmp_path / "steps").read_text() == "--cpus-per-task=2\n"
     output = finish(submit())
     assert re.search(r"resumed after [1-9]\d* epochs", output) and "epoch 10/10" in output
     assert (tmp_path / "queue").read_text() == "77\n"

@@ -13,6 +13,7 @@ import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import datasets.image_cache
+import processor.guards
 import processor.trainer
 import train as train_entry
 from datasets.build import TrainDataset, on_device, train_loader
@@ -128,15 +129,41 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(
     )
 
 
+def test_a_list_of_samples_that_cannot_be_written_ends_no_run(mini_root, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {1})
+    write = processor.guards.write_atomically
+
+    def full(path, *args):
+        if path.parent.name == "nonfinite":
+            raise UserError(f"{path}: could not be written: No space left on device")
+        write(path, *args)
+
+    monkeypatch.setattr(processor.guards, "write_atomically", full)
+    words = flags(mini_root, tmp_path, num_epoch=1, warmup_epochs=0, on_bad_image="skip")
+    run(train_entry.main, monkeypatch, *words)
+    log = (folder_of(tmp_path) / "train_log.txt").read_text()
+    assert "epoch1_step1.json: could not be written: No space left" in log
+    assert re.search(r"skipped: loss supkl is nan in epoch 1, step 1, the first: /", log)
+
+
 def test_half_precision_gradients_that_overflow_are_left_to_the_scaler(
     mini_root, tmp_path, monkeypatch
 ):
     """At its first, large scale gradients may overflow: no fault, as long as the scale can fall."""
     poisoned(monkeypatch, {1, 2}, "gradient")
     small_scale(monkeypatch)
+    step, queues = Trainer._step, []
+
+    def noted(self, batch):
+        result = step(self, batch)
+        queues.append(bool((self.model.queue.pids >= 0).any()))
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", noted)
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, precision="fp16", num_epoch=2))
     log = (folder_of(tmp_path) / "train_log.txt").read_text()
     assert "skipped" not in log
+    assert queues[:3] == [False, False, True]  # their features do not stay, either
     assert load_checkpoint(folder_of(tmp_path) / "last.pth")["scaler"]["scale"] == 2**10 / 2**2
     assert all(0 < norm < float("inf") for norm in scalars(folder_of(tmp_path))["grad_norm"])
 
@@ -444,6 +471,13 @@ def test_runs_that_start_in_one_second_get_folders_of_their_own(mini_root, tmp_p
     folders = list((tmp_path / "t").glob("*/*/last.pth"))
     assert len(folders) == 2
     same(*(load_checkpoint(path)["model"] for path in folders))
+
+
+def test_memory_that_runs_out_outside_of_steps_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as leave:
+        run_main(out_of_memory_there)
+    assert leave.value.code == 2
+    assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
 
 
 def test_a_full_disk_outside_of_checkpoints_is_one_line_too(capsys):

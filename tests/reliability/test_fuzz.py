@@ -29,8 +29,9 @@ from tests.helpers import ROOT, SCRATCH, golden_clip, options, run
 from tests.reliability.runs import flags, folder_of
 from utils.attributes import read_attributes
 from utils.checkpoint import digest, load_checkpoint, read_weights, save_checkpoint
+from utils.command_line import parse_options, parse_test_options
 from utils.errors import UserError
-from utils.options import OPTIONS, parse_options, parse_test_options, write_config
+from utils.options import OPTIONS, write_config
 
 CPU = torch.device("cpu")
 

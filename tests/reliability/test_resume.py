@@ -1,5 +1,6 @@
 """A run cut at any moment and resumed ends as the unbroken one, bit for bit."""
 
+import errno
 import itertools
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +61,19 @@ def raise_at_step(monkeypatch, moment, number):
             yield batch
 
     monkeypatch.setattr(processor.trainer, "on_device", watched)
+
+
+def rising(monkeypatch, after=0, by=1):
+    """R@1 is 1 after the first epoch, 2 after the second, ..."""
+    evaluate, epochs = Evaluator.evaluate, itertools.count(1 + after)
+    while hasattr(evaluate, "inner"):
+        evaluate = evaluate.inner
+
+    def evaluated(*args):
+        return replace(evaluate(*args), r1=by * float(next(epochs)))
+
+    evaluated.inner = evaluate
+    monkeypatch.setattr(Evaluator, "evaluate", evaluated)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -123,6 +138,21 @@ def test_resume_auto_refuses_other_options(mini_root, tmp_path, monkeypatch):
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, save_period="30min"))
     with pytest.raises(UserError, match=r"runs with other options: --slack 0.3 \(was 0.15\)"):
         run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, slack=0.3))
+    with pytest.raises(
+        UserError, match="--finetune b.pth: only a new run can have another than ''"
+    ):
+        run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, finetune="b.pth"))
+
+
+def test_the_precision_that_auto_meant_is_kept(mini_root, tmp_path, monkeypatch):
+    """Also where the run goes on on another machine."""
+    words = flags(mini_root, tmp_path, num_epoch=1, warmup_epochs=0, precision="auto")
+    monkeypatch.setattr(train_entry, "choose_precision", lambda name, _: {"auto": "fp64"}.get(name, name))  # fmt: skip
+    run(train_entry.main, monkeypatch, *words)
+    monkeypatch.undo()
+    run(train_entry.main, monkeypatch, *words[:-2], "--precision", "auto", "--resume", "auto", "--num_epoch", 2)  # fmt: skip
+    log = (folder_of(tmp_path) / "train_log.txt").read_text()
+    assert log.count("cpu, fp64") == 2 and "changed: --num_epoch 2" in log
 
 
 def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
@@ -136,18 +166,17 @@ def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
     again = ["--resume", "--config_file", folder / "configs.yaml", "--resume_ckpt_file"]
     run(train_entry.main, monkeypatch, *again, folder / "last.2.pth", "--lr", "1e-4")
     same(load_checkpoint(folder / "best.aside1.pth"), later)
-    chosen = load_checkpoint(folder / "best.pth")["epoch"]
-    assert chosen == load_checkpoint(folder / "last.pth")["best"]["test"]["epoch"] >= 2
-    assert re.search(
-        "best.pth is of epoch 3, and not this run's; now best.aside1.pth; this run's best was of "
-        r"epoch 1, R@1 \d+.\d\d; the best from here on will be kept",
-        (folder / "train_log.txt").read_text(),
-    )
+    log = (folder / "train_log.txt").read_text()
+    text = "best.pth is of epoch 3, and not this run's; now best.aside1.pth; written, of epoch 1,"
+    assert text in log
     (folder / "best.pth").unlink()
     run(train_entry.main, monkeypatch, *again, folder / "last.1.pth")
     assert load_checkpoint(folder / "best.pth")["epoch"] == 3
     log = (folder / "train_log.txt").read_text()
-    assert "best.pth is missing or damaged; this run" in log
+    text = (
+        r"best.pth is missing or damaged; this run's best was of epoch 1, R@1 \d+.\d\d; the best "
+    )
+    assert re.search(text + "from here on will be kept", log)
     # Another line's, though of the same epoch; and what was set aside before stays.
     other = load_checkpoint(folder / "best.pth")
     other |= {"best": other["best"] | {"R@1": -1.0}}
@@ -239,9 +268,10 @@ def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_
 
 def test_epochs_between_saves_are_kept(mini_root, tmp_path, monkeypatch):
     saved = []
+    rising(monkeypatch, by=0)
     monkeypatch.setattr(processor.trainer.Trainer, "save", lambda self: saved.append(self.epoch))
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, save_period=2, num_epoch=5))
-    assert saved == [2, 4, 5]
+    assert saved == [1, 2, 4, 5]  # the first is a new best
 
 
 def test_a_run_whose_options_are_lost_is_not_begun_anew(mini_root, tmp_path, monkeypatch):
@@ -254,6 +284,8 @@ def test_a_run_whose_options_are_lost_is_not_begun_anew(mini_root, tmp_path, mon
     for given in ([*words, "--resume", "yes"], [*words, "--resume", "auto"], last):
         with pytest.raises(UserError, match=f"{config}: missing, and with it the run's options"):
             run(train_entry.main, monkeypatch, *given)
+    with pytest.raises(UserError, match="--dataset_name x: unknown"):  # told, so it is tried
+        run(train_entry.main, monkeypatch, *last, "--loss_names", "itc", "--dataset_name", "x")
     at = words.index("--output_dir")
     run(train_entry.main, monkeypatch, *words[:at], *words[at + 2 :], *last)
     log = config.with_name("train_log.txt").read_text()
@@ -287,6 +319,32 @@ def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(tmp_path, monkeyp
         read_state(tmp_path / "last.pth", keep=2)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+    ids=str,
+)  # fmt: skip
+def test_a_read_error_that_may_pass_is_not_taken_for_damage(
+    error, mini_root, tmp_path, monkeypatch
+):
+    """Or a good last.pth would give way to an older one, and a good best.pth be set aside."""
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, keep_last=2))
+    folder = folder_of(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
+    load = torch.load
+    for name in ("last.pth", "best.pth"):
+
+        def failing(path, name=name, **more):
+            if path.name == name:
+                raise error
+            return load(path, **more)
+
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{folder}/{name}: "):
+            patch.setattr(torch, "load", failing)
+            run(train_entry.main, patch, "--resume", "--output_dir", tmp_path, "--num_epoch", 4)
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*.pth")}
+
+
 def test_signals_that_are_ignored_stay_so():
     """`nohup` and the background of a script."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -311,20 +369,63 @@ def test_an_error_between_steps_saves_what_was_done(mini_copy, tmp_path, monkeyp
     assert_same_end(folder_of(tmp_path), unbroken["random"])
 
 
-def test_a_best_checkpoint_that_could_not_be_written_is_written_on_resuming(
-    mini_root, tmp_path, monkeypatch, unbroken
+@pytest.mark.parametrize("moment", [1, 5, 6])
+def test_an_error_before_any_step_of_an_epoch_is_gone_on_from(
+    moment, mini_root, tmp_path, monkeypatch, unbroken
 ):
-    def full(path, *args):
-        if path.name == "best.pth":
-            raise UserError(f"{path}: could not be written: No space left on device")
-        save_checkpoint(path, *args)
+    """The epoch's order has been drawn already, when its first batch cannot be read."""
+    seen = iter(range(1, 1000))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(processor.trainer, "save_checkpoint", full)
-        with pytest.raises(UserError, match="No space left on device .saved at epoch 1, step "):
-            run(train_entry.main, patched, *flags(mini_root, tmp_path))
+    def failing(*args):
+        for batch in on_device(*args):
+            if next(seen) == moment:
+                raise UserError("an image cannot be read.")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processor.trainer, "on_device", failing)
+        place = f"saved at epoch {1 + (moment - 1) // 4}, step {(moment - 1) % 4};"
+        with pytest.raises(UserError, match=place):
+            run(train_entry.main, patch, *flags(mini_root, tmp_path))
     run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path)
     assert_same_end(folder_of(tmp_path), unbroken["random"])
+
+
+@pytest.mark.parametrize("error", [UserError("No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_best_checkpoint_that_was_not_written_is_written_on_resuming(
+    moment, error, mini_root, tmp_path, monkeypatch
+):
+    """A full disk, or a kill between last.pth and best.pth."""
+    rising(monkeypatch)
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path / "whole", eval_period=1))
+    seen = iter(range(1, 9))
+
+    def full(path, *args):
+        if path.name == "best.pth" and next(seen) == moment:
+            raise error
+        save_checkpoint(path, *args)
+
+    rising(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(processor.trainer, "save_checkpoint", full)
+        with pytest.raises(type(error)):
+            run(train_entry.main, patched, *flags(mini_root, tmp_path / "cut", save_period=9))
+    rising(monkeypatch, after=moment)
+    run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path / "cut")
+    folder = folder_of(tmp_path / "cut")
+    assert_same_end(folder, folder_of(tmp_path / "whole"))
+    assert f"; written, of epoch {moment}" in (folder / "train_log.txt").read_text()
+    assert not list(folder.glob("*aside*"))
+
+
+def test_every_new_best_is_saved_with_all_that_going_on_needs(mini_root, tmp_path, monkeypatch):
+    """Or a kill would take a run back to before the best that best.pth no longer has."""
+    rising(monkeypatch)
+    written = []
+    monkeypatch.setattr(processor.trainer, "save_checkpoint", lambda path, content, keep: written.append((path.name, content["epoch"])))  # fmt: skip
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, save_period=9))
+    assert written == [(name, epoch) for epoch in (1, 2, 3) for name in ("last.pth", "best.pth")]
 
 
 def test_a_console_that_is_gone_ends_no_run(mini_root, tmp_path):

@@ -10,8 +10,9 @@ from datasets.transforms import normalise
 from model.build import build_evaluation_model
 from tests.helpers import SCRATCH, filled, golden, golden_clip, options, read, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.command_line import parse_test_options
 from utils.errors import UserError
-from utils.options import parse_test_options, write_config
+from utils.options import write_config
 
 
 def small_run(monkeypatch, root, out, **more):

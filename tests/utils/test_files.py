@@ -41,6 +41,18 @@ def test_a_truncated_checkpoint_is_told(keep, tmp_path):
         load_checkpoint(path)
 
 
+def test_weights_whose_checkpoint_has_another_hash_are_refused(tmp_path):
+    """What --finetune reads, too."""
+    path = tmp_path / "rotten.pth"
+    save_checkpoint(path, {"model": {"w": torch.zeros(3)}})
+    content = torch.load(path, weights_only=True)
+    content["model"]["w"][1] = 1
+    torch.save(content, path)
+    for read in (load_checkpoint, read_weights):
+        with pytest.raises(UserError, match="damaged: its content does not have the hash"):
+            read(path)
+
+
 def test_a_missing_file_and_a_file_without_weights_are_told(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_checkpoint(tmp_path / "none.pth")

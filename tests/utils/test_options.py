@@ -2,15 +2,9 @@ import pytest
 import yaml
 
 from tests.helpers import ROOT
+from utils.command_line import parse_options, parse_test_options
 from utils.errors import UserError
-from utils.options import (
-    OPTIONS,
-    options_table,
-    parse_options,
-    parse_test_options,
-    read_preset,
-    write_config,
-)
+from utils.options import OPTIONS, options_table, read_preset, write_config
 
 
 def preset(tmp_path, text):
