@@ -28,8 +28,6 @@ TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_worke
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
 # What other code of this family keeps in its configs.yaml besides options.
 _BOOKKEEPING = {"training", "test", "distributed", "local_rank"}
-# What only a new run can be given.
-_FIRST = ("seed", "finetune")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,19 +110,21 @@ def _resumed(
         values = {**read_preset(recorded), **given}
     args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
     then = vars(resolve(read_preset(recorded))) if recorded.is_file() else {}
-    for name in _FIRST:
-        now, was = getattr(args, name), then.get(name, getattr(args, name))
-        check(now == was, f"--{name} {now}: only a new run can have another than {was!r}")
     if args.precision == "auto":  # what that meant where the run began
         args.precision = then.get("precision", "auto")
     if mode == "auto" and then:
-        free = set(INDIFFERENT) - {"attributes_file"} | {"num_epoch"}
+        free = set(INDIFFERENT) - {"attributes_file", "finetune"} | {"num_epoch"}
         changed = differences(vars(args), then, free)
         if changed:
             raise UserError(
                 f"--resume auto: {last.parent} runs with other options: {', '.join(changed)}. "
                 "Give another --name or --output_dir, or --resume to go on with the new options"
             )
+    for name in ("seed", "finetune"):
+        was = then.get(name, getattr(args, name))
+        now = values.get(name, was)
+        check(now == was, f"--{name} {now}: only a new run can have another than {was!r}")
+        setattr(args, name, was)
     return args
 
 

@@ -138,9 +138,7 @@ def test_resume_auto_refuses_other_options(mini_root, tmp_path, monkeypatch):
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, save_period="30min"))
     with pytest.raises(UserError, match=r"runs with other options: --slack 0.3 \(was 0.15\)"):
         run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, slack=0.3))
-    with pytest.raises(
-        UserError, match="--finetune b.pth: only a new run can have another than ''"
-    ):
+    with pytest.raises(UserError, match="runs with other options: --finetune b.pth"):
         run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few, finetune="b.pth"))
 
 
@@ -293,6 +291,10 @@ def test_a_run_whose_options_are_lost_is_not_begun_anew(mini_root, tmp_path, mon
     config.write_text(text)
     with pytest.raises(UserError, match="--seed 5: only a new run can have another than 1"):
         run(train_entry.main, monkeypatch, *words, "--resume", "--seed", 5)
+    with pytest.raises(
+        UserError, match="--finetune b.pth: only a new run can have another than ''"
+    ):
+        run(train_entry.main, monkeypatch, *words, "--resume", "--finetune", "b.pth")
     with pytest.raises(UserError, match="--dataset_name /abs: unknown"):
         run(train_entry.main, monkeypatch, *words, "--resume", "auto", "--dataset_name", "/abs")
     with pytest.raises(UserError, match=f"--config_file {config} says where the run is"):
