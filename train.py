@@ -71,8 +71,9 @@ def main() -> None:
         args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world
     )
     if found:
-        notes = resume(trainer, args.resume_ckpt_file, *found)
-        for note in (*notes, *changed_options(args, run_dir / CONFIG)):
+        for note in changed_options(args, run_dir / CONFIG):
+            log.info(note)
+        for note in resume(trainer, args.resume_ckpt_file, *found):
             log.info(note)
         del found  # or its tensors would stay in memory
         complete = trainer.epoch == args.num_epoch

@@ -195,7 +195,7 @@ class TrainDataset(Dataset):
                 return self._item(index, key.seed) | ({"skipped": skipped} if skipped else {})
             except BrokenImage as error:
                 if not self.skip:
-                    raise
+                    raise BrokenImage(f"{error} Or give --on_bad_image skip.") from None
                 skipped.append(str(error))
         raise UserError(
             f"{len(skipped)} broken images in a row (python tools/check_dataset.py finds all), the "

@@ -132,10 +132,11 @@ class Guard:
         if samples:
             text += f", the first: {samples[0]['image']} ({samples[0]['entry']})"
         if self.in_a_row > self.args.max_nonfinite:
+            count, self.in_a_row = self.in_a_row, 0  # who goes on after this begins a new count
+            also = "" if self.args.precision in ("fp32", "fp64") else ", --precision fp32"
             raise UserError(
-                f"{text}. {self.in_a_row} in a row, --max_nonfinite {self.args.max_nonfinite}: try "
-                f"a lower --lr, more --warmup_epochs, --grad_clip 1, or --precision fp32 "
-                f"(now {self.args.precision})"
+                f"{text}. {count} in a row, --max_nonfinite {self.args.max_nonfinite}: try a lower "
+                f"--lr, more --warmup_epochs, --grad_clip 1{also}"
             )
         self.log.info(f"skipped: {text}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import textwrap
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -48,7 +49,9 @@ def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], Path, l
                 "give last.pth, or start from its weights with --finetune"
             )
         return state, candidate, [*warnings, f"taken: {candidate}"] if warnings else []
-    raise UserError(warnings[0])
+    others = sorted(p.name for p in Path(path).parent.glob(f"{Path(path).stem}.[0-9]*.pth"))
+    also = f"; --resume_ckpt_file takes one of those beside it: {', '.join(others)}"
+    raise UserError(warnings[0] + (also if others else ""))
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.step,
         "sums": trainer.sums,
         "skipped": sum(trainer.world.objects(trainer.skipped)),
+        "in_a_row": trainer.guard.in_a_row,
         "best": trainer.best,
         "sampler": trainer.loader.batch_sampler.state(trainer.step),
         "generators": {
@@ -156,6 +160,7 @@ def _load(trainer: Trainer, state: dict[str, Any], path: str) -> None:
         if trainer.step and not {"total", "grad_norm", "steps", "norms"} <= set(trainer.sums):
             raise ValueError("its sums of losses are others")
         trainer.skipped = state["skipped"] if trainer.world.leads else 0
+        trainer.guard.in_a_row = int(state.get("in_a_row", 0))
         sampler.load_state(state["sampler"])
         trainer.model.generator.set_state(state["generators"]["firm"])
         own = state["generators"]["processes"]
@@ -164,7 +169,7 @@ def _load(trainer: Trainer, state: dict[str, Any], path: str) -> None:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a stranger's file may hold anything
-        reason = " ".join(str(error).split())
+        reason = textwrap.shorten(str(error), 400, placeholder=" ...")
         raise UserError(f"{path}: does not fit these options: {reason}") from None
 
 

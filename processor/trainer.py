@@ -407,6 +407,8 @@ def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, torch.Tenso
 
 
 def _shown(means: dict[str, float]) -> str:
+    if means["total"] != means["total"]:
+        return "loss: no finite step yet"
     parts = {k: v for k, v in means.items() if k not in ("total", "grad_norm")}
     inner = f" ({', '.join(f'{k} {v:.3f}' for k, v in parts.items())})" if len(parts) > 1 else ""
     return f"loss {means['total']:.3f}{inner}"

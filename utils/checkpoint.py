@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -60,9 +61,7 @@ def restore(path: Path, good: Path) -> None:
     """Put a kept checkpoint in a damaged one's place, which is kept as `last.damaged.pth`."""
     if path.exists():
         _link(path, path.with_suffix(f".damaged{path.suffix}"))
-    beside = path.with_name(f".{path.name}.new")
-    _link(good, beside)
-    os.replace(beside, path)
+    os.replace(good, path)  # moved: the next save keeps it once, as the one before
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -137,7 +136,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _load(path: Path) -> Any:
     """A file of `torch.save`, whose hash, if it has one, is that of its content."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            warnings.catch_warnings()
+        ):  # of other protocols of pickle; whether it can be read shows
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict) and HASH in content:  # other code's have none
             damaged = content.pop(HASH) != digest(content)
         else:
@@ -156,7 +159,7 @@ def _load(path: Path) -> Any:
         if start != b"PK" and start[:1] != b"\x80":  # neither of torch.save's formats
             raise Lost(f"{path}: no checkpoint: not a file of torch.save") from None
         # torch's own words advise to load it unsafely; of them only the culprit is of use.
-        found = re.search(r"Unsupported (?:global|class|operand)[^.]*\.?[^.]*", str(error))
+        found = re.search(r"Unsupported [^\n]*?(?= was not|\n|$)", str(error))
         raise Lost(
             f"{path}: refused: it holds more than tensors and plain values, and loading it could "
             f"run code, or it is damaged ({found.group() if found else 'unreadable'})"

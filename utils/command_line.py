@@ -106,8 +106,10 @@ def _resumed(
         f"{recorded}: missing, and with it the run's options; all options and "
         f"--resume --resume_ckpt_file {last} go on, or remove the folder",
     )
-    if preset is None and recorded.is_file():
-        values = {**read_preset(recorded), **given}
+    kept = read_preset(recorded) if recorded.is_file() else {}
+    if preset is not None:  # what makes no other experiment stays, unless it is told
+        kept = {name: value for name, value in kept.items() if name in INDIFFERENT}
+    values = {**kept, **values}
     args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
     then = vars(resolve(read_preset(recorded))) if recorded.is_file() else {}
     if args.precision == "auto":  # what that meant where the run began

@@ -24,7 +24,7 @@ from processor.trainer import Trainer
 from tests.helpers import options, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, scalars, start
 from utils.checkpoint import digest, load_checkpoint
-from utils.errors import UserError, run_main
+from utils.errors import Stopped, UserError, run_main
 from utils.files import lock
 from utils.runs import new_run_dir
 
@@ -127,6 +127,24 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(
     assert f"{allowed + 1} in a row, --max_nonfinite {allowed}: try a lower --lr" in str(
         error.value
     )
+
+
+def test_steps_in_a_row_are_counted_over_a_resume(mini_root, tmp_path, monkeypatch):
+    """Or a run that is often stopped would never end by it."""
+    words = flags(mini_root, tmp_path, max_nonfinite=3, resume="auto")
+    with monkeypatch.context() as patch:
+        poisoned(patch, set(range(2, 100)))
+        evaluate = processor.trainer.Evaluator.evaluate
+        stop = lambda *args: signal.raise_signal(signal.SIGTERM) or evaluate(*args)  # noqa: E731
+        patch.setattr(processor.trainer.Evaluator, "evaluate", stop)
+        with pytest.raises(Stopped):
+            run(train_entry.main, patch, *words)
+    assert load_checkpoint(folder_of(tmp_path) / "last.pth")["in_a_row"] == 3
+    poisoned(monkeypatch, {1})
+    with pytest.raises(
+        UserError, match=r"4 in a row, --max_nonfinite 3: try a lower --lr, .* 1 \(saved"
+    ):
+        run(train_entry.main, monkeypatch, *words)
 
 
 def test_a_list_of_samples_that_cannot_be_written_ends_no_run(mini_root, tmp_path, monkeypatch):
@@ -448,6 +466,23 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(mini_root, tmp_path, m
     same(load_checkpoint(folder / "last.pth"), whole)
     assert (folder / "last.damaged.pth").read_bytes() == data  # not among the kept ones
     assert load_checkpoint(folder / "last.1.pth")["epoch"] == 2
+
+
+def test_what_is_kept_after_a_damage_are_different_saves(mini_root, tmp_path, monkeypatch):
+    """Not one file by two names, which would be damaged together."""
+    words = flags(mini_root, tmp_path, keep_last=3)
+    run(train_entry.main, monkeypatch, *words)
+    folder = folder_of(tmp_path)
+    cut = (folder / "last.pth").read_bytes()[:-100]
+    (folder / "last.pth").write_bytes(cut)
+    run(train_entry.main, monkeypatch, *words, "--resume", "auto")
+    kept = [folder / f"last{n}.pth" for n in ("", ".1", ".2")]
+    assert [load_checkpoint(path)["epoch"] for path in kept] == [3, 2, 1]
+    assert len({path.stat().st_ino for path in kept}) == 3
+    (folder / "last.pth").write_bytes(cut)
+    preset = ["--config_file", folder / "configs.yaml", "--resume", "--keep_last", 1]
+    with pytest.raises(UserError, match="damaged.*; --resume_ckpt_file takes one of those beside it: last.1.pth, last.2.pth"):  # fmt: skip
+        run(train_entry.main, monkeypatch, *preset)
 
 
 def at_once(barrier, out, results):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 import processor.trainer
 import train as train_entry
@@ -130,6 +131,20 @@ def test_resume_without_a_path_takes_the_newest_run_of_that_name(
     # Its own configs.yaml names the run, too; a finished one has nothing left to do.
     run(train_entry.main, monkeypatch, "--resume", "--config_file", folder / "configs.yaml")
     assert "resumed after 2 epochs and 0 steps" in capsys.readouterr().out
+
+
+def test_what_makes_no_other_experiment_stays_where_a_preset_does_not_name_it(
+    mini_root, tmp_path, monkeypatch
+):
+    few = {"num_epoch": 1, "warmup_epochs": 0}
+    words = flags(mini_root, tmp_path, **few, keep_last=2, save_period="9min", slack=0.3)
+    run(train_entry.main, monkeypatch, *words)
+    at = words.index("--keep_last")
+    (tmp_path / "preset.yaml").write_text("slack: 0.2\n")
+    again = [*words[:at], "--config_file", tmp_path / "preset.yaml", "--resume", "--num_epoch", 2]
+    run(train_entry.main, monkeypatch, *again)
+    found = yaml.safe_load((folder_of(tmp_path) / "configs.yaml").read_text())
+    assert (found["keep_last"], found["save_period"], found["slack"]) == (2, "9min", 0.2)
 
 
 def test_resume_auto_refuses_other_options(mini_root, tmp_path, monkeypatch):
@@ -464,10 +479,12 @@ def test_a_console_that_is_closed_from_the_start_ends_no_run(tmp_path, closed):
     assert "hello" in (tmp_path / "log").read_text()
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+def test_a_second_ctrl_c_leaves_at_once(capfd):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.name == "SIGINT"
+        told = "\nfinishing this step, then saving; Ctrl-C leaves at once\n"
+        assert capfd.readouterr().err == told
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
