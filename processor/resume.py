@@ -49,7 +49,8 @@ def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], Path, l
                 "give last.pth, or start from its weights with --finetune"
             )
         return state, candidate, [*warnings, f"taken: {candidate}"] if warnings else []
-    others = sorted(p.name for p in Path(path).parent.glob(f"{Path(path).stem}.[0-9]*.pth"))
+    untried = (older(Path(path), number) for number in itertools.count(keep))
+    others = [file.name for file in itertools.takewhile(Path.is_file, untried)]
     also = f"; --resume_ckpt_file takes one of those beside it: {', '.join(others)}"
     raise UserError(warnings[0] + (also if others else ""))
 

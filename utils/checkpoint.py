@@ -136,15 +136,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _load(path: Path) -> Any:
     """A file of `torch.save`, whose hash, if it has one, is that of its content."""
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # of other protocols of pickle; whether it can be read shows
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle's other protocols; an error says enough
             content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = False
         if isinstance(content, dict) and HASH in content:  # other code's have none
             damaged = content.pop(HASH) != digest(content)
-        else:
-            damaged = False
     except FileNotFoundError:
         raise Lost(f"{path}: no such file") from None
     except OSError as error:

@@ -255,6 +255,7 @@ def test_an_image_over_the_limit_is_refused_without_decoding(tmp_path, monkeypat
     import datasets.transforms as transforms
 
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
+    Image.init()  # decoders that are loaded later may themselves call `load`
     monkeypatch.setattr(transforms, "MAX_PIXELS", 50_000)
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(UserError, match="large.png: .* 300x200 is over the limit of 50000 pixels"):
@@ -483,6 +484,9 @@ def test_what_is_kept_after_a_damage_are_different_saves(mini_root, tmp_path, mo
     preset = ["--config_file", folder / "configs.yaml", "--resume", "--keep_last", 1]
     with pytest.raises(UserError, match="damaged.*; --resume_ckpt_file takes one of those beside it: last.1.pth, last.2.pth"):  # fmt: skip
         run(train_entry.main, monkeypatch, *preset)
+    (folder / "last.1.pth").write_bytes(cut)
+    with pytest.raises(UserError, match="beside it: last.2.pth$"):  # not one that was tried
+        run(train_entry.main, monkeypatch, *preset[:-1], 2)
 
 
 def at_once(barrier, out, results):
