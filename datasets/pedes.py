@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.files import ImageFolder, checked_caption, read_json
-from datasets.records import Data, Image, Split, TrainSample
+from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.attributes import Attribute
 from utils.errors import UserError, suggest
 
@@ -94,7 +94,7 @@ class _Reader:
         for i, row in enumerate(self.rows):
             checked[self._check(row, i)].append(i)
         train = self._train(checked["train"])
-        splits = {s: self._split(name, checked[s]) for s in SPLITS[1:] if checked[s]}
+        splits = {s: self._split(name, views, checked[s]) for s in SPLITS[1:] if checked[s]}
         if not train:
             raise UserError(f"{self.path}: no entry has the split 'train'")
         if "test" not in splits:
@@ -171,18 +171,15 @@ class _Reader:
             samples += [TrainSample(pid, c, image, pair, entry) for c in row["captions"]]
         return samples
 
-    def _split(self, name: str, indices: Sequence[int]) -> Split:
-        numbers, split = self._numbers(indices), Split([name])
+    def _split(self, name: str, views: Sequence[str], indices: Sequence[int]) -> Split:
+        numbers, split = self._numbers(indices), Split([name], {view: Gallery() for view in views})
         for i in indices:
             row = self.rows[i]
-            split.images.append(self._image(i))
-            if "pair_image" in self.optional:
-                split.pairs.append(self._image(i, pair=True))
-            split.image_pids.append(numbers[row["id"]])
-            split.image_sources.append(0)
-            split.captions += row["captions"]
-            split.caption_pids += [numbers[row["id"]]] * len(row["captions"])
-            split.caption_sources += [0] * len(row["captions"])
+            pid = numbers[row["id"]]
+            for view, pair in zip(views, (False, True), strict=False):
+                split.galleries[view].add(self._image(i, pair), pid, 0)
+            for caption in row["captions"]:
+                split.add_caption(caption, pid, 0)
         if not split.captions:
             raise UserError(f"{self.path}: no {self.rows[indices[0]]['split']} entry has a caption")
         return split

@@ -25,22 +25,42 @@ class TrainSample:
 
 
 @dataclass
+class Gallery:
+    """Images of one view, each with its identity and its source: parallel lists."""
+
+    images: list[Image] = field(default_factory=list)
+    pids: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)  # indices into the split's `sources`
+
+    def add(self, image: Image, pid: int, source: int) -> None:
+        self.images.append(image)
+        self.pids.append(pid)
+        self.sources.append(source)
+
+
+@dataclass
 class Split:
     """Captions (queries) and images (gallery) of a val or test set.
 
-    Parallel lists: `caption_pids[i]` and `caption_sources[i]` belong to `captions[i]`;
-    `image_pids[j]`, `image_sources[j]`, `images[j]` and `pairs[j]` to image j. `pairs` is empty
-    for data sets of one view. Sources are indices into `sources`.
+    `caption_pids[i]` and `caption_sources[i]` belong to `captions[i]`. Every view has a gallery of
+    its own, of any length. Sources are indices into `sources`.
     """
 
     sources: list[str]
+    galleries: dict[str, Gallery]  # by view, in the order of `Data.views`
     captions: list[str] = field(default_factory=list)
     caption_pids: list[int] = field(default_factory=list)
     caption_sources: list[int] = field(default_factory=list)
-    images: list[Image] = field(default_factory=list)
-    pairs: list[Image] = field(default_factory=list)
-    image_pids: list[int] = field(default_factory=list)
-    image_sources: list[int] = field(default_factory=list)
+
+    def add_caption(self, caption: str, pid: int, source: int) -> None:
+        self.captions.append(caption)
+        self.caption_pids.append(pid)
+        self.caption_sources.append(source)
+
+    @property
+    def image_pids(self) -> list[int]:
+        """Identities of the images of all views."""
+        return [pid for gallery in self.galleries.values() for pid in gallery.pids]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.files import ImageFolder, checked_caption, checked_pid, read_json
-from datasets.records import Data, Image, Split, TrainSample
+from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.errors import UserError
 
 # Name and number of classes, in the order of the labels in attrs.json.
@@ -43,6 +43,7 @@ SOURCES = (
     ),
     Source("G2APS-AG", "g2aps_{}.json", lambda folder, file: f"{folder}/{file}"[-22:]),
 )
+VIEWS = ("aerial", "ground")
 SPLIT_LISTS = ("image_pids", "img_paths", "pair_img_paths", "caption_pids", "captions")
 
 
@@ -64,7 +65,10 @@ def read_tbagpr(
     labels = _read_attributes(root / "attrs.json") if attributes else None
     reader = _Reader(root, labels)
     train: list[TrainSample] = []
-    splits = {split: Split([s.folder for s in sources]) for split in ("val", "test")}
+    splits = {
+        split: Split([s.folder for s in sources], {view: Gallery() for view in VIEWS})
+        for split in ("val", "test")
+    }
     for index, source in enumerate(sources):
         offset = 1 + max((s.pid for s in train), default=-1)
         train += reader.train(source, offset)
@@ -75,7 +79,7 @@ def read_tbagpr(
         train = _vote_train(train)
         for joined in splits.values():
             _vote_split(joined)
-    return Data(name, train, splits, dict(ATTRIBUTES) if attributes else {})
+    return Data(name, train, splits, dict(ATTRIBUTES) if attributes else {}, VIEWS)
 
 
 def one_view(data: Data, views: str) -> Data:
@@ -91,17 +95,17 @@ def one_view(data: Data, views: str) -> Data:
         [replace(s, pair=None) for s in data.train],
         [replace(s, image=s.pair, pair=None) for s in data.train],
     )
-    splits = {
-        name: replace(
-            split,
-            images=chosen(split.images, split.pairs),
-            pairs=[],
-            image_pids=chosen(split.image_pids, split.image_pids),
-            image_sources=chosen(split.image_sources, split.image_sources),
+    shown = chosen(VIEWS[:1], VIEWS[1:])
+    view = " + ".join(shown)
+    splits = {}
+    for name, split in data.splits.items():
+        galleries = [split.galleries[one] for one in shown]
+        joined = Gallery(
+            [image for g in galleries for image in g.images],
+            [pid for g in galleries for pid in g.pids],
+            [source for g in galleries for source in g.sources],
         )
-        for name, split in data.splits.items()
-    }
-    view = {"a": "aerial", "g": "ground", "ag": "aerial + ground"}[views]
+        splits[name] = replace(split, galleries={view: joined})
     return replace(data, train=train, splits=splits, views=(view,))
 
 
@@ -172,16 +176,14 @@ class _Reader:
         rows = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
         for i, (pid, image, pair) in enumerate(rows):
             entry = f"{where}, image {i}"
-            joined.image_pids.append(offset + checked_pid(pid, entry))
-            joined.images.append(self._image(source, image, entry))
-            joined.pairs.append(self._image(source, pair, entry))
-            joined.image_sources.append(index)
+            checked = offset + checked_pid(pid, entry)
+            for view, path in zip(VIEWS, (image, pair), strict=True):
+                joined.galleries[view].add(self._image(source, path, entry), checked, index)
         rows = zip(lists["caption_pids"], lists["captions"], strict=True)
         for i, (pid, caption) in enumerate(rows):
             entry = f"{where}, caption {i}"
-            joined.caption_pids.append(offset + checked_pid(pid, entry))
-            joined.captions.append(checked_caption(caption, entry))
-            joined.caption_sources.append(index)
+            checked = offset + checked_pid(pid, entry)
+            joined.add_caption(checked_caption(caption, entry), checked, index)
 
     def _image(self, source: Source, path: Any, entry: str) -> Image:
         if not (
@@ -216,17 +218,13 @@ def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
 
 
 def _vote_split(split: Split) -> None:
-    pids = split.image_pids
-    views = [
-        (pid, image.attributes)
-        for images in (split.images, split.pairs)
-        for pid, image in zip(pids, images, strict=True)
-    ]
-    voted = vote(views)
-    for images in (split.images, split.pairs):
-        images[:] = [
+    galleries = split.galleries.values()
+    labels = [image.attributes for gallery in galleries for image in gallery.images]
+    voted = vote(list(zip(split.image_pids, labels, strict=True)))
+    for gallery in galleries:
+        gallery.images = [
             Image(image.path, voted[pid] + image.attributes[VOTED:])
-            for pid, image in zip(pids, images, strict=True)
+            for pid, image in zip(gallery.pids, gallery.images, strict=True)
         ]
 
 

@@ -54,8 +54,8 @@ class Evaluator:
         self.world = world
         self.name = split
         self.attribute_names = data.attribute_names
-        images = dict(zip(data.views, (self.split.images, self.split.pairs), strict=False))
-        self.images = {view: images[view] for view in views or data.views}
+        self.views = {view: self.split.galleries[view] for view in views or data.views}
+        self.images = {view: gallery.images for view, gallery in self.views.items()}
         self.loaders = {
             view: image_loader(x, args, device, world) for view, x in self.images.items()
         }
@@ -136,28 +136,28 @@ class Evaluator:
         Each view, all views together, and the first view of each source with that source's
         captions. A gallery in which no caption has a match is left out, unless it is the first.
         """
-        split = self.split
-        lists = (
-            split.caption_pids, split.image_pids, split.caption_sources, split.image_sources
-        )  # fmt: skip
-        caption_pids, image_pids, from_q, from_g = (
-            torch.tensor(values, device=features.captions.device) for values in lists
+        split, captions = self.split, features.captions
+        caption_pids, from_q = (
+            torch.tensor(values, device=captions.device)
+            for values in (split.caption_pids, split.caption_sources)
         )
+        image_pids = {
+            v: torch.tensor(g.pids, device=captions.device) for v, g in self.views.items()
+        }
         sets = {
-            view: (features.captions, images, caption_pids, image_pids)
+            view: (captions, images, caption_pids, image_pids[view])
             for view, images in features.views.items()
         }
-        count = len(features.views)
-        if count > 1:
-            together = torch.cat(list(features.views.values()))
-            name = " + ".join(features.views)
-            sets[name] = (features.captions, together, caption_pids, image_pids.repeat(count))
+        if len(sets) > 1:
+            together, pids = (torch.cat(list(x.values())) for x in (features.views, image_pids))
+            sets[" + ".join(features.views)] = (captions, together, caption_pids, pids)
         if len(split.sources) > 1:
-            view, images = next(iter(features.views.items()))
+            view, gallery = next(iter(self.views.items()))
+            from_g = torch.tensor(gallery.sources, device=captions.device)
             for i, source in enumerate(split.sources):
                 q, g = from_q == i, from_g == i
                 sets[f"{view}, {source}"] = (
-                    features.captions[q], images[g], caption_pids[q], image_pids[g]
+                    captions[q], features.views[view][g], caption_pids[q], image_pids[view][g]
                 )  # fmt: skip
         return {
             name: rank(*tensors)

@@ -26,7 +26,7 @@ def describe(
 ) -> None:
     """Log the data, the protocol, and what the run is made of."""
     sizes = "; ".join(
-        f"{e.name}: {len(e.split.captions)} captions, {len(e.split.images)} images"
+        f"{e.name}: {len(e.split.captions)} captions, {sum(map(len, e.images.values()))} images"
         for e in evaluators
     )
     log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples; {sizes}")

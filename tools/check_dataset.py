@@ -99,7 +99,7 @@ def parts_of(data: Data) -> dict[str, Part]:
     for name, split in data.splits.items():
         found = zip(split.captions, split.caption_pids, strict=True)
         captions = [Caption(t, p, f"{name}, caption {i}") for i, (t, p) in enumerate(found)]
-        views = dict(zip(data.views, (split.images, split.pairs), strict=False))
+        views = {view: gallery.images for view, gallery in split.galleries.items()}
         parts[name] = Part(
             captions,
             [image for images in views.values() for image in images],

@@ -223,15 +223,16 @@ def sheets(run: Run, given: argparse.Namespace) -> str:
     model = build_evaluation_model(args, load_checkpoint(path)["model"], str(path)).to(device)
     evaluator = Evaluator(read_dataset(args), "test", args, device)
     features, split = evaluator.encode(model), evaluator.split
-    views = {view: (f, evaluator.images[view]) for view, f in features.views.items()}
+    views = {
+        view: (features.views[view], gallery.images, gallery.pids)
+        for view, gallery in evaluator.views.items()
+    }
     if len(views) > 1:
-        everything = [torch.cat([f for f, _ in views.values()]),
-                      [image for _, images in views.values() for image in images]]  # fmt: skip
-        views[" + ".join(views)] = tuple(everything)
+        every, images, pids = zip(*views.values(), strict=True)
+        views[" + ".join(views)] = (torch.cat(every), sum(images, []), sum(pids, []))
     caption_pids = torch.tensor(split.caption_pids)
     parts = []
-    for name, (image_GD, images) in views.items():
-        gallery_pids = torch.tensor(split.image_pids).repeat(len(images) // len(split.image_pids))
+    for name, (image_GD, images, gallery_pids) in views.items():
         similarity = F.normalize(features.captions, dim=1) @ F.normalize(image_GD, dim=1).T
         best_QK = similarity.topk(min(10, len(images)), dim=1).indices.cpu()
         ranked = read_queries(run.folder / "test_queries.npz", "test", name)

@@ -4,8 +4,10 @@ Shapes: Q queries, G gallery items, M the most matches that any query of a chunk
 
 What is counted
 - A match is a gallery item of the query's identity; its rank counts from 1.
-- Ties: of equal similarities the matches are ranked last. So the figures do not depend on the
-  order of the gallery, and a model that gives every item the same score gets the worst figure.
+- Ties: similarities within TIE of each other count as equal, and of equals the matches are ranked
+  last. So a picture that is there twice has one rank wherever it stands, and a model that gives
+  every item the same score gets the worst figure. (Without TIE they would not: kernels round a
+  row's last bits by its position in a batch.)
 - A query whose identity the gallery lacks has no rank; it is left out of every mean and counted
   in `Retrieval.unmatched`.
 """
@@ -22,6 +24,7 @@ from utils.errors import UserError
 
 CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
 FIGURES = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
+TIE = 1e-6  # some ten times what float32 rounds a cosine by, and far below what separates people
 COUNTED = 64  # matches per query up to which counting is faster than sorting
 
 
@@ -74,8 +77,17 @@ def rank(
 
     Features need no normalisation. Queries go `chunk` at a time; left out, so many that their
     similarities fill CHUNK_BYTES, which bounds the memory at any size of the gallery. Raises
-    UserError for features that are not finite.
+    UserError for features that are not finite, and ValueError for shapes that do not fit.
     """
+    for name, features, pids in (
+        ("query", query_QD, query_pids_Q),
+        ("gallery", gallery_GD, gallery_pids_G),
+    ):
+        if features.dim() != 2 or pids.shape != features.shape[:1]:
+            raise ValueError(
+                f"{name}: features {list(features.shape)} and identities {list(pids.shape)}; "
+                "expected [N, D] and [N]"
+            )
     for name, features in (("query", query_QD), ("gallery", gallery_GD)):
         if not torch.isfinite(features).all():
             raise UserError(
@@ -120,8 +132,9 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     match_QM = similarity_QG.new_full((len(count_Q), most), -torch.inf)
     match_QM[row_X, nth_X] = similarity_QG[row_X, order_G[start_Q[row_X] + nth_X]]
     match_QM = match_QM.sort(dim=1, descending=True).values
-    not_below_QM = _not_below(similarity_QG, match_QM)
-    matches_not_below_QM = most - torch.searchsorted(match_QM.flip(1).contiguous(), match_QM)
+    tied_QM = match_QM - TIE
+    not_below_QM = _not_below(similarity_QG, tied_QM)
+    matches_not_below_QM = most - torch.searchsorted(match_QM.flip(1).contiguous(), tied_QM)
     nth_M = torch.arange(1, most + 1, device=match_QM.device)
     rank_QM = (not_below_QM - matches_not_below_QM + nth_M).double()
     real_QM = nth_M[None, :] <= count_Q[:, None]
@@ -132,23 +145,23 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     return rows_Q3.cpu()
 
 
-def _not_below(similarity_QG: Tensor, match_QM: Tensor) -> Tensor:
-    """How many of a query's similarities are at least each of its matches', [Q, M].
+def _not_below(similarity_QG: Tensor, least_QM: Tensor) -> Tensor:
+    """How many of a query's similarities are at least each of the M given, [Q, M].
 
     Ranks of the matches are all that the metrics need. Counting takes one pass over the
     similarities per match; sorting them takes as long as some COUNTED passes.
     """
     queries, gallery = similarity_QG.shape
-    if match_QM.shape[1] > COUNTED:
+    if least_QM.shape[1] > COUNTED:
         ascending_QG = similarity_QG.sort(dim=1).values
-        return gallery - torch.searchsorted(ascending_QG, match_QM)
+        return gallery - torch.searchsorted(ascending_QG, least_QM)
     # Bytes of 0 and 1 are added eight at a time, as integers: up to 255 of them cannot carry into
     # the next byte. This is a hundred times faster on a CPU than summing booleans.
     padded = -(-gallery // (8 * 255)) * 8 * 255
     above = torch.zeros((queries, padded), dtype=torch.bool, device=similarity_QG.device)
     columns = []
-    for match_Q in match_QM.unbind(1):
-        torch.ge(similarity_QG, match_Q[:, None], out=above[:, :gallery])
+    for least_Q in least_QM.unbind(1):
+        torch.ge(similarity_QG, least_Q[:, None], out=above[:, :gallery])
         eights = above.view(torch.int64).view(queries, -1, 255).sum(dim=2)
         columns.append(eights.view(torch.uint8).sum(dim=1))
     return torch.stack(columns, dim=1)

@@ -156,9 +156,9 @@ def test_identity_sampler_with_too_few_identities_is_refused(mini_root):
 def test_evaluation_loaders_keep_the_order(mini_root):
     args = options(test_batch_size=5)
     split = read("AGData", mini_root).splits["test"]
-    images = torch.cat(list(image_loader(split.images, args, CPU)))
-    assert len(images) == len(split.images)
-    single = next(iter(image_loader(split.images[7:8], args, CPU)))[0]
+    images = torch.cat(list(image_loader(split.galleries["aerial"].images, args, CPU)))
+    assert len(images) == len(split.galleries["aerial"].images)
+    single = next(iter(image_loader(split.galleries["aerial"].images[7:8], args, CPU)))[0]
     assert torch.equal(images[7], single)
     rows = [row for batch in caption_batches(split.captions, args) for row in batch]
     for row, caption in zip(rows, split.captions, strict=True):

@@ -43,9 +43,11 @@ def test_a_benchmark_is_read_whole(name, rendered):
     test = [e for e in entries if e["split"] == "test"]
     split = data.splits["test"]
     assert split.captions == [c for e in test for c in e["captions"]]
-    assert [i.path.split("/imgs/")[1] for i in split.images] == [e[key] for e in test]
+    assert [i.path.split("/imgs/")[1] for i in split.galleries["ground"].images] == [
+        e[key] for e in test
+    ]
     numbers = {pid: n for n, pid in enumerate(sorted({e["id"] for e in test}))}
-    assert split.image_pids == [numbers[e["id"]] for e in test]
+    assert split.galleries["ground"].pids == [numbers[e["id"]] for e in test]
     assert split.caption_pids == [numbers[e["id"]] for e in test for _ in e["captions"]]
 
 
@@ -73,7 +75,8 @@ def test_a_data_set_of_ones_own_has_pairs_and_attributes(rendered):
     for image, key in ((sample.image, "attributes"), (sample.pair, "pair_attributes")):
         named = {a.name: a.classes[v] for a, v in zip(ATTRIBUTES, image.attributes, strict=True)}
         assert named == entry[key]
-    assert len(data.splits["test"].pairs) == len(data.splits["test"].images) == 12
+    galleries = data.splits["test"].galleries
+    assert {view: len(g.images) for view, g in galleries.items()} == {"image": 12, "pair image": 12}
 
 
 def test_the_example_in_the_documentation_is_as_the_reader_wants_it(tmp_path):
@@ -140,9 +143,11 @@ def test_single_images_of_tbagpr_are_samples_of_their_own(views, aerial, ground,
     assert [s.image for s in data.train] == pictures and not data.has_pairs
     assert {s.caption for s in data.train} == {s.caption for s in both.train}
     whole, split = both.splits["test"], data.splits["test"]
-    assert split.images == [*whole.images * aerial, *whole.pairs * ground]
-    assert split.image_pids == whole.image_pids * (aerial + ground)
-    assert split.captions == whole.captions and len(split.image_sources) == len(split.images)
+    (gallery,) = split.galleries.values()
+    one, two = whole.galleries.values()
+    assert gallery.images == [*one.images * aerial, *two.images * ground]
+    assert gallery.pids == [*one.pids * aerial, *two.pids * ground]
+    assert split.captions == whole.captions and len(gallery.sources) == len(gallery.images)
 
 
 def test_one_source_of_tbagpr_stands_alone(mini_root, mini_copy):

@@ -34,7 +34,9 @@ def test_sources_are_joined_and_identities_shifted(mini_root):
     test = data.splits["test"]
     assert len(set(test.image_pids)) == 6 and test.sources == ["AG-ReID", "G2APS-AG"]
     assert set(test.caption_pids) <= set(test.image_pids)
-    sources = dict(zip(test.image_pids, test.image_sources, strict=True))
+    sources = dict(
+        zip(test.galleries["aerial"].pids, test.galleries["aerial"].sources, strict=True)
+    )
     assert all(
         sources[p] == s for p, s in zip(test.caption_pids, test.caption_sources, strict=True)
     )

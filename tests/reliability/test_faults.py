@@ -292,7 +292,7 @@ def test_a_loader_process_that_dies_in_an_evaluation_names_the_image_it_read(
     mini_root, tmp_path, monkeypatch
 ):
     load = datasets.image_cache.load_image
-    victim = read("AGDataAttr", mini_root).splits["test"].images[3].path
+    victim = read("AGDataAttr", mini_root).splits["test"].galleries["aerial"].images[3].path
 
     def deadly(path, *args):
         if path == victim:

@@ -196,10 +196,12 @@ def check(data, root: Path) -> None:
                 assert 0 <= value < count
         assert sample.caption.strip()
     for split in data.splits.values():
-        assert len(split.images) == len(split.image_pids) and split.captions
-        assert len(split.captions) == len(split.caption_pids)
+        for gallery in split.galleries.values():
+            assert len(gallery.images) == len(gallery.pids) == len(gallery.sources)
+        assert len(split.captions) == len(split.caption_pids) > 0
         torch.tensor(split.caption_pids + split.image_pids)  # fit into 64 bits
-        assert all(os.path.isfile(image.path) for image in split.images)
+        images = [image for gallery in split.galleries.values() for image in gallery.images]
+        assert all(os.path.isfile(image.path) for image in images)
 
 
 @pytest.mark.parametrize(

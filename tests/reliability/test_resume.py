@@ -376,7 +376,7 @@ def test_signals_that_are_ignored_stay_so():
 def test_an_error_between_steps_saves_what_was_done(mini_copy, tmp_path, monkeypatch, unbroken):
     """An image that is damaged for a while: the run goes on from where it met it."""
     words = flags(mini_copy, tmp_path, save_period="10min", num_workers=1)
-    image = Path(read("AGDataAttr", mini_copy).splits["test"].images[2].path)
+    image = Path(read("AGDataAttr", mini_copy).splits["test"].galleries["aerial"].images[2].path)
     data = image.read_bytes()
     image.write_bytes(data[:400])
     with pytest.raises(UserError, match=r"^/.*\(saved at epoch 1, step 4; go on with: python "):

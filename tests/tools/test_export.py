@@ -47,7 +47,7 @@ def test_an_export_has_the_familys_names_and_evaluates_the_same(
     for file in (config, out / "configs.yaml"):
         args, path, _ = parse_test_options(["--config_file", str(file), "--num_workers", "0"])
         model = build_evaluation_model(args, load_checkpoint(path)["model"], str(path)).eval()
-        images = read("AGData", mini_root).splits["test"].images
+        images = read("AGData", mini_root).splits["test"].galleries["aerial"].images
         with torch.no_grad():
             features.append(model.encode_image(normalise(next(iter(image_loader(images, args, torch.device("cpu")))))))  # fmt: skip
     assert torch.equal(*features)
