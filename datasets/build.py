@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -25,15 +24,13 @@ from datasets.pedes import PEDES, read_custom, read_pedes
 from datasets.records import Data, Image, TrainSample
 from datasets.samplers import IdentitySampler, Key, RandomSampler, evaluation_batches
 from datasets.tbagpr import SOURCES, one_view, read_tbagpr
+from datasets.text import TextAugmentation, augmentation_of, tokenize, trim
 from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, BrokenImage, train_transform
 from utils.attributes import read_attributes
 from utils.devices import cores
 from utils.distributed import ALONE, World
 from utils.errors import UserError, suggest
 from utils.interrupt import serve_training
-
-MASK_ID = 49405  # stands for the mask; CLIP's vocabulary has the rare word "jekyll" there
-MASK_RATE = 0.15
 
 
 @dataclass(frozen=True)
@@ -118,51 +115,21 @@ def datasets_table() -> str:
     return "\n".join(lines)
 
 
-def tokenize(captions: Sequence[str], length: int) -> Tensor:
-    """CLIP token ids [captions, length] int32, zeros behind the end; a longer caption keeps its
-    first `length - 1` tokens and the end token."""
-    return open_clip.tokenize(list(captions), context_length=length).int()
-
-
-def trim(ids_BL: Tensor) -> Tensor:
-    """Cut the columns in which every caption has ended (0 is padding)."""
-    return ids_BL[:, : int((ids_BL != 0).any(dim=0).sum())].long()
-
-
-def mask_tokens(
-    ids_L: Tensor, generator: torch.Generator, mask_rate: float = 0.8, keep_rate: float = 0.1
-) -> tuple[Tensor, Tensor]:
-    """Masked ids and labels [L] of a caption, BERT's way (IRRA).
-
-    Each word is chosen with probability 0.15, at least one always. Of the chosen, `mask_rate`
-    become the mask, `keep_rate` stay, the others become a random id. Labels are the true ids of
-    the chosen and 0 elsewhere. Start, end and padding are never chosen.
-    """
-    word_L = (ids_L > 0) & (ids_L < MASK_ID)
-    chance_L, fate_L = torch.rand((2, len(ids_L)), generator=generator)
-    chosen_L = word_L & (chance_L < MASK_RATE)
-    if not chosen_L.any():
-        chosen_L[chance_L.masked_fill(~word_L, 2).argmin()] = True
-        chosen_L &= word_L  # a caption without a word has none to mask
-    random_L = torch.randint(1, MASK_ID, (len(ids_L),), generator=generator).to(ids_L.dtype)
-    masked_L = torch.where(fate_L < mask_rate, MASK_ID, random_L)
-    masked_L = torch.where(fate_L >= 1 - keep_rate, ids_L, masked_L)
-    return torch.where(chosen_L, masked_L, ids_L), torch.where(chosen_L, ids_L, 0)
-
-
 class TrainDataset(Dataset):
     """Samples by `Key`; a batch of them is a dict of tensors:
 
     `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `draws` (and `pair_draws`)
     [B, K] uniform numbers for their augmentation, `pids` [B], `index` [B] of the samples,
-    `caption_ids` [B, L]; with attributes `attributes` and `pair_attributes` [B, A]; with masking
-    `masked_ids` and `masked_labels` [B, L] and `masked_at` [X], where the X labels stand in the
-    flattened captions. L is the longest caption of the batch, for masked ones `text_length`.
-    `skipped`, if there, is a list of messages on samples that were replaced.
+    `caption_ids` [B, L], augmented; with attributes `attributes` and `pair_attributes` [B, A]; for
+    the loss `mlm` `masked_labels` [B, L], `masked_at` [X], where the X labels stand in the
+    flattened captions, and `masked_ids` [B, L], unless `caption_ids` are the masked ones. L is the
+    longest caption of the batch, of masked ones for `mlm` `text_length`. `skipped`, if there, is a
+    list of messages on samples that were replaced.
 
     Args:
         images: the samples' images; with two views those of all pairs follow.
         draws: uniform numbers per image.
+        augment: what captions go through; None leaves them whole.
         skip: replace a sample whose image is broken by the next of the epoch.
     """
 
@@ -172,10 +139,11 @@ class TrainDataset(Dataset):
         images: ImageFiles,
         draws: int = DRAWS_PLAIN,
         text_length: int = 77,
-        masking: tuple[float, float] | None = None,
+        augment: TextAugmentation | None = None,
         skip: bool = False,
     ) -> None:
-        self.samples, self.images, self.draws, self.masking = samples, images, draws, masking
+        self.samples, self.images, self.draws = samples, images, draws
+        self.augment = augment or TextAugmentation()
         self.skip = skip
         self.caption_ids = tokenize(
             [s.caption for s in samples], text_length
@@ -205,7 +173,7 @@ class TrainDataset(Dataset):
     def _item(self, index: int, seed: int) -> dict[str, Tensor | int]:
         sample, ids = self.samples[index], self.caption_ids[index]
         generator = torch.Generator().manual_seed(seed)
-        item = {"index": index, "pids": sample.pid, "caption_ids": ids}
+        item = {"index": index, "pids": sample.pid}
         item["images"] = self.images[index]
         item["draws"] = torch.rand(self.draws, generator=generator)
         if sample.pair is not None:
@@ -215,23 +183,23 @@ class TrainDataset(Dataset):
             item["attributes"] = torch.tensor(sample.image.attributes)
             if sample.pair is not None:
                 item["pair_attributes"] = torch.tensor(sample.pair.attributes)
-        if self.masking is not None:
-            item["masked_ids"], item["masked_labels"] = mask_tokens(ids, generator, *self.masking)
-        return item
+        return item | self.augment(ids, generator)
 
     @staticmethod
     def collate(items: list[dict]) -> dict[str, Tensor]:
         """Stack the samples and cut the captions to the longest.
 
-        Masked captions keep their padding: in the original's cross-modal transformer words attend
+        Those of `mlm` keep their padding: in the original's cross-modal transformer words attend
         to it, so without it a sample's loss would depend on the other captions of its batch.
         """
         skipped = [message for item in items for message in item.pop("skipped", ())]
         batch = default_collate(items)
         if skipped:
             batch["skipped"] = skipped
-        batch["caption_ids"] = trim(batch["caption_ids"])
-        for name in ("masked_ids", "masked_labels"):
+        shared = "masked_labels" in batch and "masked_ids" not in batch
+        if not shared:
+            batch["caption_ids"] = trim(batch["caption_ids"])
+        for name in ("caption_ids", "masked_ids", "masked_labels"):
             if name in batch:
                 batch[name] = batch[name].long()
         if "masked_labels" in batch:  # here, because finding them on a GPU would wait for it
@@ -292,13 +260,13 @@ def train_loader(
 ) -> DataLoader:
     """Batches of the training set, of several processes this one's shares of them; `generator`
     decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`."""
-    masking = (args.masked_token_rate, args.masked_token_unchanged_rate) if args.MLM else None
     shown = [(s.image, s.entry) for s in data.train]
     shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
     skip = args.on_bad_image == "skip"
     images = _image_files([x for x, _ in shown], args, world, [e for _, e in shown], skip)
     draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
-    dataset = TrainDataset(data.train, images, draws, args.text_length, masking, skip)
+    augment = augmentation_of(args)
+    dataset = TrainDataset(data.train, images, draws, args.text_length, augment, skip)
     epochs = (args.batch_size, generator, world)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]

@@ -105,7 +105,8 @@ class AEAFIRM(nn.Module):
 
         batch: `images` [B, 3, H, W] and `caption_ids` [B, L], `pids` [B]; with two views
         `pair_images`; for `match2` `attributes` and `pair_attributes` [B, A]; for `mlm`
-        `masked_ids` and `masked_labels` [B, L] and `masked_at` [X], where labels are in B * L.
+        `masked_labels` [B, L] and `masked_at` [X], where labels are in B * L, and `masked_ids`
+        [B, L], unless `caption_ids` are the masked ones.
         """
         return self.losses(self.encode(batch, sentences=True), batch)
 
@@ -124,13 +125,15 @@ class AEAFIRM(nn.Module):
         if masked:
             encoded["tokens"] = torch.cat(tokens_VND.split(count), dim=1)
         ids = {"text": batch["caption_ids"]}
-        if masked:
+        if masked and "masked_ids" in batch:
             ids["masked"] = batch["masked_ids"]
         if sentences and "match2" in self.loss_names:
             ids["sentences"] = self.sentences.ids
         for name, rows in zip(ids, self.base_model.embed_tokens(*ids.values()), strict=True):
             pooled, tokens = self.base_model.encode_captions(ids[name], rows)
             encoded[name] = tokens if name == "masked" else pooled
+            if masked and name == "text" and "masked" not in ids:  # one encoding for all losses
+                encoded["masked"] = tokens
         return encoded
 
     def encode_sentences(self) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ def golden_batch(step: int = 0, two_views: bool = True) -> dict[str, torch.Tenso
     """Batch of a step, with masked captions."""
     saved = golden()["batches"][step]
     ids = torch.tensor(saved["caption_ids"])
+    ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))  # in `mlm` padding takes part
     masked, labels = ids.clone(), torch.zeros_like(ids)
     labels[:, [2, 4]], masked[:, [2, 4]] = ids[:, [2, 4]], 49405
     batch = {

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from prettytable import PrettyTable
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.build import read_dataset, to_device, tokenize, train_loader, trim
+from datasets.build import TrainDataset, read_dataset, to_device, train_loader
+from datasets.text import augmentation_of, tokenize, trim
 from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN
 from model.backbone import parse_choice, sizes_of_name
 from model.build import AEAFIRM, build_training_model
@@ -96,12 +97,12 @@ def made_up_batch(
 ) -> dict[str, torch.Tensor]:
     """A training batch, of two views unless `pairs` is off; `pad` leaves captions uncut."""
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
-    ids = tokenize(captions(size), args.text_length).long()
+    ids, augment = tokenize(captions(size), args.text_length), augmentation_of(args)
     draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
-    batch = {"pids": torch.arange(size) // 2, "caption_ids": ids if pad else trim(ids)}
-    batch["masked_ids"] = ids
-    batch["masked_labels"] = torch.where(torch.arange(ids.shape[1]) % 7 == 3, ids, 0)
-    batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
+    batch = TrainDataset.collate([augment(row, generator) for row in ids])
+    batch["pids"] = torch.arange(size) // 2
+    if pad:
+        batch["caption_ids"] = ids.long()
     classes = torch.tensor([2, 3, 2, 3, 3, 3, 2])
     for view in ("", "pair_") if pairs else ("",):
         shape = (size, 3, *args.img_size)

@@ -211,7 +211,22 @@ GROUPS: dict[str, list[Option]] = {
         _o("num_instance", int, 4, "samples per identity for --sampler identity", least=1),
         _o("batch_size", int, 128, "samples per training step, of all GPUs together", least=2),
         _o("test_batch_size", int, 512, "images or captions per evaluation step", least=1),
-        _o("MLM", bool, False, "make masked captions, which the loss mlm needs"),
+        _o(
+            "MLM",
+            bool,
+            False,
+            "mask words of the captions, as the paper's command does: every loss sees them masked, "
+            "and the loss mlm can guess them",
+        ),
+        _o(
+            "txt_aug",
+            str,
+            "auto",
+            "what captions go through in training: none; mask 15 % of the words; rde = mask, "
+            "replace or remove 20 % (RDE); delete 5 % (TBPS-CLIP); auto = mask with --MLM, else "
+            "none",
+            choices=("auto", "none", "mask", "rde", "delete"),
+        ),
         _o(
             "masked_token_rate",
             float,
@@ -370,6 +385,7 @@ _TupleLoader.add_constructor(
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
     """Fill in the defaults and check the options against each other. Raises UserError."""
     args = argparse.Namespace(**{o.name: values.get(o.name, o.default) for o in OPTIONS.values()})
+    args.loss_names = "".join(args.loss_names.split())
     if args.pretrain_choice != "scratch":
         for name in SCRATCH_ONLY:
             if getattr(args, name) != OPTIONS[name].default:
@@ -394,6 +410,11 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     check(
         args.masked_token_rate + args.masked_token_unchanged_rate <= 1,
         "--masked_token_rate and --masked_token_unchanged_rate exceed 1 together",
+    )
+    check(
+        not args.MLM or args.txt_aug in ("auto", "mask") or "mlm" in args.loss_names.split("+"),
+        f"--MLM --txt_aug {args.txt_aug}: without the loss mlm no masked caption is used; leave "
+        "--MLM out",
     )
     if args.sampler == "identity":
         check(

@@ -5,71 +5,25 @@ import pytest
 import torch
 
 from datasets.build import (
-    MASK_ID,
     TrainDataset,
     caption_batches,
     image_loader,
-    mask_tokens,
     on_device,
     to_device,
-    tokenize,
     train_loader,
-    trim,
 )
 from datasets.image_cache import ImageFiles
 from datasets.samplers import IdentitySampler, RandomSampler
+from datasets.text import tokenize
 from datasets.transforms import load_image
-from tests.helpers import golden, options, read
+from tests.helpers import options, read
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", golden()["tokenizer"], ids=lambda case: case["text"][:20])
-def test_tokens_equal_the_original(case):
-    ids = tokenize([case["text"]], 77)[0]
-    assert ids[: len(case["ids"])].tolist() == case["ids"]
-    assert (ids[len(case["ids"]) :] == 0).all()
-
-
-def test_a_long_caption_keeps_its_start_and_the_end_token():
-    ids = tokenize(["man " * 200], 20)[0].tolist()
-    assert len(ids) == 20 and ids[0] == 49406 and ids[-1] == 49407 and len(set(ids[1:-1])) == 1
-
-
-def test_trimming_cuts_only_padding():
-    ids = tokenize(["a man", "a man with a bag"], 77)
-    assert trim(ids).tolist() == ids[:, :7].tolist() and (ids[:, 7:] == 0).all()
-
-
-def test_masking_chooses_words_alone_and_always_one():
-    ids = tokenize(["a woman in a red coat carrying a black backpack"], 77)[0]
-    words = (ids > 0) & (ids < MASK_ID)
-    counts = collections.Counter()
-    for seed in range(400):
-        masked, labels = mask_tokens(ids, torch.Generator().manual_seed(seed))
-        chosen = labels != 0
-        assert chosen.any() and not chosen[~words].any()
-        assert torch.equal(labels[chosen], ids[chosen])
-        assert torch.equal(masked[~chosen], ids[~chosen])
-        counts["chosen"] += int(chosen.sum())
-        counts["mask"] += int((masked[chosen] == MASK_ID).sum())
-        counts["kept"] += int((masked[chosen] == ids[chosen]).sum())
-    assert counts["chosen"] / (400 * int(words.sum())) == pytest.approx(0.17, abs=0.02)
-    assert counts["mask"] / counts["chosen"] == pytest.approx(0.8, abs=0.04)
-    assert counts["kept"] / counts["chosen"] == pytest.approx(0.1, abs=0.04)
-
-
-def test_masking_follows_its_rates():
-    ids = tokenize(["a woman in a red coat"], 77)[0]
-    masked, labels = mask_tokens(ids, torch.Generator().manual_seed(0), 0.0, 1.0)
-    assert torch.equal(masked, ids) and (labels != 0).any()
-    masked, labels = mask_tokens(ids, torch.Generator().manual_seed(0), 1.0, 0.0)
-    assert (masked[labels != 0] == MASK_ID).all()
-
-
 def batches(root, seed=5, **more):
-    args = options(root_dir=str(root), img_aug=True, MLM=True, **more)
+    args = options(root_dir=str(root), img_aug=True, **{"loss_names": "sdm", **more})
     data = read("AGDataAttr", args.root_dir)
     return list(train_loader(data, args, torch.Generator().manual_seed(seed), CPU)), data
 
@@ -90,8 +44,31 @@ def test_a_batch_holds_what_its_samples_hold(mini_root):
             for view, image in (("", sample.image), ("pair_", sample.pair)):
                 assert torch.equal(batch[f"{view}images"][row], load_image(image.path, (96, 32)))
         assert (batch["draws"] != batch["pair_draws"]).all()  # views are augmented independently
-        assert batch["masked_ids"].shape == batch["masked_labels"].shape == (len(batch["pids"]), 77)
         assert (batch["caption_ids"] != 0).any(dim=0).all()  # no column of padding alone
+
+
+def test_with_mlm_every_loss_sees_the_masked_captions_that_mlm_guesses(mini_root):
+    """As in the original, whose masking works in place: the ids are one tensor, not two."""
+    whole = {int(i): row for b in batches(mini_root)[0] for i, row in zip(b["index"], b["caption_ids"], strict=True)}  # fmt: skip
+    shown, data = batches(mini_root, loss_names="sdm+mlm", MLM=True)
+    for batch in shown:
+        ids, labels = batch["caption_ids"], batch["masked_labels"]
+        assert "masked_ids" not in batch and ids.shape == labels.shape == (len(ids), 77)
+        assert torch.equal(batch["masked_at"], labels.flatten().nonzero()[:, 0])
+        for row, label, index in zip(ids, labels, batch["index"].tolist(), strict=True):
+            assert torch.equal(torch.where(label != 0, label, row), tokenize([data.train[index].caption], 77)[0])  # fmt: skip
+    # The same masks, cut to the longest caption, where mlm is not among the losses (the paper's recipe).
+    recipe, _ = batches(mini_root, loss_names="supkl", MLM=True)
+    for batch, with_mlm in zip(recipe, shown, strict=True):
+        length = batch["caption_ids"].shape[1]
+        assert (batch["caption_ids"] != 0).any(dim=0).all() and "masked_labels" not in batch
+        assert torch.equal(batch["caption_ids"], with_mlm["caption_ids"][:, :length])
+    # --txt_aug none: whole captions for the other losses, the same masks for mlm.
+    apart, _ = batches(mini_root, loss_names="sdm+mlm", MLM=True, txt_aug="none")
+    for batch, with_mlm in zip(apart, shown, strict=True):
+        assert torch.equal(batch["masked_ids"], with_mlm["caption_ids"])
+        for row, index in zip(batch["caption_ids"], batch["index"].tolist(), strict=True):
+            assert torch.equal(row[row != 0], whole[index][whole[index] != 0])
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_differ_by_seed(mini_root):

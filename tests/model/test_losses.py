@@ -67,6 +67,24 @@ def test_permuting_the_batch_changes_no_loss(name, clip_file):
     torch.testing.assert_close(straight, permuted, rtol=1e-4, atol=1e-5)
 
 
+def test_captions_that_all_losses_see_masked_are_encoded_once(clip_file, monkeypatch):
+    """The losses equal those of the same ids encoded twice, once for `mlm` alone."""
+    names = ["supkl", "mlm"]
+    net = build_model(options(pretrain_choice=str(clip_file), cmt_depth=1), names, 0).eval()
+    batch, calls = golden_batch(), []
+    twice = {**batch, "caption_ids": batch["masked_ids"]}
+    once = {name: value for name, value in twice.items() if name != "masked_ids"}
+    encode = net.base_model.encode_captions
+    monkeypatch.setattr(
+        net.base_model, "encode_captions", lambda ids, rows: calls.append(ids) or encode(ids, rows)
+    )
+    with torch.no_grad():
+        expected, found = net(twice), net(once)
+    assert len(calls) == 3 and torch.equal(calls[2], calls[1])
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 def test_cmpm_equals_its_definition_anchor_by_anchor():
     torch.manual_seed(0)
     a, b, pids = torch.randn(5, 8), torch.randn(5, 8), torch.tensor([0, 1, 0, 2, 1])
