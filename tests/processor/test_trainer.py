@@ -14,14 +14,18 @@ CPU = torch.device("cpu")
 RECIPES = ["supkl+queue+match2+dot", "supitc+queue+match2+cat+id", "sdm+id+mlm", "itc+cmpm"]
 
 
-def gradients(clip_file, names, batches=1, two_views=True, **more):
-    """Losses and gradients of the last of some batches, through the trainer's own step."""
+def gradients(clip_file, names, batches=1, two_views=True, shared=False, **more):
+    """Losses and gradients of the last of some batches, through the trainer's own step; `shared`:
+    all losses see the masked captions."""
     args = options(pretrain_choice=str(clip_file), loss_names=names, cmt_depth=1, **more)
     model = build_training_model(args, names.split("+"), num_classes=11003)
     trainer = Trainer(args, model, None, None, None, None, CPU, None, logging.getLogger("test"))
     for step in range(batches):
         model.zero_grad()
-        losses = trainer._backward(golden_batch(step, two_views))
+        batch = golden_batch(step, two_views)
+        if shared:
+            batch["caption_ids"] = batch.pop("masked_ids")
+        losses = trainer._backward(batch)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: v.detach() for n, v in losses.items()}, found, model.state_dict()
 
@@ -48,6 +52,11 @@ def test_a_batch_in_parts_gives_the_losses_and_gradients_of_the_whole(names, par
 def test_a_batch_of_one_view_in_parts_gives_the_gradients_of_the_whole(clip_file):
     plain = gradients(clip_file, "sdm+id+mlm", two_views=False)
     equal(plain, gradients(clip_file, "sdm+id+mlm", two_views=False, accum_steps=4))
+
+
+def test_captions_encoded_once_for_all_losses_in_parts_give_the_gradients_of_the_whole(clip_file):
+    plain = gradients(clip_file, "supkl+mlm", shared=True)
+    equal(plain, gradients(clip_file, "supkl+mlm", shared=True, accum_steps=2))
 
 
 def test_parts_of_a_batch_hold_every_sample_once_and_in_order():

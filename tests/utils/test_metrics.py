@@ -55,6 +55,35 @@ def test_random_cases_with_ties_equal_the_definition(seed):
     )
 
 
+def test_ties_that_rounding_has_parted_are_ties_in_any_order_and_any_chunk():
+    """The same picture twice, and features that have all collapsed: kernels round the last bits by
+    an item's position, which must not decide who is first."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(features):  # more than kernels do
+        return features + 4e-8 * torch.randn(features.shape, generator=generator)
+
+    query, pids = torch.nn.functional.normalize(torch.randn(24, 64, generator=generator), dim=1), torch.arange(24)  # fmt: skip
+    twice = torch.cat([query, query.roll(1, 0)])  # each picture twice: of its person, and another
+    gallery_pids = torch.cat([pids, pids])
+    collapsed = query[:1].expand(48, 64)
+    found = set()
+    for _ in range(6):
+        order = torch.randperm(48, generator=generator)
+        for chunk in (None, 1, 7):
+            for gallery, expected in ((twice, 0.0), (collapsed, 0.0)):
+                result = retrieval(query, rounded(gallery)[order], pids, gallery_pids[order], chunk)
+                found.add((expected, *result.percentages().values()))
+    assert len(found) == 2 and all(figures[1] == 0.0 for figures in found)
+
+
+@pytest.mark.parametrize(("queries", "images"), [(3, 20), (4, 16)])
+def test_lists_of_other_lengths_than_their_features_are_refused(queries, images):
+    features = torch.randn(4, 8), torch.randn(20, 8)
+    with pytest.raises(ValueError, match="expected .N, D. and .N."):
+        retrieval(*features, torch.zeros(queries), torch.zeros(images))
+
+
 def test_the_order_of_the_gallery_does_not_matter_even_with_ties():
     generator = torch.Generator().manual_seed(1)
     similarity = torch.randint(3, (10, 20), generator=generator).float()
