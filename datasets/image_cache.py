@@ -31,7 +31,7 @@ from utils.interrupt import serve_training
 
 MAX_WORKERS = 256
 ABANDONED = 3600  # seconds after which an unfinished cache that nobody writes to is deleted
-VERSION = 2  # raise it when the bytes made from the same image change
+VERSION = 3  # raise it when the bytes made from the same image change
 
 
 class ImageFiles(Dataset):
@@ -101,9 +101,11 @@ class ImageFiles(Dataset):
             try:
                 found = os.stat(path)
             except OSError as error:
-                raise UserError(f"{path} ({entry}): {error.strerror}") from None
+                where = f"{path} ({entry})".removesuffix(" ()")
+                raise UserError(f"{where}: {error.strerror}") from None
             absolute = os.path.abspath(path)
-            digest.update(f"\n{absolute}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+            digest.update(b"\n" + os.fsencode(absolute))
+            digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}".encode())
         return digest.hexdigest()[:16]
 
     def _distinct(self) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
@@ -31,6 +32,16 @@ ERASING_TRIES = 10  # for a rectangle that fits; after them the image stays whol
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 PILImage.MAX_IMAGE_PIXELS = None  # PIL warns, and refuses in words of its own; here is ours:
 MAX_PIXELS = 100_000_000  # a few times the largest camera's; more is a decompression bomb
+ORIENTATION, BITS, WHITE_IS = 274, 258, 262  # tags of EXIF and TIFF
+UPRIGHT = {  # what undoes each orientation of EXIF; from 5 on, width and height change places
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
 DRAWS_PLAIN = 1  # the flip
 DRAWS_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2  # flip; crop; erase?; rectangles; place
 
@@ -42,31 +53,66 @@ class BrokenImage(UserError):
 def read_image(
     path: str, entry: str = "", at_least: tuple[int, int] | None = None
 ) -> PILImage.Image:
-    """Decode an RGB image. Raises BrokenImage naming the file (and entry) if it cannot be read.
+    """Decode an RGB image and turn it upright, as EXIF says. Raises BrokenImage naming the file
+    (and entry) if it cannot be read.
 
     Args:
         at_least: height and width; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as
             long as it stays at least so large, which takes a fraction of the time.
     """
+    advice = "Replace the file" + (", or take its entry out of the JSON" if entry else "")
     try:
         with PILImage.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:  # before they are decoded
                 raise ValueError(f"{width}x{height} is over the limit of {MAX_PIXELS} pixels")
             if at_least is not None:
-                image.draft("RGB", at_least[::-1])
-            return image.convert("RGB")
+                image.draft("RGB", at_least if _orientation(image) >= 5 else at_least[::-1])
+            image.load()  # which turns a TIFF upright, and clears its orientation
+            turn = UPRIGHT.get(_orientation(image))
+            upright = to_rgb(image)
+            return upright if turn is None else upright.transpose(turn)
     except UnidentifiedImageError:
         error = f"it is none of {', '.join(FORMATS)}"
     except MemoryError:
         raise
     except Exception as reason:  # decoders of damaged files raise nearly anything
         error = f"{reason}" or type(reason).__name__
+        if isinstance(reason, OSError) and reason.errno:  # not the picture's fault
+            error, advice = reason.strerror, "Give this user access to it"
     where = f" ({entry})" if entry else ""
-    raise BrokenImage(
-        f"{path}{where}: the image cannot be read: {error}. Replace the file, or take its "
-        "entry out of the JSON."
-    ) from None
+    raise BrokenImage(f"{path}{where}: the image cannot be read: {error}. {advice}.") from None
+
+
+def _orientation(image: PILImage.Image) -> int:
+    """EXIF's, 1 to 8; 1, upright, if there is none or it is damaged, as viewers take it."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # as decoders do
+        return 1
+    return value if value in UPRIGHT else 1
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """8-bit RGB of a decoded image of any mode. Transparency is dropped, as in the original: the
+    colours that stand in the file count. Raises ValueError for grey values of unknown scale.
+
+    Grey of 16 bits (12 in some TIFFs) is scaled by its depth; PIL's own conversion would clip it.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        tags = getattr(image, "tag_v2", {})  # a TIFF's
+        white = 2 ** tags.get(BITS, (16,))[0] - 1
+        grey = (np.asarray(image).astype(np.int64) * 255 + white // 2) // white
+        grey = 255 - grey if tags.get(WHITE_IS) == 0 else grey
+        image = PILImage.fromarray(grey.clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its grey values are {'32-bit numbers' if image.mode == 'F' else 'integers'} whose "
+            "white is unknown; save it with 8 or 16 bits"
+        )
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns of the direct way
+    return image.convert("RGB")
 
 
 def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
