@@ -24,6 +24,7 @@ from processor.evaluator import (
 )
 from processor.guards import explained
 from processor.queries import per_query, write_queries
+from processor.summary import warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
@@ -45,6 +46,7 @@ def main() -> None:
     checkpoint = load_checkpoint(path)
     model = build_evaluation_model(args, checkpoint["model"], str(path)).to(device)
     data = read_dataset(args)
+    warn(log, data)
     best = checkpoint.get("best", {})
     log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from datasets.files import exists
 from datasets.image_cache import ImageFiles
 from datasets.pedes import PEDES, read_custom, read_pedes
 from datasets.records import Data, Image, TrainSample
@@ -47,7 +48,7 @@ def _source(name: str, index: int) -> DatasetSpec:
     source = SOURCES[index]
 
     def read(args: argparse.Namespace) -> Data:
-        labelled = (Path(args.root_dir) / "attrs.json").is_file()
+        labelled = exists(Path(args.root_dir) / "attrs.json")
         return read_tbagpr(args.root_dir, name, labelled, [source])
 
     return DatasetSpec(
@@ -148,10 +149,6 @@ class TrainDataset(Dataset):
         self.caption_ids = tokenize(
             [s.caption for s in samples], text_length
         )  # once for all epochs
-        wordless = (self.caption_ids != 0).sum(dim=1) <= 2
-        if wordless.any():
-            sample = samples[int(wordless.nonzero()[0])]
-            raise UserError(f"{sample.entry}: the caption {sample.caption!r} has no words")
 
     def __len__(self) -> int:
         return len(self.samples)

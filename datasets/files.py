@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import reprlib
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from datasets.records import Image, TrainSample
+from utils.documents import load_json
 from utils.errors import UserError
+from utils.text import fault
 
 LARGEST_PID = 2**31 - 1
 
@@ -16,12 +20,22 @@ LARGEST_PID = 2**31 - 1
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError naming the file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return load_json(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed JSON: {error}") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises UserError if this user may not look."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError):  # ValueError: no path at all, with a zero byte in it
+        return False
+    return True
 
 
 def checked_pid(value: Any, entry: str) -> int:
@@ -35,11 +49,24 @@ def checked_pid(value: Any, entry: str) -> int:
 
 
 def checked_caption(value: Any, entry: str) -> str:
-    """A caption: text that is not empty."""
-    if not isinstance(value, str) or not value.strip():
-        found = "empty" if value == "" else reprlib.repr(value)
-        raise UserError(f"{entry}: the caption is {found}")
+    """A caption: text with a word in it."""
+    if wrong := fault(value):
+        raise UserError(f"{entry}: the caption {wrong}")
     return value
+
+
+def composed(path: str) -> str:
+    """A path as another system may spell it: slashes for back-slashes, letters with their accents
+    (Unicode's NFC; macOS writes them apart)."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/"))
+
+
+class _Listing(NamedTuple):
+    """A folder's content."""
+
+    files: frozenset[str]
+    names: dict[str, str]  # of files and folders, by their composed form
+    problem: str  # why it could not be listed, unless there is no such folder
 
 
 class ImageFolder:
@@ -47,21 +74,101 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._listed: dict[str, set[str]] = {}
+        self._listed: dict[str, _Listing] = {}
 
     def find(self, relative: str, entry: str) -> str:
-        """Full path of an image. Raises UserError if it is missing or outside the folder."""
+        """Full path of an image; if no file has exactly this name, of the one whose name differs
+        only as `composed` says. Raises UserError if it is missing or outside the folder."""
         shown = ascii(relative[:200])[1:-1]  # whatever stands there, a message can be printed
-        if ".." in relative.split("/") or os.path.isabs(relative):
+        parts = composed(relative).split("/")
+        if ".." in parts or os.path.isabs(relative):
             raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
         full = self.root / relative
-        parent = str(full.parent)
-        if parent not in self._listed:
-            try:
-                with os.scandir(parent) as found:
-                    self._listed[parent] = {item.name for item in found if item.is_file()}
-            except (OSError, ValueError):  # ValueError: no path at all, with a zero byte in it
-                self._listed[parent] = set()
-        if full.name not in self._listed[parent]:
-            raise UserError(f"{entry}: image {shown} is missing in {self.root}")
-        return str(full)
+        if full.name in self._list(full.parent).files:
+            return str(full)
+        *folders, name = [part for part in parts if part not in ("", ".")] or [""]
+        folder = self.root
+        for part in folders:
+            folder /= self._list(folder).names.get(part, part)
+        listing = self._list(folder)
+        if (name := listing.names.get(name, name)) in listing.files:
+            return str(folder / name)
+        if listing.problem:
+            raise UserError(f"{entry}: image {shown}: {folder} cannot be read: {listing.problem}")
+        raise UserError(f"{entry}: image {shown} is missing in {self.root}")
+
+    def _list(self, folder: Path) -> _Listing:
+        if str(folder) in self._listed:
+            return self._listed[str(folder)]
+        files, names, problem = set(), {}, ""
+        try:
+            with os.scandir(folder) as found:
+                for item in found:
+                    # Whatever encoding the system has for names, on disk they are UTF-8.
+                    name = os.fsencode(item.name).decode("utf-8", "surrogateescape")
+                    names[composed(name)] = item.name
+                    if _is_file(item):
+                        files.add(item.name)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            pass  # ValueError: no path at all, with a zero byte in it
+        except OSError as error:
+            problem = error.strerror
+        listing = self._listed[str(folder)] = _Listing(frozenset(files), names, problem)
+        return listing
+
+
+def _is_file(item: os.DirEntry) -> bool:
+    try:
+        return item.is_file()
+    except OSError:  # a link into a folder that is not to be read: opening it will say so
+        return True
+
+
+class Said:
+    """What a data set's files have said so far: contradictions are refused, repetitions counted."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, tuple[Any, str]] = {}
+        self._seen: dict[tuple, str] = {}
+        self._again: dict[str, list[str]] = {}  # by kind: places
+
+    def once(self, kind: str, key: Any, entry: str) -> None:
+        """Count what is said a second time: a warning."""
+        if (kind, key) in self._seen:
+            self._again.setdefault(kind, []).append(f"{entry} repeats {self._seen[kind, key]}")
+        else:
+            self._seen[kind, key] = entry
+
+    def agree(self, about: str, value: Any, entry: str) -> None:
+        """Remember a fact. Raises UserError if it was another before."""
+        other, first = self._facts.setdefault(about, (value, entry))
+        if other != value:
+            raise UserError(
+                f"{entry}: {about} is {value!r:.60}, and {other!r:.60} in {first}; correct one of "
+                "them, or take it out"
+            )
+
+    def sample(self, sample: TrainSample, pid: Any) -> None:
+        """A training sample, its identity as the file has it."""
+        paths = [image.path for image in (sample.image, sample.pair) if image]
+        self._show("train", pid, paths, sample.entry)
+        self.once("samples of train", (pid, *paths, sample.caption), sample.entry)
+
+    def images(self, split: str, pid: Any, images: Sequence[Image], entry: str) -> None:
+        """What stands in a split's galleries together. Only a repetition of all of it counts: in
+        TBAGPR an aerial image may belong to several pairs."""
+        paths = [image.path for image in images]
+        self._show(split, pid, paths, entry)
+        self.once(f"images of {split}, which count again", (pid, *paths), entry)
+
+    def caption(self, split: str, key: tuple, entry: str) -> None:
+        """A query, with the identity and all else that the file says of it."""
+        self.once(f"captions of {split}, which count again", key, entry)
+
+    def _show(self, split: str, pid: Any, paths: Sequence[str], entry: str) -> None:
+        for path in paths:
+            self.agree(f"the identity of {path} in {split}", pid, entry)
+
+    def warnings(self) -> list[str]:
+        """A line for each kind of repetition, with the count and the first."""
+        return [f"said twice: {len(x)} {kind} ({x[0]})" for kind, x in self._again.items()]

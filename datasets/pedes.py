@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.files import ImageFolder, checked_caption, read_json
+from datasets.files import ImageFolder, Said, checked_caption, composed, exists, read_json
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.attributes import Attribute
 from utils.errors import UserError, suggest
+from utils.text import has_lone_surrogate
 
 PEDES = {  # name: its file and the entries' key of the image
     "CUHK-PEDES": ("reid_raw.json", "file_path"),
@@ -41,8 +42,8 @@ def read_pedes(root: str | Path, name: str) -> Data:
     """Read a ground-only benchmark from its folder, or from the folder that holds it."""
     file, image_key = PEDES[name]
     root = Path(root)
-    folder = root / name if (root / name).is_dir() else root
-    if not (folder / file).is_file():
+    folder = root / name if exists(root / name) else root
+    if not exists(folder / file):
         raise UserError(f"--root_dir {root}: expected {name}/{file} and {name}/imgs/ there")
     return _Reader(folder / file, folder / "imgs", image_key).read(name, ("ground",))
 
@@ -54,7 +55,7 @@ def read_custom(root: str | Path, attributes: Sequence[Attribute]) -> Data:
         attributes: names and classes that the entries' labels may use (`--attributes_file`).
     """
     root = Path(root)
-    if not (root / CUSTOM).is_file():
+    if not exists(root / CUSTOM):
         raise UserError(f"--root_dir {root}: expected {CUSTOM} there (docs/custom.md)")
     reader = _Reader(root / CUSTOM, root, "image", CUSTOM_KEYS, attributes)
     pairs = isinstance(reader.rows[0], dict) and "pair_image" in reader.rows[0]
@@ -78,7 +79,7 @@ class _Reader:
         attributes: Sequence[Attribute] = (),
     ) -> None:
         self.path, self.image_key, self.keys = path, image_key, keys
-        self.images = ImageFolder(images)
+        self.images, self.said = ImageFolder(images), Said()
         self.attributes = attributes
         self.rows = read_json(path)
         if not isinstance(self.rows, list) or not self.rows:
@@ -102,7 +103,8 @@ class _Reader:
         classes = {a.name: len(a.classes) for a in self.attributes}
         ids = {s: {self.rows[i]["id"] for i in found} for s, found in checked.items() if found}
         labelled = "attributes" in self.optional
-        return Data(name, train, splits, classes if labelled else {}, views, ids)
+        classes = classes if labelled else {}
+        return Data(name, train, splits, classes, views, ids, warnings=self.said.warnings())
 
     def _entry(self, i: int) -> str:
         return f"{self.path.name}, entry {i}"
@@ -123,6 +125,10 @@ class _Reader:
             raise UserError(f"{entry}: split is {row['split']!r}; it must be {', '.join(SPLITS)}")
         if type(row["id"]) not in (int, str):
             raise UserError(f"{entry}: id must be a whole number or text, got {row['id']!r}")
+        if has_lone_surrogate(str(row["id"])):
+            raise UserError(f"{entry}: id is {row['id']!r}, with half a character in it")
+        # 7 and "7", or "anna" and "anna ", would be two people.
+        self.said.agree(f"the id {composed(str(row['id'])).strip()}", row["id"], entry)
         captions = row["captions"]
         if not isinstance(captions, list) or (not captions and row["split"] == "train"):
             raise UserError(f"{entry}: captions must be a list of texts, got {captions!r:.60}")
@@ -143,7 +149,9 @@ class _Reader:
         full = self.images.find(path, entry)
         if "attributes" not in self.optional:
             return Image(full)
-        return Image(full, self._labels(row[f"{prefix}attributes"], f"{entry}, {prefix}attributes"))
+        labels = self._labels(row[f"{prefix}attributes"], f"{entry}, {prefix}attributes")
+        self.said.agree(f"the label of {full}", labels, entry)
+        return Image(full, labels)
 
     def _labels(self, values: Any, entry: str) -> tuple[int, ...]:
         names = [a.name for a in self.attributes]
@@ -168,7 +176,9 @@ class _Reader:
             row, image = self.rows[i], self._image(i)
             pair = self._image(i, pair=True) if pairs else None
             pid, entry = numbers[row["id"]], self._entry(i)
-            samples += [TrainSample(pid, c, image, pair, entry) for c in row["captions"]]
+            for caption in row["captions"]:
+                samples.append(TrainSample(pid, caption, image, pair, entry))
+                self.said.sample(samples[-1], row["id"])
         return samples
 
     def _split(self, name: str, views: Sequence[str], indices: Sequence[int]) -> Split:
@@ -176,10 +186,16 @@ class _Reader:
         for i in indices:
             row = self.rows[i]
             pid = numbers[row["id"]]
-            for view, pair in zip(views, (False, True), strict=False):
-                split.galleries[view].add(self._image(i, pair), pid, 0)
+            images = [self._image(i, pair) for pair in (False, True)[: len(views)]]
+            self.said.images(row["split"], row["id"], images, self._entry(i))
+            for view, image in zip(views, images, strict=True):
+                split.galleries[view].add(image, pid, 0)
             for caption in row["captions"]:
                 split.add_caption(caption, pid, 0)
+                key = (*(image.path for image in images), caption)
+                self.said.once(
+                    f"captions of {row['split']}, which count again", key, self._entry(i)
+                )
         if not split.captions:
             raise UserError(f"{self.path}: no {self.rows[indices[0]]['split']} entry has a caption")
         return split

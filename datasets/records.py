@@ -76,6 +76,9 @@ class Data:
     # The data set's own ids by split, where they mean the same person in every split.
     ids: dict[str, set[int | str]] = field(default_factory=dict)
 
+    # What its files say twice and the like, a line for each kind, with the count.
+    warnings: list[str] = field(default_factory=list)
+
     @property
     def attribute_names(self) -> tuple[str, ...]:
         return tuple(self.attribute_classes)

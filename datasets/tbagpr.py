@@ -17,7 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets.files import ImageFolder, checked_caption, checked_pid, read_json
+from datasets.files import (
+    ImageFolder,
+    Said,
+    checked_caption,
+    checked_pid,
+    composed,
+    exists,
+    read_json,
+)
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.errors import UserError
 
@@ -32,16 +40,19 @@ VOTED = 5  # the first five are voted per identity; angle and altitude stay the 
 class Source:
     folder: str
     json: str  # with {} for the split
-    key: Callable[[str, str], str]  # (folder, file) -> image key in attrs.json
+    keys: Callable[[str, str], tuple[str, ...]]  # (folder, file) -> image keys in attrs.json
+
+
+def _ag_reid_keys(folder: str, file: str) -> tuple[str, ...]:
+    """The original cuts four characters off a name; "x.jpeg" may be named "x" or, so, "x."."""
+    stem, suffix = os.path.splitext(file)
+    stems = (stem, file[:-4]) if len(suffix) == 5 else (file[:-4],)
+    return tuple(f"{os.path.basename(folder)}_{name}" for name in stems)
 
 
 SOURCES = (
-    Source(
-        "AG-ReID",
-        "agtext_{}.json",
-        lambda folder, file: f"{os.path.basename(folder)}_{file[:-4]}",
-    ),
-    Source("G2APS-AG", "g2aps_{}.json", lambda folder, file: f"{folder}/{file}"[-22:]),
+    Source("AG-ReID", "agtext_{}.json", _ag_reid_keys),
+    Source("G2APS-AG", "g2aps_{}.json", lambda folder, file: (f"{folder}/{file}"[-22:],)),
 )
 VIEWS = ("aerial", "ground")
 SPLIT_LISTS = ("image_pids", "img_paths", "pair_img_paths", "caption_pids", "captions")
@@ -55,15 +66,16 @@ def read_tbagpr(
 ) -> Data:
     """Read all splits. `attributes=False` leaves attrs.json alone. Raises UserError."""
     root = Path(root)
-    if not root.is_dir():
+    if not exists(root):
         raise UserError(f"--root_dir {root}: no such folder; it must hold {_wanted(sources)}")
-    missing = [s.folder for s in sources if not (root / s.folder).is_dir()]
+    missing = [s.folder for s in sources if not exists(root / s.folder)]
     if missing:
         raise UserError(
             f"--root_dir {root}: folder {missing[0]} is missing; expected {_wanted(sources)}"
         )
-    labels = _read_attributes(root / "attrs.json") if attributes else None
-    reader = _Reader(root, labels)
+    said = Said()
+    labels = _read_attributes(root / "attrs.json", said) if attributes else None
+    reader = _Reader(root, labels, said)
     train: list[TrainSample] = []
     splits = {
         split: Split([s.folder for s in sources], {view: Gallery() for view in VIEWS})
@@ -79,7 +91,8 @@ def read_tbagpr(
         train = _vote_train(train)
         for joined in splits.values():
             _vote_split(joined)
-    return Data(name, train, splits, dict(ATTRIBUTES) if attributes else {}, VIEWS)
+    classes = dict(ATTRIBUTES) if attributes else {}
+    return Data(name, train, splits, classes, VIEWS, warnings=said.warnings())
 
 
 def one_view(data: Data, views: str) -> Data:
@@ -124,8 +137,8 @@ def vote(labels: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, 
 
 
 class _Reader:
-    def __init__(self, root: Path, labels: dict[str, tuple[int, ...]] | None) -> None:
-        self.root, self.labels = root, labels
+    def __init__(self, root: Path, labels: dict[str, tuple[int, ...]] | None, said: Said) -> None:
+        self.root, self.labels, self.said = root, labels, said
         self.images = ImageFolder(root)
 
     def train(self, source: Source, offset: int) -> list[TrainSample]:
@@ -141,15 +154,15 @@ class _Reader:
                     f"{entry}: expected [pid, image_id, [folder, file], [folder, file], caption]"
                 )
             pid, _, image, pair, caption = row
-            samples.append(
-                TrainSample(
-                    offset + checked_pid(pid, entry),
-                    checked_caption(caption, entry),
-                    self._image(source, image, entry),
-                    self._image(source, pair, entry),
-                    entry,
-                )
+            sample = TrainSample(
+                offset + checked_pid(pid, entry),
+                checked_caption(caption, entry),
+                self._image(source, image, entry),
+                self._image(source, pair, entry),
+                entry,
             )
+            self.said.sample(sample, pid)
+            samples.append(sample)
         seen = sorted({s.pid - offset for s in samples})
         gap = next((i for i, pid in enumerate(seen) if i != pid), None)
         if gap is not None:
@@ -177,13 +190,16 @@ class _Reader:
         for i, (pid, image, pair) in enumerate(rows):
             entry = f"{where}, image {i}"
             checked = offset + checked_pid(pid, entry)
-            for view, path in zip(VIEWS, (image, pair), strict=True):
-                joined.galleries[view].add(self._image(source, path, entry), checked, index)
+            shown = [self._image(source, path, entry) for path in (image, pair)]
+            self.said.images(split, pid, shown, entry)
+            for view, one in zip(VIEWS, shown, strict=True):
+                joined.galleries[view].add(one, checked, index)
         rows = zip(lists["caption_pids"], lists["captions"], strict=True)
         for i, (pid, caption) in enumerate(rows):
             entry = f"{where}, caption {i}"
             checked = offset + checked_pid(pid, entry)
             joined.add_caption(checked_caption(caption, entry), checked, index)
+            self.said.caption(split, (checked, caption), entry)
 
     def _image(self, source: Source, path: Any, entry: str) -> Image:
         if not (
@@ -196,10 +212,11 @@ class _Reader:
         full = self.images.find(f"{source.folder}/{folder}/{file}", entry)
         if self.labels is None:
             return Image(full)
-        key = source.key(folder, file)
-        if key not in self.labels:
-            raise UserError(f"attrs.json: no attributes for image '{key}' ({entry})")
-        return Image(full, self.labels[key])
+        keys = source.keys(folder, file)
+        for key in (*keys, *source.keys(composed(folder), composed(file))):
+            if key in self.labels:
+                return Image(full, self.labels[key])
+        raise UserError(f"attrs.json: no attributes for image '{keys[0]}' ({entry})")
 
 
 def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
@@ -228,7 +245,7 @@ def _vote_split(split: Split) -> None:
         ]
 
 
-def _read_attributes(path: Path) -> dict[str, tuple[int, ...]]:
+def _read_attributes(path: Path, said: Said) -> dict[str, tuple[int, ...]]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of {{image key: labels}}")
@@ -251,7 +268,9 @@ def _read_attributes(path: Path) -> dict[str, tuple[int, ...]]:
                     f"it must be 0 to {classes - 1}"
                 )
         labels[key] = tuple(values)
-    return labels
+        said.agree(f"the label of image '{key}'", labels[key], f"{path}, entry {i}")
+        said.once(f"images of {path.name}", key, f"{path.name}, entry {i}")
+    return {composed(key): value for key, value in labels.items()} | labels
 
 
 def _wanted(sources: Sequence[Source]) -> str:

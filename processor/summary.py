@@ -30,6 +30,7 @@ def describe(
         for e in evaluators
     )
     log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples; {sizes}")
+    warn(log, data)
     chosen = {
         "test": "best.pth is chosen by R@1 on the test split: this is the paper's protocol",
         "val": "best.pth is chosen by R@1 on the val split: test stays unseen",
@@ -44,6 +45,12 @@ def describe(
     if workers < args.num_workers:
         each = " for each process" if world.size > 1 else ""
         log.info(f"{workers} loader processes{each}, since there are no more cores")
+
+
+def warn(log: logging.Logger, data: Data) -> None:
+    """Log what its reader found odd: a line for each kind."""
+    for text in data.warnings:
+        log.info(f"warning: {text}")
 
 
 def best_table(best: dict[str, dict[str, Any]]) -> str:

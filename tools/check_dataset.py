@@ -268,6 +268,7 @@ def main() -> None:
             "\nIdentities are numbered per split here, so that one in two splits is found by its "
             "pictures alone."
         )
+    report.add(False, "oddities in the files", data.warnings)
     check_images(parts, args.min_side, min(args.num_workers, cores()), report)
     check_identities(data, parts, report)
     check_captions(parts, report)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml
 
+from utils.documents import load_yaml
 from utils.errors import UserError
+from utils.text import fault
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,8 @@ def read_attributes(path: str | Path) -> list[Attribute]:
     """
     own = Path(__file__).parent.parent / path
     try:
-        with open(
-            path if Path(path).exists() or not own.exists() else own, encoding="utf-8"
-        ) as file:
-            entries = yaml.safe_load(file)
+        found = path if Path(path).exists() or not own.exists() else own
+        entries = load_yaml(Path(found).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -45,19 +45,28 @@ def read_attributes(path: str | Path) -> list[Attribute]:
             raise UserError(f"{where}: expected the keys 'attribute' and 'classes'")
         if not isinstance(entry["attribute"], str):
             raise UserError(f"{where}: its name must be text")
-        classes = entry["classes"]
+        where, classes = f"{where} ({entry['attribute']})", entry["classes"]
         if not isinstance(classes, dict) or len(classes) < 2:
-            raise UserError(f"{where} ({entry['attribute']}): needs two classes or more")
+            raise UserError(f"{where}: needs two classes or more")
+        if len(set(map(str, classes))) < len(classes):
+            raise UserError(f"{where}: two classes of one name, {', '.join(map(repr, classes))}")
+        owners: dict[str, object] = {}
         for name, sentences in classes.items():
-            if not (
-                isinstance(sentences, list)
-                and sentences
-                and all(isinstance(s, str) and s.strip() for s in sentences)
-            ):
-                raise UserError(f"{where} ({entry['attribute']}): class {name} has no sentences")
+            if not isinstance(sentences, list) or not sentences:
+                raise UserError(f"{where}: class {name} has no sentences")
+            for sentence in sentences:
+                if wrong := fault(sentence):
+                    raise UserError(f"{where}: class {name}: the sentence {wrong}")
+                if owners.setdefault(sentence, name) != name:
+                    raise UserError(
+                        f"{where}: classes {owners[sentence]} and {name} have the same sentence "
+                        f"'{sentence:.60}'; it can speak for one of them"
+                    )
+        if entry["attribute"] in {a.name for a in attributes}:
+            raise UserError(f"{where}: an attribute before it has the same name")
         attributes.append(
             Attribute(
-                str(entry["attribute"]),
+                entry["attribute"],
                 tuple(map(str, classes)),
                 tuple(map(tuple, classes.values())),
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from utils.documents import load_yaml
 from utils.errors import UserError, suggest
 from utils.files import write_atomically
 
@@ -373,15 +374,6 @@ INDIFFERENT = (
 )  # fmt: skip
 
 
-class _TupleLoader(yaml.SafeLoader):
-    """Safe YAML that also reads `!!python/tuple`, which IRRA-family configs.yaml files carry."""
-
-
-_TupleLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node)
-)
-
-
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
     """Fill in the defaults and check the options against each other. Raises UserError."""
     args = argparse.Namespace(**{o.name: values.get(o.name, o.default) for o in OPTIONS.values()})
@@ -483,8 +475,7 @@ def check(condition: bool, message: str) -> None:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping, read as data. Raises UserError."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=_TupleLoader)
+        values = load_yaml(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --config_file names a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -111,7 +111,13 @@ def put(index, key, value):
         (put(2, "split", "dev"), "entry 2: split is 'dev'; it must be train, val, test"),
         (put(2, "id", 1.5), "entry 2: id must be a whole number or text, got 1.5"),
         (put(2, "captions", []), "entry 2: captions must be a list of texts"),
-        (put(2, "captions", ["a man", " "]), "entry 2, caption 1: the caption is ' '"),
+        (put(2, "captions", ["a man", " "]), "entry 2, caption 1: the caption ' ' has no words"),
+        (lambda e: e[-1].update(captions=["&nbsp;"]), "entry .*, caption 0: the caption '&nbsp;' has no"),
+        (put(2, "id", "a\ud800"), "entry 2: id is 'a.ud800', with half a character"),
+        (put(-1, "id", "0"), r"entry \d+: the id 0 is '0', and 0 in dataset.json, entry 0; correct"),
+        (lambda e: [{**x, "id": f"{x['id']}{' ' * (i % 2)}"} for i, x in enumerate(e)], "entry 1: the id 0 is '0 ', and '0' in"),
+        (lambda e: e[2].update(image=e[0]["image"], attributes=e[0]["attributes"]), "entry 2: the identity of .* in train is 1, and 0 in dataset.json, entry 0"),
+        (lambda e: e[1].update(image=e[0]["image"], attributes={**e[0]["attributes"], "gender": "male"}) or e[0]["attributes"].update(gender="female"), "entry 1: the label of .* in dataset.json, entry 0"),
         (put(2, "image", "aerial/no.jpg"), "entry 2: image aerial/no.jpg is missing in"),
         (put(2, "image", "../x.jpg"), "entry 2: image path ../x.jpg leaves the data set's folder"),
         (put(2, "pair_image", 3), "entry 2: pair_image must be a path, got 3"),
@@ -129,6 +135,23 @@ def put(index, key, value):
 def test_what_is_wrong_in_an_entry_is_named(change, message, rendered, tmp_path):
     with pytest.raises(UserError, match=message):
         read("custom", edited(rendered("custom"), tmp_path, change))
+
+
+@pytest.mark.parametrize("name", ["custom", "CUHK-PEDES"])
+def test_what_stands_twice_is_read_with_a_warning_for_each_kind(name, rendered, tmp_path):
+    assert read(name, rendered(name)).warnings == []
+
+    def double(entries):
+        entries[0]["captions"].append(entries[0]["captions"][0])
+        return [*entries, entries[-1]]
+
+    file, warned = FILES[name], read(name, edited(rendered(name), tmp_path, double, name)).warnings
+    last = len(json.loads((tmp_path / file).read_text())) - 1
+    assert warned == [
+        f"said twice: 1 samples of train ({file}, entry 0 repeats {file}, entry 0)",
+        f"said twice: 1 images of test, which count again ({file}, entry {last} repeats {file}, entry {last - 1})",
+        f"said twice: 2 captions of test, which count again ({file}, entry {last} repeats {file}, entry {last - 1})",
+    ]  # fmt: skip
 
 
 def test_a_custom_folder_without_its_file_points_to_the_documentation(tmp_path):

@@ -8,6 +8,7 @@ from utils.errors import UserError
 
 TRAIN = "AG-ReID/agtext_train.json"
 VAL = "G2APS-AG/g2aps_val.json"
+TEST = "AG-ReID/agtext_test.json"
 
 
 def edit(root, file, change):
@@ -96,7 +97,11 @@ def assign(*path, value):
         (TRAIN, assign(3, value=[1, 2]), f"{TRAIN}, sample 3: expected .pid, image_id"),
         (TRAIN, assign(2, 0, value=-1), f"{TRAIN}, sample 2: identity must be a whole number"),
         (TRAIN, assign(2, 0, value="7"), f"{TRAIN}, sample 2: identity must be a whole number"),
-        (TRAIN, assign(2, 4, value=" \n"), f"{TRAIN}, sample 2: the caption is"),
+        (TRAIN, assign(2, 4, value=" \n"), f"{TRAIN}, sample 2: the caption ' .n' has no words"),
+        (TRAIN, assign(2, 4, value="&nbsp;"), f"{TRAIN}, sample 2: the caption '&nbsp;' has no words"),
+        (VAL, assign("captions", 1, value="&#32;"), f"{VAL}, caption 1: the caption .* has no words"),
+        (TEST, assign("captions", 0, value="<end_of_text>"), f"{TEST}, caption 0: .* has no words"),
+        (TEST, assign("captions", 0, value="a \ud83d man"), f"{TEST}, caption 0: .* half a character"),
         (TRAIN, assign(2, 4, value=""), f"{TRAIN}, sample 2: the caption is empty"),
         (TRAIN, assign(2, 4, value=None), f"{TRAIN}, sample 2: the caption is None"),
         (TRAIN, assign(2, 2, value="a.jpg"), f"{TRAIN}, sample 2: expected an image as"),
@@ -119,6 +124,74 @@ def test_bad_entries_are_named(file, change, message, mini_copy):
     edit(mini_copy, file, change)
     with pytest.raises(UserError, match=message):
         read_tbagpr(mini_copy)
+
+
+def test_what_two_entries_contradict_each_other_in_is_refused(mini_copy):
+    """Both entries are named. First the same image of two people, in train and in a gallery."""
+    whole = {name: (mini_copy / name).read_bytes() for name in (TRAIN, TEST, "attrs.json")}
+
+    def refused(file, change, message):
+        edit(mini_copy, file, change)
+        with pytest.raises(UserError, match=message):
+            read_tbagpr(mini_copy)
+        (mini_copy / file).write_bytes(whole[file])
+
+    refused(TRAIN, lambda c: assign(2, 2, value=c[0][2])(c),
+            f"{TRAIN}, sample 2: the identity of .*jpg in train is 1, and 0 in {TRAIN}, sample 0; corr")  # fmt: skip
+    refused(TEST, lambda c: assign("pair_img_paths", 2, value=c["pair_img_paths"][0])(c),
+            rf"{TEST}, image 2: the identity of .* in test is \d+, and \d+ in {TEST}, image 0")  # fmt: skip
+
+    def other_labels(rows):
+        ((key, labels),) = rows[3].items()
+        rows.append({key: [1 - labels[0], *labels[1:]]})
+
+    refused("attrs.json", other_labels, "attrs.json, entry .*: the label of image .* in .*, entry 3; corr")  # fmt: skip
+
+
+def test_what_stands_twice_is_read_with_a_warning_for_each_kind(mini_copy):
+    assert read_tbagpr(mini_copy).warnings == []
+    edit(mini_copy, TRAIN, lambda c: c + [c[0], c[1]])
+    edit(mini_copy, "attrs.json", lambda c: c + [c[5]])
+
+    def double(lists):
+        for name, values in lists.items():
+            values.append(values[0 if "image" in name or "img" in name else 1])
+
+    edit(mini_copy, TEST, double)
+    first, second, third, fourth = read_tbagpr(mini_copy).warnings
+    assert first.startswith("said twice: 1 images of attrs.json (attrs.json, entry")
+    assert second == f"said twice: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
+    assert third.startswith("said twice: 1 images of test, which count again (AG-ReID")
+    assert fourth.startswith("said twice: 1 captions of test, which count again (AG-ReID")
+
+
+def test_an_aerial_image_in_several_pairs_is_as_it_should_be(mini_copy):
+    def another_pair(lists):
+        lists["image_pids"].append(lists["image_pids"][0])
+        lists["img_paths"].append(lists["img_paths"][0])
+        lists["pair_img_paths"].append(lists["pair_img_paths"][1])
+
+    edit(mini_copy, TEST, another_pair)
+    edit(mini_copy, TRAIN, lambda c: c + [[*c[0][:3], c[1][3], c[1][4]]])
+    assert read_tbagpr(mini_copy).warnings == []
+
+
+def test_back_slashes_and_jpeg_suffixes_find_files_and_labels(mini_copy):
+    plain = read_tbagpr(mini_copy)
+    for stem_of in (lambda name: name[:-5], lambda name: name[:-4]):  # as it should be; as original
+        folder, file = json.loads((mini_copy / TRAIN).read_text())[0][2]
+        path = mini_copy / "AG-ReID" / folder / file
+        longer = file.removesuffix(".jpg") + ".jpeg"
+        (path.parent / longer).write_bytes(path.read_bytes())
+        edit(mini_copy, TRAIN, assign(0, 2, value=[f".\\{folder}", longer]))
+        old, new = f"{folder}_{file[:-4]}", f"{folder}_{stem_of(longer)}"
+        keys = (mini_copy / "attrs.json").read_text()
+        (mini_copy / "attrs.json").write_text(keys.replace(f'"{old}"', f'"{new}"'))
+        sample = read_tbagpr(mini_copy).train[0]
+        assert sample.image.path == str(path.parent / longer)
+        assert sample.image.attributes == plain.train[0].image.attributes
+        (mini_copy / "attrs.json").write_text(keys)
+        edit(mini_copy, TRAIN, assign(0, 2, value=[folder, file]))
 
 
 def test_missing_and_malformed_files_are_named(mini_copy, tmp_path):

@@ -1,3 +1,7 @@
+import struct
+import warnings
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +14,8 @@ from datasets.transforms import (
     DRAWS_AUGMENTED,
     DRAWS_PLAIN,
     ERASED_AREA,
+    UPRIGHT,
+    BrokenImage,
     erased_area,
     load_image,
     normalise,
@@ -18,6 +24,7 @@ from datasets.transforms import (
 )
 
 HEIGHT, WIDTH = 96, 32
+RAMP = np.tile(np.arange(16) * 17, (8, 1))  # grey from black to white, as it must be read
 
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:
@@ -56,6 +63,120 @@ def test_a_large_jpeg_is_decoded_smaller_and_differs_by_little(tmp_path):
     whole = v2.functional.resize(v2.functional.pil_to_tensor(read_image(path)), [HEIGHT, WIDTH])
     difference = (load_image(path, (HEIGHT, WIDTH)).int() - whole.int()).abs()
     assert difference.max() <= 4 and difference.float().mean() < 0.5
+
+
+def tiff(path, values, order, bits=16, white_is=1, form=1) -> str:
+    """A grey TIFF of a kind that PIL reads but does not write."""
+    e, data = {b"II": "<", b"MM": ">"}[order], values
+    tags = [(256, 3, 16), (257, 3, 8), (258, 3, bits), (259, 3, 1), (262, 3, white_is), (273, 4, 8),
+            (277, 3, 1), (278, 3, 8), (279, 4, len(data)), (339, 3, form)]  # fmt: skip
+    content = order + struct.pack(f"{e}HI", 42, 8 + len(data)) + data
+    content += struct.pack(f"{e}H", len(tags))
+    for tag, kind, value in tags:
+        packed = struct.pack(f"{e}HH", value, 0) if kind == 3 else struct.pack(f"{e}I", value)
+        content += struct.pack(f"{e}HHI", tag, kind, 1) + packed
+    path.write_bytes(content + bytes(4))
+    return str(path)
+
+
+def grey(path) -> list[int]:
+    image = np.asarray(read_image(str(path)))
+    assert image.shape == (8, 16, 3) and (image == image[:1, :, :1]).all()
+    return image[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+def test_grey_of_16_bits_is_what_it_is_with_8(kind, tmp_path):
+    for name, picture in (("8", RAMP.astype(np.uint8)), ("16", (RAMP * 257).astype(np.uint16))):
+        PILImage.fromarray(picture).save(tmp_path / f"{name}.{kind}")
+        assert grey(tmp_path / f"{name}.{kind}") == RAMP[0].tolist()
+
+
+def test_grey_tiffs_of_other_orders_depths_and_white_are_scaled_too(tmp_path):
+    wide, path = RAMP * 257, tmp_path / "x.tif"
+    assert grey(tiff(path, wide.astype(">u2").tobytes(), b"MM")) == RAMP[0].tolist()
+    inverted = (65535 - wide).astype("<u2").tobytes()
+    assert grey(tiff(path, inverted, b"II", white_is=0)) == RAMP[0].tolist()
+    pairs = np.round(RAMP / 255 * 4095).astype(int).reshape(-1, 2).tolist()
+    packed = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in pairs)
+    assert grey(tiff(path, packed, b"II", bits=12)) == RAMP[0].tolist()
+
+
+def test_grey_values_of_unknown_scale_are_refused(tmp_path):
+    path = tmp_path / "x.tif"
+    for values in (RAMP.astype(np.int32), (RAMP / 255).astype(np.float32)):
+        PILImage.fromarray(values).save(path)
+        with pytest.raises(
+            BrokenImage, match="x.tif.*whose white is unknown; save it with 8 or 16"
+        ):
+            read_image(str(path))
+    with pytest.raises(BrokenImage, match="whose white is unknown"):
+        read_image(tiff(path, (RAMP * 257 - 32768).astype("<i2").tobytes(), b"II", form=2))
+
+
+def test_other_modes_keep_their_colours_and_lose_transparency(tmp_path):
+    picture = PILImage.fromarray(RAMP.astype(np.uint8))
+    clear = {"transparency": bytes(range(256))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode, name, more in (
+            ("P", "p.png", clear), ("P", "one.png", {"transparency": 3}), ("P", "p.gif", {}),
+            ("LA", "la.png", {}), ("RGBA", "rgba.png", {}), ("CMYK", "cmyk.tif", {}),
+        ):  # fmt: skip
+            image = (
+                picture.convert("RGB").convert(mode) if mode == "CMYK" else picture.convert(mode)
+            )
+            if mode.endswith("A"):
+                image.putalpha(7)
+            image.save(tmp_path / name, **more)
+            assert grey(tmp_path / name) == RAMP[0].tolist(), name
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+def test_pictures_are_turned_as_exif_says(kind, orientation, tmp_path):
+    """A white corner at the top left of an upright picture 64 wide and 160 high. A JPEG is decoded
+    at a quarter of its size and no less, whichever way it lies in the file."""
+    upright = np.zeros((160, 64, 3), np.uint8)
+    upright[:80, :32] = 255
+    image, exif = PILImage.fromarray(upright), PILImage.Exif()
+    if orientation in UPRIGHT:  # the inverse of 6 is 8, of all others themselves
+        image = image.transpose(UPRIGHT[{6: 8, 8: 6}.get(orientation, orientation)])
+    exif[274] = orientation
+    path = str(tmp_path / f"x.{kind}")
+    image.save(path, exif=exif)
+    for at_least, size in ((None, (64, 160)), ((40, 16), (16, 40) if kind == "jpg" else (64, 160))):
+        found = read_image(path, at_least=at_least)
+        assert found.size == size
+        corner = np.asarray(found.resize((2, 2), PILImage.Resampling.BOX))[..., 0]
+        assert corner[0, 0] > 200 and corner.sum() - corner[0, 0] < 60
+
+
+def test_damaged_exif_leaves_a_picture_as_it_is(tmp_path):
+    path = tmp_path / "x.jpg"
+    for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\0", b""):
+        PILImage.new("RGB", (30, 60), (9, 9, 9)).save(path, exif=exif)
+        assert read_image(str(path)).size == (30, 60)
+
+
+def test_a_broken_picture_is_told_with_its_entry_only_where_it_has_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(b"no picture")
+    with pytest.raises(
+        BrokenImage, match=r"x.jpg .a.json, entry 3.: .*take its entry out of the JSON"
+    ):
+        read_image(str(path), "a.json, entry 3")
+    with pytest.raises(BrokenImage, match=r"Replace the file\.$"):
+        read_image(str(path))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(PILImage, "open", refuse)
+    with pytest.raises(
+        BrokenImage, match="cannot be read: Permission denied. Give this user access"
+    ):
+        read_image(str(path), "a.json, entry 3")
 
 
 def test_the_plain_transform_flips_half_of_the_images_and_changes_nothing_else():

@@ -75,6 +75,16 @@ def test_warnings_pass_unless_strict(copy, monkeypatch, capsys):
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
 
 
+def test_what_the_reader_warned_of_is_a_warning(copy, monkeypatch, capsys):
+    change(copy, lambda e: e.append(e[-1]))
+    assert check(monkeypatch, "CUHK-PEDES", copy) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "warning: oddities in the files: 2\n    said twice: 1 images of test, which count" in shown
+    )
+    assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
+
+
 def test_a_class_that_training_lacks_is_a_warning(mini_copy, monkeypatch, capsys):
     rows = json.loads((mini_copy / "attrs.json").read_text())
     rows = [{key: [*labels[:6], 1] for key, labels in row.items()} for row in rows]

@@ -1,0 +1,35 @@
+"""Whether a text says anything: one check for captions and sentences, wherever they come from."""
+
+from __future__ import annotations
+
+import re
+
+# Of these characters any that is no space is a token. Others may be repaired away (control
+# characters, "&nbsp;"), or stand for a token that is no word ("<end_of_text>").
+PLAIN = re.compile(r"[ -%'-;=-~]*")
+START = 49406  # the first of CLIP's two special tokens
+
+
+def fault(text: object) -> str:
+    """What is wrong with a sentence, to stand behind "the caption", or nothing."""
+    if text == "":
+        return "is empty"
+    if not isinstance(text, str):
+        return f"is {text!r:.60}, no text"
+    if has_lone_surrogate(text):
+        return f"{text!r:.60} holds half a character (a lone surrogate); write it anew as UTF-8"
+    return "" if has_words(text) else f"{text!r:.60} has no words"
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether it cannot be written as UTF-8."""
+    return any("\ud800" <= c <= "\udfff" for c in text) if not text.isascii() else False
+
+
+def has_words(text: str) -> bool:
+    """Whether CLIP's tokenizer finds anything in it between start and end."""
+    if PLAIN.fullmatch(text):
+        return bool(text.strip())
+    import open_clip  # slow to load, and hardly ever needed
+
+    return any(token < START for token in open_clip.tokenizer._tokenizer.encode(text))
