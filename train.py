@@ -13,7 +13,7 @@ import shlex
 import torch
 
 from datasets.build import read_dataset, selecting_splits, train_loader
-from model.build import build_training_model, load_fitting
+from model.build import build_training_model, check_batch_norm, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.resume import read_state, resume
@@ -55,6 +55,8 @@ def main() -> None:
             evaluator.check_images()
     with world.leader_first():  # the first downloads weights, the others find them
         model = build_training_model(args, losses, data.num_identities, world).to(device)
+    last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
+    check_batch_norm(model, args, last_batch * len(data.views))
     resumed, fitted = args.resume != "no", ""
     if args.finetune and not resumed:
         fitted = load_fitting(model, read_weights(args.finetune), args.finetune)

@@ -325,6 +325,19 @@ def build_training_model(
     return model
 
 
+def check_batch_norm(model: AEAFIRM, args: argparse.Namespace, images: int) -> None:
+    """Raise UserError if the smallest batch of a training, of so many images, leaves a ResNet's
+    last layers a single value of each channel: it has no variance to normalise by."""
+    rows, columns = model.base_model.grid
+    if model.base_model.sizes.is_resnet and images * rows * columns == 1:
+        height, width = args.img_size
+        raise UserError(
+            f"--batch_size {args.batch_size}: an epoch's last batch is a single image, of which a "
+            f"ResNet has a map of 1x1 at --img_size {height} {width}, and batch normalisation "
+            "needs two values; give another batch size, or larger images"
+        )
+
+
 def build_evaluation_model(
     args: argparse.Namespace, weights: dict[str, Tensor], where: str
 ) -> AEAFIRM:

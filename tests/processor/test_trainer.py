@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from model.build import build_training_model
+from model.build import build_training_model, check_batch_norm
 from processor.trainer import Trainer, split_batch
 from tests.helpers import golden_batch, options
 from utils.errors import UserError
@@ -97,3 +97,25 @@ def test_a_resnet_refuses_what_would_change_its_numbers(tmp_path):
         args = options(pretrain_choice=str(tmp_path / "rn.pt"), **flag)
         with pytest.raises(UserError, match=message):
             build_training_model(args, ["itc"], num_classes=0)
+
+
+def test_a_resnet_refuses_a_batch_that_leaves_it_one_value_of_a_channel(tmp_path):
+    """A single image at 32x32; with two, or a map of more places, there is a variance."""
+    from model.backbone import Backbone
+    from tests.model.test_backbone import RESNET
+
+    torch.save(Backbone(RESNET, (32, 32)).state_dict(), tmp_path / "rn.pt")
+    for size, images in (((32, 32), 1), ((32, 32), 2), ((64, 32), 1)):
+        args = options(pretrain_choice=str(tmp_path / "rn.pt"), img_size=list(size))
+        model = build_training_model(args, ["itc"], num_classes=0).train()
+        pictures = torch.rand(images, 3, *size)
+        if images * size[0] == 32:
+            with pytest.raises(
+                UserError, match="--batch_size 4: .*single image, .* --img_size 32 32"
+            ):
+                check_batch_norm(model, args, images)
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                model.encode_image(pictures)
+        else:
+            check_batch_norm(model, args, images)
+            assert model.encode_image(pictures).isfinite().all()
