@@ -54,7 +54,7 @@ def test_every_gallery_is_ranked_with_its_own_identities(mini_root, clip_file):
 
 
 @pytest.fixture
-def evaluated(mini_root, clip_file, tmp_path, monkeypatch):
+def evaluated(mini_root, clip_file, tmp_path, monkeypatch, capsys):
     """A run's folder with weights and, by test.py, its results on the uneven data set."""
     monkeypatch.setattr(test_entry, "read_dataset", lambda args: uneven(mini_root))
     weights = load_backbone(str(clip_file), (96, 32)).state_dict()
@@ -63,13 +63,11 @@ def evaluated(mini_root, clip_file, tmp_path, monkeypatch):
     args = options(dataset_name="AGDataAttr", root_dir=str(mini_root), device="cpu")
     write_config(tmp_path / "configs.yaml", args)
     run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml")
+    assert capsys.readouterr().out.count("warning: said twice: 1 samples of train") == 1
     return tmp_path
 
 
-def test_results_and_report_show_every_gallery_as_long_as_it_is(
-    evaluated, mini_root, monkeypatch, capsys
-):
-    assert capsys.readouterr().out.count("warning: said twice: 1 samples of train") == 1
+def test_results_and_report_show_every_gallery_as_long_as_it_is(evaluated, mini_root, monkeypatch):
     results = json.loads((evaluated / "test_results.json").read_text())
     galleries = results["splits"]["test"]["galleries"]
     assert [galleries[name]["gallery"] for name in ("aerial", "ground", "aerial + ground")] == [12, 4, 16]  # fmt: skip
