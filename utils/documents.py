@@ -4,7 +4,6 @@ silence. A byte-order mark in front is passed over; UTF-16 is read as well."""
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -19,7 +18,7 @@ def load_json(content: bytes) -> Any:
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r:.60} stands twice in {reprlib.repr(found)}")
+            raise ValueError(f"the key {twice!r:.60} stands twice in {found!r:.200}; keep one")
         return found
 
     return json.loads(content, object_pairs_hook=unique)
@@ -38,7 +37,7 @@ class Loader(yaml.SafeLoader):
                 continue  # refused below
             if name in lines:
                 place = f"lines {lines[name]} and {line}"
-                raise yaml.YAMLError(f"the key {name!r:.60} stands twice ({place})")
+                raise yaml.YAMLError(f"the key {name!r:.60} stands twice ({place}); keep one")
             lines[name] = line
         return super().construct_mapping(node, deep)
 
