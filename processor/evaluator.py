@@ -176,6 +176,8 @@ class Evaluator:
         names = [self.attribute_names[column] for column in columns]
         table: dict[str, dict[str, float]] = {name: {} for name in names}
         for view, feature_GD in features.views.items():
+            if not self.images[view]:
+                continue
             labels_GA = torch.tensor([image.attributes for image in self.images[view]])
             guess_GA = model.predict_attributes(feature_GD).cpu()
             accuracy_A = 100 * (guess_GA == labels_GA[:, columns]).double().mean(dim=0)

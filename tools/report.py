@@ -233,6 +233,8 @@ def sheets(run: Run, given: argparse.Namespace) -> str:
     caption_pids = torch.tensor(split.caption_pids)
     parts = []
     for name, (image_GD, images, gallery_pids) in views.items():
+        if name not in run.results["splits"]["test"]["galleries"]:
+            continue  # no caption has a match there
         similarity = F.normalize(features.captions, dim=1) @ F.normalize(image_GD, dim=1).T
         best_QK = similarity.topk(min(10, len(images)), dim=1).indices.cpu()
         ranked = read_queries(run.folder / "test_queries.npz", "test", name)

@@ -1,19 +1,14 @@
-import logging
-from types import SimpleNamespace
-
-import torch
-
-from datasets.records import Data, Split, TrainSample
-from processor.summary import describe
-from tests.helpers import options
-from utils.distributed import ALONE
+import train as train_entry
+from tests.datasets.test_tbagpr import TRAIN, edit
+from tests.helpers import run
+from tests.reliability.runs import flags, folder_of
 
 
-def test_the_log_tells_what_the_reader_warned_of(caplog):
-    sample = TrainSample(0, "a man", None, None, "x.json, entry 0")
-    data = Data("AGData", [sample], {}, warnings=["said twice: 1 samples of train"])
-    loaders = {"aerial": SimpleNamespace(num_workers=0)}
-    evaluator = SimpleNamespace(name="test", split=Split([], {}), images={}, loaders=loaders)
-    with caplog.at_level(logging.INFO):
-        describe(logging.getLogger("x"), data, [evaluator], options(), torch.device("cpu"), ALONE)
-    assert "warning: said twice: 1 samples of train" in caplog.messages
+def test_the_log_tells_what_the_reader_warned_of(mini_copy, tmp_path, monkeypatch):
+    edit(mini_copy, TRAIN, lambda rows: rows + rows[:2])
+    few = {"num_epoch": 1, "warmup_epochs": 0, "text_length": 12, "loss_names": "itc"}
+    run(train_entry.main, monkeypatch, *flags(mini_copy, tmp_path, **few))
+    lines = (folder_of(tmp_path) / "train_log.txt").read_text().splitlines()
+    assert [x.split("  ", 1)[1] for x in lines if "warning" in x] == [
+        f"warning: said twice: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
+    ]

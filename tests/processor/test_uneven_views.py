@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 import test as test_entry
 import tools.check_dataset as check_tool
 import tools.report as report_tool
-from datasets.records import Data, Gallery, Split
+from datasets.build import DATASETS
+from datasets.records import Data, Gallery
 from model.backbone import load_backbone
 from model.build import build_training_model
 from processor.evaluator import Evaluator
@@ -21,17 +23,25 @@ from utils.options import write_config
 CPU = torch.device("cpu")
 
 
-def uneven(root) -> Data:
+def uneven(root, kept: slice = slice(None, None, 3)) -> Data:
     """Of mini-TBAGPR's splits all aerial images, and of the ground images every third."""
     data = read("AGDataAttr", root)
     for split in data.splits.values():
-        ground = Gallery()
-        for i, row in enumerate(zip(*vars(split.galleries["ground"]).values(), strict=True)):
-            if i % 3 == 0:
-                ground.add(*row)
-        split.galleries["ground"] = ground
+        whole = split.galleries["ground"]
+        split.galleries["ground"] = Gallery(
+            whole.images[kept], whole.pids[kept], whole.sources[kept]
+        )
     data.warnings = ["said twice: 1 samples of train"]
     return data
+
+
+@pytest.fixture
+def uneven_root(request, mini_root, monkeypatch):
+    """mini-TBAGPR's folder, which is read as `uneven` from now on."""
+    data = uneven(mini_root, *getattr(request, "param", ()))
+    spec = replace(DATASETS["AGDataAttr"], read=lambda args: data)
+    monkeypatch.setitem(DATASETS, "AGDataAttr", spec)
+    return mini_root
 
 
 def test_every_gallery_is_ranked_with_its_own_identities(mini_root, clip_file):
@@ -54,27 +64,25 @@ def test_every_gallery_is_ranked_with_its_own_identities(mini_root, clip_file):
 
 
 @pytest.fixture
-def evaluated(mini_root, clip_file, tmp_path, monkeypatch, capsys):
+def evaluated(uneven_root, clip_file, tmp_path, monkeypatch, capsys):
     """A run's folder with weights and, by test.py, its results on the uneven data set."""
-    monkeypatch.setattr(test_entry, "read_dataset", lambda args: uneven(mini_root))
     weights = load_backbone(str(clip_file), (96, 32)).state_dict()
     state = {"model": {f"base_model.{n}": v for n, v in weights.items()}, "epoch": 1}
     torch.save(state, tmp_path / "best.pth")
-    args = options(dataset_name="AGDataAttr", root_dir=str(mini_root), device="cpu")
+    args = options(dataset_name="AGDataAttr", root_dir=str(uneven_root), device="cpu")
     write_config(tmp_path / "configs.yaml", args)
     run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml")
     assert capsys.readouterr().out.count("warning: said twice: 1 samples of train") == 1
     return tmp_path
 
 
-def test_results_and_report_show_every_gallery_as_long_as_it_is(evaluated, mini_root, monkeypatch):
+def test_results_and_report_show_every_gallery_as_long_as_it_is(evaluated):
     results = json.loads((evaluated / "test_results.json").read_text())
     galleries = results["splits"]["test"]["galleries"]
     assert [galleries[name]["gallery"] for name in ("aerial", "ground", "aerial + ground")] == [12, 4, 16]  # fmt: skip
     with np.load(evaluated / "test_queries.npz") as queries:
         captions = galleries["aerial"]["queries"] + galleries["aerial"]["unmatched"]
         assert len(queries["test/ground/first"]) == captions
-    monkeypatch.setattr(report_tool, "read_dataset", lambda args: uneven(mini_root))
     given = Namespace(device="cpu", root_dir="", queries=2)
     page = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
     # Worst and random, two captions each: ten images of 12, all 4, ten of 16.
@@ -82,25 +90,27 @@ def test_results_and_report_show_every_gallery_as_long_as_it_is(evaluated, mini_
     assert " of 12)" in page and " of 4)" in page and " of 16)" in page
 
 
-def test_the_check_counts_and_reads_every_view(mini_root, monkeypatch, capsys):
-    monkeypatch.setattr(check_tool, "read_dataset", lambda args: uneven(mini_root))
+def test_the_check_counts_and_reads_every_view(uneven_root, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(check_tool.main, monkeypatch, "--dataset_name", "AGDataAttr", "--root_dir", mini_root, "--num_workers", 0)  # fmt: skip
+        run(check_tool.main, monkeypatch, "--dataset_name", "AGDataAttr", "--root_dir", uneven_root, "--num_workers", 0)  # fmt: skip
     assert stopped.value.code == 0
     row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| test"))
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["6", "12", "4"]
 
 
-def test_a_view_without_any_image_of_a_split_is_no_accident_of_the_other(mini_root, clip_file):
-    """One view empty: its gallery has no match and is left out."""
-    data, args = uneven(mini_root), options(pretrain_choice=str(clip_file))
-    data.splits["test"] = Split(
-        ["here"],
-        {"aerial": data.splits["test"].galleries["aerial"], "ground": Gallery()},
-        data.splits["test"].captions,
-        data.splits["test"].caption_pids,
-        [0] * len(data.splits["test"].captions),
-    )
+@pytest.mark.parametrize("uneven_root", [[slice(0)]], indirect=True)
+def test_a_view_without_images_is_left_out_everywhere(evaluated):
+    results = json.loads((evaluated / "test_results.json").read_text())
+    assert list(results["splits"]["test"]["galleries"])[:2] == ["aerial", "aerial + ground"]
+    given = Namespace(device="cpu", root_dir="", queries=2)
+    page = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
+    assert page.count("<img") == 2 * 2 * (10 + 10)
+
+
+def test_attributes_are_judged_in_the_views_that_have_images(mini_root, clip_file):
+    data = uneven(mini_root, slice(0))
+    args = options(pretrain_choice=str(clip_file), loss_names="match2+dot")
+    model = build_training_model(args, ["match2", "dot"], num_classes=0)
     evaluator = Evaluator(data, "test", args, CPU)
-    features = evaluator.encode(build_training_model(args, ["itc"], num_classes=0))
-    assert list(evaluator.galleries(features)) == ["aerial", "aerial + ground"]
+    found = evaluator.attribute_accuracy(model, evaluator.encode(model))
+    assert list(found) == list(data.attribute_names) and all(list(x) == ["aerial"] for x in found.values())  # fmt: skip
