@@ -41,6 +41,7 @@ from datasets.build import read_dataset
 from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
+from utils.documents import load_yaml
 from utils.errors import UserError, run_main, suggest
 from utils.files import lock, write_atomically
 from utils.metrics import FIGURES
@@ -102,7 +103,7 @@ def read_table(name: str) -> Table:
             f"--table {name}: no such table.{suggest(name, known)} Known: {', '.join(known)}"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not {"title", "base", "rows"} <= set(content):

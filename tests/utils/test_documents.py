@@ -1,6 +1,7 @@
 import pytest
 
 from tests.helpers import ROOT
+from tools.reproduce import read_table
 from utils.attributes import read_attributes
 from utils.documents import load_yaml
 from utils.errors import UserError
@@ -13,6 +14,9 @@ def test_a_key_twice_in_a_preset_is_refused_with_both_lines(tmp_path):
     path.write_text("lr: 0.1\nseed: 1\nlr: 0.2\n")
     with pytest.raises(UserError, match=r"p.yaml: not readable as YAML: the key 'lr' stands twice \(lines 1 and 3\)"):  # fmt: skip
         read_preset(path)
+    path.write_text("title: t\nbase: b.yaml\nrows: []\nrows: []\n")
+    with pytest.raises(UserError, match="p.yaml: .* the key 'rows' stands twice"):
+        read_table(str(path))
     path.write_text("base: q.yaml\nlr: 0.2\n")
     (tmp_path / "q.yaml").write_text("lr: 0.1\nseed: 3\n")
     assert read_preset(path) == {"lr": 0.2, "seed": 3}  # a base is there to be overridden
