@@ -80,12 +80,13 @@ class ImageFolder:
         """Full path of an image; if no file has exactly this name, of the one whose name differs
         only as `composed` says. Raises UserError if it is missing or outside the folder."""
         shown = ascii(relative[:200])[1:-1]  # whatever stands there, a message can be printed
-        parts = composed(relative).split("/")
-        if ".." in parts or os.path.isabs(relative):
-            raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
         full = self.root / relative
-        if full.name in self._list(full.parent).files:
+        outside = ".." in relative.split("/") or os.path.isabs(relative)
+        if not outside and full.name in self._list(full.parent).files:
             return str(full)
+        parts = composed(relative).split("/")
+        if outside or ".." in parts:
+            raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
         *folders, name = [part for part in parts if part not in ("", ".")] or [""]
         folder = self.root
         for part in folders:
@@ -98,8 +99,8 @@ class ImageFolder:
         raise UserError(f"{entry}: image {shown} is missing in {self.root}")
 
     def _list(self, folder: Path) -> _Listing:
-        if str(folder) in self._listed:
-            return self._listed[str(folder)]
+        if (known := self._listed.get(str(folder))) is not None:
+            return known
         files, names, problem = set(), {}, ""
         try:
             with os.scandir(folder) as found:
@@ -128,7 +129,7 @@ class Said:
     """What a data set's files have said so far: contradictions are refused, repetitions counted."""
 
     def __init__(self) -> None:
-        self._facts: dict[str, tuple[Any, str]] = {}
+        self._facts: dict[tuple[str, ...], tuple[Any, str]] = {}
         self._seen: dict[tuple, str] = {}
         self._again: dict[str, list[str]] = {}  # by kind: places
 
@@ -139,13 +140,13 @@ class Said:
         else:
             self._seen[kind, key] = entry
 
-    def agree(self, about: str, value: Any, entry: str) -> None:
-        """Remember a fact. Raises UserError if it was another before."""
+    def agree(self, about: tuple[str, ...], value: Any, entry: str) -> None:
+        """Remember a fact, as ("the id", "7"). Raises UserError if it was another before."""
         other, first = self._facts.setdefault(about, (value, entry))
         if other != value:
             raise UserError(
-                f"{entry}: {about} is {value!r:.60}, and {other!r:.60} in {first}; correct one of "
-                "them, or take it out"
+                f"{entry}: {' '.join(about)} is {value!r:.60}, and {other!r:.60} in {first}; "
+                "correct one of them, or take it out"
             )
 
     def sample(self, sample: TrainSample, pid: Any) -> None:
@@ -167,7 +168,7 @@ class Said:
 
     def _show(self, split: str, pid: Any, paths: Sequence[str], entry: str) -> None:
         for path in paths:
-            self.agree(f"the identity of {path} in {split}", pid, entry)
+            self.agree(("the identity of", path, "in", split), pid, entry)
 
     def warnings(self) -> list[str]:
         """A line for each kind of repetition, with the count and the first."""

@@ -128,7 +128,7 @@ class _Reader:
         if has_lone_surrogate(str(row["id"])):
             raise UserError(f"{entry}: id is {row['id']!r}, with half a character in it")
         # 7 and "7", or "anna" and "anna ", would be two people.
-        self.said.agree(f"the id {composed(str(row['id'])).strip()}", row["id"], entry)
+        self.said.agree(("the id", composed(str(row["id"])).strip()), row["id"], entry)
         captions = row["captions"]
         if not isinstance(captions, list) or (not captions and row["split"] == "train"):
             raise UserError(f"{entry}: captions must be a list of texts, got {captions!r:.60}")
@@ -150,7 +150,7 @@ class _Reader:
         if "attributes" not in self.optional:
             return Image(full)
         labels = self._labels(row[f"{prefix}attributes"], f"{entry}, {prefix}attributes")
-        self.said.agree(f"the label of {full}", labels, entry)
+        self.said.agree(("the label of", full), labels, entry)
         return Image(full, labels)
 
     def _labels(self, values: Any, entry: str) -> tuple[int, ...]:

@@ -268,7 +268,7 @@ def _read_attributes(path: Path, said: Said) -> dict[str, tuple[int, ...]]:
                     f"it must be 0 to {classes - 1}"
                 )
         labels[key] = tuple(values)
-        said.agree(f"the label of image '{key}'", labels[key], f"{path}, entry {i}")
+        said.agree(("the label of image", key), labels[key], f"{path}, entry {i}")
         said.once(f"images of {path.name}", key, f"{path.name}, entry {i}")
     return {composed(key): value for key, value in labels.items()} | labels
 
