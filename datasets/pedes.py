@@ -100,9 +100,10 @@ class _Reader:
         if "test" not in splits:
             raise UserError(f"{self.path}: no entry has the split 'test'")
         classes = {a.name: len(a.classes) for a in self.attributes}
-        ids = {s: {self.rows[i]["id"] for i in found} for s, found in checked.items() if found}
+        ids = {s: list(self._numbers(found)) for s, found in checked.items() if found}
         labelled = "attributes" in self.optional
-        return Data(name, train, splits, classes if labelled else {}, views, ids)
+        root = str(self.images.root)
+        return Data(name, train, splits, classes if labelled else {}, views, ids, root)
 
     def _entry(self, i: int) -> str:
         return f"{self.path.name}, entry {i}"

@@ -71,7 +71,7 @@ def read_tbagpr(
     }
     for index, source in enumerate(sources):
         offset = 1 + max((s.pid for s in train), default=-1)
-        train += reader.train(source, offset)
+        train += reader.train(source, index, offset)
         for split, joined in splits.items():
             offset = 1 + max(joined.image_pids + joined.caption_pids, default=-1)
             reader.split(source, split, index, offset, joined)
@@ -79,7 +79,8 @@ def read_tbagpr(
         train = _vote_train(train)
         for joined in splits.values():
             _vote_split(joined)
-    return Data(name, train, splits, dict(ATTRIBUTES) if attributes else {}, VIEWS)
+    classes = dict(ATTRIBUTES) if attributes else {}
+    return Data(name, train, splits, classes, VIEWS, root=str(root))
 
 
 def one_view(data: Data, views: str) -> Data:
@@ -128,7 +129,7 @@ class _Reader:
         self.root, self.labels = root, labels
         self.images = ImageFolder(root)
 
-    def train(self, source: Source, offset: int) -> list[TrainSample]:
+    def train(self, source: Source, index: int, offset: int) -> list[TrainSample]:
         where = f"{source.folder}/{source.json.format('train')}"
         rows = read_json(self.root / where)
         if not isinstance(rows, list) or not rows:
@@ -148,6 +149,7 @@ class _Reader:
                     self._image(source, image, entry),
                     self._image(source, pair, entry),
                     entry,
+                    index,
                 )
             )
         seen = sorted({s.pid - offset for s in samples})
@@ -212,8 +214,7 @@ def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
         return Image(image.path, voted[pid] + image.attributes[VOTED:])
 
     return [
-        TrainSample(s.pid, s.caption, with_vote(s.pid, s.image), with_vote(s.pid, s.pair), s.entry)
-        for s in train
+        replace(s, image=with_vote(s.pid, s.image), pair=with_vote(s.pid, s.pair)) for s in train
     ]
 
 
