@@ -59,9 +59,9 @@ def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
     ):
         return None
     told = {}
-    for split in dict.fromkeys([*now["fingerprint"], *map(str, then["fingerprint"])]):
-        before, after = then["fingerprint"].get(split), now["fingerprint"].get(split)
-        if before == after:
+    before = {str(k): v for k, v in then["fingerprint"].items() if isinstance(v, str)}
+    for split in dict.fromkeys([*now["fingerprint"], *before]):
+        if before.get(split) == now["fingerprint"].get(split):
             continue
         old, new = (_counted(found["counts"].get(split)) for found in (then, now))
         same = "; the same counts, but other content or another order" if old == new else ""
@@ -72,4 +72,4 @@ def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
 def _counted(counts: Any) -> str:
     if not isinstance(counts, dict):
         return "no such split"
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if type(count) is int)

@@ -6,10 +6,10 @@ if found: ...                    # val shows images or people of test
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets.files import same_content
 from datasets.records import Data, Image
@@ -92,7 +92,7 @@ def persons(data: Data, split: str) -> dict[int, Hashable]:
     found: dict[int, Hashable] = {}
     for pid, image in shown(data, split):
         if pid not in found or found[pid][0] != "person":
-            match = PERSON.match(Path(image.path).name)
+            match = PERSON.match(os.path.basename(image.path))
             own = ("id", ids[pid]) if ids else (split, pid)
             found[pid] = ("person", int(match[1])) if match else own
     return found
