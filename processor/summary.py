@@ -41,7 +41,7 @@ def describe(
         protocol = Protocol(data, split, world)
         log.info(f"{f'best_{split}.pth' if i else 'best.pth'} is {protocol}")
         if protocol.overlap and split != HELDOUT:
-            log.info("--val_dataset heldout chooses without test, on people who leave training")
+            log.info("--val_dataset heldout chooses on people who leave training instead")
     processes = f"{world.size} processes, " if world.size > 1 else ""
     log.info(
         f"losses {args.loss_names}; {processes}{device.type}, {args.precision}, seed {args.seed}"
