@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from datasets.build import read_dataset, selecting_splits
+from datasets.build import read_for_test
 from model.build import build_evaluation_model
 from processor.evaluator import (
     Evaluator,
@@ -24,7 +24,7 @@ from processor.evaluator import (
 )
 from processor.guards import explained
 from processor.queries import per_query, write_queries
-from processor.summary import warn
+from processor.summary import data_of, protocol_of, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
@@ -45,16 +45,20 @@ def main() -> None:
     args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
     model = build_evaluation_model(args, checkpoint["model"], str(path)).to(device)
-    data = read_dataset(args)
+    data, lost = read_for_test(args)
+    protocol = protocol_of(checkpoint, args.val_dataset, data, world)
+    content, told = data_of(checkpoint, data)
     warn(log, data)
-    best = checkpoint.get("best", {})
     log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")
+    for note in (f"this checkpoint is {protocol}", *lost, *told):
+        log.info(note)
 
     queries: dict[str, np.ndarray] = {}
     results = {"checkpoint": str(path), "epoch": checkpoint.get("epoch"), "splits": {}}
+    results |= {"protocol": protocol.results(), "data": content}
+    best = checkpoint.get("best", {})
     # The split that chose the checkpoint comes too, so that its figures can be compared.
-    chooser = best.get("split", selecting_splits(args.val_dataset)[0])
-    for name in dict.fromkeys((chooser, "test")):
+    for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
         evaluator = Evaluator(data, name, args, device, world=world)
         with explained(args, device, evaluator.files, "evaluation"):
             features = evaluator.encode(model)
@@ -62,9 +66,7 @@ def main() -> None:
         figures = {k: ranked.summary() for k, ranked in galleries.items()}
         results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
         queries |= per_query(name, galleries)
-        chose = name == chooser
-        role = "chose this checkpoint" if chose else "had no part in choosing this checkpoint"
-        log.info(f"\n{name} split, which {role}\n{gallery_table(figures)}")
+        log.info(f"\n{name} split, which {protocol.role(name)}\n{gallery_table(figures)}")
         if args.bootstrap:
             found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
             results["splits"][name]["intervals"] = found

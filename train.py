@@ -13,6 +13,7 @@ import shlex
 import torch
 
 from datasets.build import read_dataset, selecting_splits, train_loader
+from datasets.fingerprint import fingerprint
 from model.build import build_training_model, check_batch_norm, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
@@ -64,14 +65,15 @@ def main() -> None:
     found = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
     log = setup_logger(run_dir / "train_log.txt", world.rank)
     log.info(f"run folder: {run_dir}")
-    describe(log, data, evaluators, args, device, world)
+    describe(log, data, loader, evaluators, args, device, world)
     if fitted:
         log.info(fitted)
     optimizer = build_optimizer(model.named_parameters(), args)
     scheduler = build_scheduler(optimizer, args)
     trainer = Trainer(
-        args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world
-    )
+        args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world,
+        fingerprint(data),
+    )  # fmt: skip
     if found:
         for note in changed_options(args, run_dir / CONFIG):
             log.info(note)

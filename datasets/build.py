@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.files import exists
+from datasets.heldout import HELDOUT, hold_out
 from datasets.image_cache import ImageFiles
 from datasets.pedes import PEDES, read_custom, read_pedes
 from datasets.records import Data, Image, TrainSample
@@ -89,24 +90,44 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def read_dataset(args: argparse.Namespace) -> Data:
-    """Read and check `--dataset_name` in `--root_dir`. Raises UserError."""
+    """Read and check `--dataset_name` in `--root_dir`, with the splits that `--val_dataset` chooses
+    on. Raises UserError."""
+    data = read_whole(args)
+    wanted = selecting_splits(args.val_dataset)
+    if HELDOUT in wanted:
+        data = hold_out(data, args.heldout, args.heldout_seed)
+    if not set(wanted) <= set(data.splits):
+        raise UserError(
+            f"--val_dataset {args.val_dataset}: {data.name} has only {', '.join(data.splits)}; "
+            "--val_dataset heldout takes some identities out of training to choose on"
+        )
+    return data
+
+
+def read_for_test(args: argparse.Namespace) -> tuple[Data, list[str]]:
+    """The same for a run that is over: where the split that chose cannot be had any more, since the
+    data has changed, the data set without it, and what to tell."""
+    try:
+        return read_dataset(args), []
+    except UserError as error:
+        return read_whole(args), [f"the split that chose is left out: {error}"]
+
+
+def read_whole(args: argparse.Namespace) -> Data:
+    """Read and check the data set with the splits that it has on disk. Raises UserError."""
     name = args.dataset_name
     if name not in DATASETS:
         known = ", ".join(DATASETS)
         raise UserError(f"--dataset_name {name}: unknown.{suggest(name, DATASETS)} Known: {known}")
     if args.views != "ag" and name != "AGSGData":
         raise UserError(f"--views {args.views}: --dataset_name {name} has its own; for AGSGData")
-    data = DATASETS[name].read(args)
-    if not set(selecting_splits(args.val_dataset)) <= set(data.splits):
-        raise UserError(
-            f"--val_dataset {args.val_dataset}: {name} has only {', '.join(data.splits)}"
-        )
-    return data
+    return DATASETS[name].read(args)
 
 
 def selecting_splits(val_dataset: str) -> tuple[str, ...]:
-    """The splits that choose a checkpoint; the first one's is best.pth."""
-    return ("val", "test") if val_dataset == "both" else (val_dataset,)
+    """The splits that choose a checkpoint; the first one's is best.pth. None if the last epoch is
+    taken."""
+    return {"both": (HELDOUT, "test"), "last": ()}.get(val_dataset, (val_dataset,))
 
 
 def datasets_table() -> str:

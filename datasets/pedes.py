@@ -101,10 +101,11 @@ class _Reader:
         if "test" not in splits:
             raise UserError(f"{self.path}: no entry has the split 'test'")
         classes = {a.name: len(a.classes) for a in self.attributes}
-        ids = {s: {self.rows[i]["id"] for i in found} for s, found in checked.items() if found}
+        ids = {s: list(self._numbers(found)) for s, found in checked.items() if found}
         labelled = "attributes" in self.optional
         classes = classes if labelled else {}
-        return Data(name, train, splits, classes, views, ids, warnings=self.said.warnings())
+        root, warnings = str(self.images.root), self.said.warnings()
+        return Data(name, train, splits, classes, views, ids, root, warnings)
 
     def _entry(self, i: int) -> str:
         return f"{self.path.name}, entry {i}"

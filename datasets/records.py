@@ -22,6 +22,7 @@ class TrainSample:
     image: Image
     pair: Image | None
     entry: str  # where it stands, for messages: "AG-ReID/agtext_train.json, sample 17"
+    source: int = 0  # index into the splits' `sources`
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Gallery:
 
 @dataclass
 class Split:
-    """Captions (queries) and images (gallery) of a val or test set.
+    """Captions (queries) and images (gallery) of a val, test or held-out set.
 
     `caption_pids[i]` and `caption_sources[i]` belong to `captions[i]`. Every view has a gallery of
     its own, of any length. Sources are indices into `sources`.
@@ -69,12 +70,13 @@ class Data:
 
     name: str
     train: list[TrainSample]
-    splits: dict[str, Split]  # "val", "test"
+    splits: dict[str, Split]  # "val", "test", and "heldout" if it was drawn (`hold_out`)
     attribute_classes: dict[str, int] = field(default_factory=dict)  # in the order of the labels
     views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, with two, of `pair`
 
-    # The data set's own ids by split, where they mean the same person in every split.
-    ids: dict[str, set[int | str]] = field(default_factory=dict)
+    # By split the data set's own id of every pid, where it means the same person in every split.
+    ids: dict[str, list[int | str]] = field(default_factory=dict)
+    root: str = ""  # the folder that the images' paths begin with
 
     # What its files say twice and the like, a line for each kind, with the count.
     warnings: list[str] = field(default_factory=list)

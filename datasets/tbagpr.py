@@ -83,7 +83,7 @@ def read_tbagpr(
     }
     for index, source in enumerate(sources):
         offset = 1 + max((s.pid for s in train), default=-1)
-        train += reader.train(source, offset)
+        train += reader.train(source, index, offset)
         for split, joined in splits.items():
             offset = 1 + max(joined.image_pids + joined.caption_pids, default=-1)
             reader.split(source, split, index, offset, joined)
@@ -92,7 +92,7 @@ def read_tbagpr(
         for joined in splits.values():
             _vote_split(joined)
     classes = dict(ATTRIBUTES) if attributes else {}
-    return Data(name, train, splits, classes, VIEWS, warnings=said.warnings())
+    return Data(name, train, splits, classes, VIEWS, root=str(root), warnings=said.warnings())
 
 
 def one_view(data: Data, views: str) -> Data:
@@ -141,7 +141,7 @@ class _Reader:
         self.root, self.labels, self.said = root, labels, said
         self.images = ImageFolder(root)
 
-    def train(self, source: Source, offset: int) -> list[TrainSample]:
+    def train(self, source: Source, index: int, offset: int) -> list[TrainSample]:
         where = f"{source.folder}/{source.json.format('train')}"
         rows = read_json(self.root / where)
         if not isinstance(rows, list) or not rows:
@@ -160,6 +160,7 @@ class _Reader:
                 self._image(source, image, entry),
                 self._image(source, pair, entry),
                 entry,
+                index,
             )
             self.said.sample(sample, pid)
             samples.append(sample)
@@ -229,8 +230,7 @@ def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
         return Image(image.path, voted[pid] + image.attributes[VOTED:])
 
     return [
-        TrainSample(s.pid, s.caption, with_vote(s.pid, s.image), with_vote(s.pid, s.pair), s.entry)
-        for s in train
+        replace(s, image=with_vote(s.pid, s.image), pair=with_vote(s.pid, s.pair)) for s in train
     ]
 
 

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from datasets.fingerprint import changes
+from datasets.heldout import HELDOUT
 from utils.checkpoint import Lost, digest, load_checkpoint, older, restore, save_checkpoint
 from utils.errors import UserError
+from utils.runs import LAST_EPOCH
 
 if TYPE_CHECKING:
     from processor.trainer import Trainer
@@ -67,6 +70,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "skipped": sum(trainer.world.objects(trainer.skipped)),
         "in_a_row": trainer.guard.in_a_row,
         "best": trainer.best,
+        "data": trainer.data,
         "sampler": trainer.loader.batch_sampler.state(trainer.step),
         "generators": {
             "firm": trainer.model.generator.get_state(),
@@ -87,6 +91,7 @@ def resume(
     own = digest({k: v for k, v in state.items() if k not in ("model", "optimizer")})
     if len(set(trainer.world.objects(own))) > 1:
         raise UserError(f"{path}: processes find different checkpoints there; share the folder")
+    notes = notes + _check_data(trainer, state, path)
     if trainer.world.leads and taken != Path(path):  # or it would be kept in a good one's place
         restore(Path(path), taken)
     _load(trainer, state, path)
@@ -95,13 +100,35 @@ def resume(
     return notes + told
 
 
+def _check_data(trainer: Trainer, state: dict[str, Any], path: str | Path) -> list[str]:
+    """Whether the run's data is what it was. Returns what the log should say; raises UserError if
+    what it trains on or chooses by has changed."""
+    found = changes(state.get("data"), trainer.data)
+    if found is None:
+        if HELDOUT in trainer.choosers:
+            raise UserError(
+                f"{path}: it was trained when nothing could be held out (--val_dataset both was "
+                "val and test); go on with --val_dataset val or test"
+            )
+        return [f"{path}: keeps no fingerprint of its data, so nobody can tell whether it changed"]
+    told = [f"{split}: {change}" for split, change in found.items()]
+    chose = {*trainer.choosers} & {*(state["best"] or trainer.choosers)}  # before as from here on
+    if {"train", *chose} & {*found}:
+        raise UserError(
+            f"{path}: the run's data has changed ({'; '.join(told)}). Put it back, with --views, "
+            "--val_dataset, --heldout and --heldout_seed as they were, or start a new run "
+            "(--finetune takes this one's weights)"
+        )
+    return [f"the data has changed, {change}" for change in told]
+
+
 def _best_files(trainer: Trainer) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Make the best checkpoints those of the run that goes on. One that a kill came before is
     written, since the save has its weights; one that the run does not know, since it goes on from
     before it, is set aside. Returns what the log should say, and the best that there is a file of.
     """
     told, best = [], dict(trainer.best)
-    for split in (e.name for e in trainer.evaluators):
+    for split in trainer.choosers:
         file, found = trainer.best_file(split), {}
         expected = chosen(split, best[split]) if split in best else None
         with suppress(Lost):
@@ -143,7 +170,8 @@ def _load(trainer: Trainer, state: dict[str, Any], path: str) -> None:
         if not state["sampler"]["step"] == state["step"] <= len(sampler):
             raise ValueError(f"step {state['step']} of an epoch of {len(sampler)}")
         for split, found in state["best"].items():
-            float(found["figures"][split]["R@1"] + found["epoch"])
+            figures = {"R@1": 0} if split == LAST_EPOCH else found["figures"][split]
+            float(figures["R@1"] + found["epoch"])
         trainer.scheduler.last_epoch = state["epoch"]
         for group, base, factor in zip(
             trainer.optimizer.param_groups,
@@ -218,10 +246,11 @@ def best_of(trainer: Trainer, split: str) -> dict[str, Any]:
     """What a best checkpoint holds, when the model is that of the epoch that `split` has chosen."""
     best = trainer.best[split]
     return {
-        "model": trainer.model.state_dict(), "epoch": best["epoch"], "best": chosen(split, best)
+        "model": trainer.model.state_dict(), "epoch": best["epoch"], "best": chosen(split, best),
+        "data": trainer.data,
     }  # fmt: skip
 
 
 def chosen(split: str, best: dict[str, Any]) -> dict[str, Any]:
     """What a best checkpoint says of itself."""
-    return {**best["figures"][split], "epoch": best["epoch"], "split": split}
+    return {**best["figures"].get(split, {}), "epoch": best["epoch"], "split": split}

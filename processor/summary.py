@@ -1,4 +1,4 @@
-"""What the log says before a run and after it."""
+"""What is said of a run before and after it: its data, its protocol, its best epoch."""
 
 from __future__ import annotations
 
@@ -9,42 +9,121 @@ from typing import Any
 
 import torch
 from prettytable import PrettyTable
+from torch.utils.data import DataLoader
 
+from datasets.build import selecting_splits
+from datasets.fingerprint import changes, fingerprint
+from datasets.heldout import HELDOUT
+from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from processor.evaluator import Evaluator
 from utils.distributed import World
 from utils.metrics import FIGURES
+from utils.runs import LAST_EPOCH
 
 
 def describe(
     log: logging.Logger,
     data: Data,
+    loader: DataLoader,
     evaluators: Sequence[Evaluator],
     args: argparse.Namespace,
     device: torch.device,
     world: World,
 ) -> None:
     """Log the data, the protocol, and what the run is made of."""
-    sizes = "; ".join(
-        f"{e.name}: {len(e.split.captions)} captions, {sum(map(len, e.images.values()))} images"
+    sizes = "".join(
+        f"; {e.name}: {len(e.split.captions)} captions, {sum(map(len, e.images.values()))} images"
         for e in evaluators
     )
-    log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples; {sizes}")
+    log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples{sizes}")
     warn(log, data)
-    chosen = {
-        "test": "best.pth is chosen by R@1 on the test split: this is the paper's protocol",
-        "val": "best.pth is chosen by R@1 on the val split: test stays unseen",
-        "both": "best.pth is chosen by R@1 on the val split, best_test.pth on the test split",
-    }
-    log.info(chosen[args.val_dataset])
+    for i, split in enumerate(selecting_splits(args.val_dataset) or (LAST_EPOCH,)):
+        protocol = Protocol(data, split, world)
+        log.info(f"{f'best_{split}.pth' if i else 'best.pth'} is {protocol}")
+        if protocol.overlap and split != HELDOUT:
+            log.info("--val_dataset heldout chooses on people who leave training instead")
     processes = f"{world.size} processes, " if world.size > 1 else ""
     log.info(
         f"losses {args.loss_names}; {processes}{device.type}, {args.precision}, seed {args.seed}"
     )
-    workers = next(iter(evaluators[0].loaders.values())).num_workers
-    if workers < args.num_workers:
+    if loader.num_workers < args.num_workers:
         each = " for each process" if world.size > 1 else ""
-        log.info(f"{workers} loader processes{each}, since there are no more cores")
+        log.info(f"{loader.num_workers} loader processes{each}, since there are no more cores")
+
+
+class Protocol:
+    """How a checkpoint is chosen, and what that has to do with test.
+
+    Args:
+        chosen_on: the split that chooses it, or `LAST_EPOCH`.
+        world: the leader looks at the files, for all processes.
+    """
+
+    def __init__(self, data: Data, chosen_on: str, world: World) -> None:
+        self.chosen_on = chosen_on
+        self.overlap: Overlap | None = None  # where another split than test chooses
+        if chosen_on != "test" and chosen_on in data.splits:
+            self.overlap = world.from_leader(overlap(data, chosen_on) if world.leads else None)
+
+    def __str__(self) -> str:
+        """To follow "best.pth is"."""
+        if self.chosen_on == LAST_EPOCH:
+            return "the last epoch's: no split chooses it"
+        if self.chosen_on == "test":
+            return "chosen by R@1 on the test split: this is the paper's protocol"
+        out = ", whose people leave training," if self.chosen_on == HELDOUT else ""
+        chosen = f"chosen by R@1 on the {self.chosen_on} split{out}"
+        if self.overlap is None:
+            return f"{chosen} which is not here to be compared with test"
+        if self.overlap:
+            return f"{chosen} and so not without test: {self.overlap}"
+        return f"{chosen} which shares no image with test"
+
+    def role(self, split: str) -> str:
+        """The part of an evaluated split, to follow "which"."""
+        if split == self.chosen_on:
+            return "chose this checkpoint"
+        if split != "test" or self.chosen_on == LAST_EPOCH:
+            return "had no part in choosing this checkpoint"
+        if self.overlap is None:
+            return (
+                f"may have had a part in choosing this checkpoint: {self.chosen_on}, which chose "
+                "it, is not here to be compared"
+            )
+        if self.overlap:
+            return f"had a part in choosing this checkpoint: {self.overlap}"
+        return f"had no part in choosing this checkpoint: {self.chosen_on} shares no image with it"
+
+    def results(self) -> dict[str, Any]:
+        """For test_results.json."""
+        found, shared = self.overlap, None
+        if found is not None:
+            shared = {"images": found.images, "people": found.people}
+        text = f"This checkpoint is {self}."
+        return {"chosen_on": self.chosen_on, "overlap": shared, "text": text}
+
+
+def protocol_of(checkpoint: dict[str, Any], val_dataset: str, data: Data, world: World) -> Protocol:
+    """Of a checkpoint that is evaluated: what it says itself, else by the run's options. No split
+    chooses the last.pth of a run."""
+    best, chosen_on = checkpoint.get("best"), LAST_EPOCH
+    if isinstance(best, dict) and isinstance(best.get("split"), str):
+        chosen_on = best["split"]
+    elif "sampler" not in checkpoint:  # which goes on with a run
+        chosen_on = next(iter(selecting_splits(val_dataset)), LAST_EPOCH)
+    return Protocol(data, chosen_on, world)
+
+
+def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], list[str]]:
+    """For test_results.json: the data's fingerprint, and by split what has changed since training
+    (None if the checkpoint does not tell); and the same for the log."""
+    here = fingerprint(data)
+    changed = changes(checkpoint.get("data"), here)
+    told = ["the checkpoint keeps no fingerprint of its data: nobody can tell if it changed"]
+    if changed is not None:
+        told = [f"{split} is not what it was in training: {how}" for split, how in changed.items()]
+    return {**here, "changed": changed}, told
 
 
 def warn(log: logging.Logger, data: Data) -> None:
@@ -60,4 +139,6 @@ def best_table(best: dict[str, dict[str, Any]]) -> str:
     for chosen_on, found in best.items():
         for split, figures in found["figures"].items():
             table.add_row([found["epoch"], chosen_on, split, *figures.values()])
+        if chosen_on == LAST_EPOCH:
+            table.add_row([found["epoch"], "no split: the last epoch", *[""] * (1 + len(FIGURES))])
     return table.get_string()

@@ -1,9 +1,10 @@
 """A training run: epochs of steps, an evaluation, a checkpoint; read it top to bottom.
 
 The run's folder receives train_log.txt, TensorBoard events, best.pth (weights of the epoch with
-the highest R@1; with `--val_dataset both` that of val, and best_test.pth that of test) and last.pth
-(everything that `--resume` needs). A run that is cut off at any step and resumed ends as if nothing
-had happened. Of several processes the first alone writes.
+the highest R@1; with `--val_dataset both` on held-out identities, and best_test.pth on test; with
+`last` those of the last epoch) and last.pth (everything that `--resume` needs). A run that is cut
+off at any step and resumed ends as if nothing had happened. Of several processes the first alone
+writes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from utils.distributed import ALONE, Votes, World
 from utils.errors import Stopped, UserError, words_of
 from utils.interrupt import StopRequest
 from utils.logger import note_in_file
-from utils.runs import LAST
+from utils.runs import LAST, LAST_EPOCH
 
 
 class Trainer:
@@ -46,8 +47,10 @@ class Trainer:
     Args:
         model: on its device.
         loader: training batches of an `EpochSampler`, whose position is part of the checkpoint.
-        evaluators: of the splits that choose a checkpoint; the first chooses best.pth.
+        evaluators: of the splits that choose a checkpoint; the first chooses best.pth. With none
+            it is that of the last epoch.
         run_dir: receives all files.
+        data: the `fingerprint` of the data set, which checkpoints keep.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Trainer:
         run_dir: Path | None,
         logger: logging.Logger | None,
         world: World = ALONE,
+        data: dict[str, Any] | None = None,
     ) -> None:
         self.args, self.model, self.loader, self.evaluators = args, model, loader, evaluators
+        self.data = data
         self.optimizer, self.scheduler, self.device = optimizer, scheduler, device
         self.run_dir, self.log, self.world = run_dir, logger, world
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -325,6 +330,11 @@ class Trainer:
 
     def _evaluate(self) -> tuple[str, list[str]]:
         """Evaluate the epoch. Returns what the log says of it, and the splits that chose it."""
+        if not self.evaluators:
+            if self.epoch + 1 < self.args.num_epoch:
+                return "", []
+            self.best = {LAST_EPOCH: {"epoch": self.epoch + 1, "figures": {}}}
+            return "", [LAST_EPOCH]
         figures = {
             e.name: e.evaluate(self.model, self._leave_or_save).percentages()
             for e in self.evaluators
@@ -345,9 +355,13 @@ class Trainer:
         self.best = {split: self.best[split] for split in figures}
         return line, better
 
+    @property
+    def choosers(self) -> list[str]:
+        """The splits that choose a checkpoint; the first one's is best.pth."""
+        return [e.name for e in self.evaluators] or [LAST_EPOCH]
+
     def best_file(self, split: str) -> Path:
-        first = split == self.evaluators[0].name
-        return self.run_dir / ("best.pth" if first else f"best_{split}.pth")
+        return self.run_dir / ("best.pth" if split == self.choosers[0] else f"best_{split}.pth")
 
     def _write(self, path: Path, content: dict[str, Any], keep: int = 1) -> None:
         """The leader saves a checkpoint. The others wait: a step's collectives have less patience

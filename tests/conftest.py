@@ -69,6 +69,16 @@ def mini_root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def like_real(tmp_path_factory):
+    """Rendered with the real data's names and the faults of its splits."""
+    from datasets.mini import render
+
+    root = tmp_path_factory.mktemp("data") / "real"
+    render(root, seed=3, train_ids=8, val_ids=4, test_ids=4, pairs=2, val="like_real", workers=1)
+    return root
+
+
 @pytest.fixture
 def mini_copy(mini_root, tmp_path):
     return shutil.copytree(mini_root, tmp_path / "mini")

@@ -57,6 +57,8 @@ def test_a_run_leaves_what_the_readme_says(finished):
     log = (finished / "train_log.txt").read_text()
     assert len(re.findall(r"epoch \d/3  loss .*supkl .*match2 .*test: R@1", log)) == 3
     assert "best.pth is chosen by R@1 on the test split: this is the paper's protocol" in log
+    for name in ("best", "last"):
+        assert list(load_checkpoint(finished / f"{name}.pth")["data"]["counts"]) == ["train", "val", "test"]  # fmt: skip
     best, last = (load_checkpoint(finished / f"{n}.pth") for n in ("best", "last"))
     assert last["epoch"] == 3 and best["epoch"] == best["best"]["epoch"]
     assert last["best"]["test"]["epoch"] == best["epoch"]
@@ -98,17 +100,87 @@ def test_the_clean_protocol_reports_both_splits(mini_root, tmp_path, monkeypatch
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
     assert "val split, which chose this checkpoint" in shown and ": equal" in shown
-    assert "test split, which had no part in choosing this checkpoint" in shown
+    told = "test split, which had no part in choosing this checkpoint: val shares no image with it"
+    assert told in shown
+    results = json.loads((folder / "test_results.json").read_text())
+    assert results["protocol"]["overlap"] == {"images": 0, "people": 0}
+    assert results["data"]["fingerprint"].keys() == {"train", "val", "test"}
+    assert results["data"]["changed"] == {}
+
+
+def test_a_val_that_is_not_disjoint_from_test_is_told_with_counts(
+    like_real, tmp_path, monkeypatch, capsys
+):
+    """Half of its images are test's, and so are all of its people."""
+    folder = train(monkeypatch, like_real, tmp_path, val_dataset="val", num_epoch=1, warmup_epochs=0)  # fmt: skip
+    told = "val shares 8 of its 16 images and 4 of its 4 people with test"
+    log = (folder / "train_log.txt").read_text()
+    assert f"best.pth is chosen by R@1 on the val split and so not without test: {told}" in log
+    run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
+    shown = capsys.readouterr().out
+    assert f"test split, which had a part in choosing this checkpoint: {told}" in shown
+    assert not re.search("unseen|clean|no part", log + shown)
+    protocol = json.loads((folder / "test_results.json").read_text())["protocol"]
+    assert protocol["chosen_on"] == "val" and protocol["overlap"] == {"images": 8, "people": 4}
+    assert told in protocol["text"]
+
+
+def test_the_last_epoch_counts_where_no_split_chooses(mini_root, tmp_path, monkeypatch, capsys):
+    folder = train(monkeypatch, mini_root, tmp_path, val_dataset="last", num_epoch=2)
+    shown = capsys.readouterr().out
+    assert "best.pth is the last epoch's: no split chooses it" in shown
+    assert not re.search(r"R@1 \d", shown)
+    assert re.search(r"\| +2 +\| no split: the last epoch \|", shown)
+    best, last = (load_checkpoint(folder / f"{n}.pth") for n in ("best", "last"))
+    assert all(torch.equal(v, last["model"][n]) for n, v in best["model"].items())
+    (folder / "best.pth").unlink()  # as if killed before it was written
+    train(monkeypatch, None, None, resume=True, resume_ckpt_file=folder / "last.pth")
+    run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
+    shown = capsys.readouterr().out
+    assert "best.pth is missing or damaged; written, of epoch 2" in shown
+    assert "test split, which had no part in choosing this checkpoint\n" in shown
+    results = json.loads((folder / "test_results.json").read_text())
+    assert results["protocol"]["chosen_on"] == "last" and results["protocol"]["overlap"] is None
+    assert list(results["splits"]) == ["test"]
+
+
+def test_evaluation_tells_what_of_the_data_is_not_as_in_training(
+    mini_copy, tmp_path, monkeypatch, capsys
+):
+    """Held-out people are drawn anew; where none can be, test is evaluated alone."""
+    few = {"num_epoch": 1, "warmup_epochs": 0, "loss_names": "itc"}
+    folder = train(monkeypatch, mini_copy, tmp_path / "logs", val_dataset="heldout", **few)
+    words = ["--config_file", folder / "configs.yaml"]
+    moved = mini_copy.rename(tmp_path / "moved")
+    run(test_entry.main, monkeypatch, *words, "--root_dir", moved)
+    shown = capsys.readouterr().out
+    assert "heldout split, which chose this checkpoint" in shown and ": equal" in shown
+    assert "not what it was" not in shown
+    for source, name in (("AG-ReID", "agtext"), ("G2APS-AG", "g2aps")):
+        file = moved / source / f"{name}_train.json"
+        rows = json.loads(file.read_text())
+        file.write_text(json.dumps([row for row in rows if row[0] == 0]))
+    run(test_entry.main, monkeypatch, *words, "--root_dir", moved)
+    shown = capsys.readouterr().out
+    assert "AG-ReID has 1 training identities of 1 people" in shown
+    assert (
+        "train is not what it was in training: 6 identities, 12 captions, 24 images then" in shown
+    )
+    assert "heldout is not what it was in training: 2 identities" in shown
+    assert "may have had a part in choosing this checkpoint: heldout, which chose it" in shown
+    results = json.loads((folder / "test_results.json").read_text())
+    assert list(results["splits"]) == ["test"] and results["protocol"]["overlap"] is None
+    assert set(results["data"]["changed"]) == {"train", "heldout"}
 
 
 def test_both_protocols_are_tracked_in_one_run(mini_root, tmp_path, monkeypatch, capsys):
-    """val chooses best.pth, test best_test.pth; the log has the test figures of both epochs."""
+    """Heldout chooses best.pth, test best_test.pth; the log has the test figures of both epochs."""
     folder = train(monkeypatch, mini_root, tmp_path, val_dataset="both", num_epoch=4)
     lines = (folder / "train_log.txt").read_text().splitlines()
-    epochs = [dict(re.findall(r"(val|test): R@1 ([\d.]+)", x)) for x in lines if "epoch" in x and "val:" in x]  # fmt: skip
-    assert len(epochs) == 4 and all(set(e) == {"val", "test"} for e in epochs)
+    epochs = [dict(re.findall(r"(heldout|test): R@1 ([\d.]+)", x)) for x in lines if "epoch" in x and "test:" in x]  # fmt: skip
+    assert len(epochs) == 4 and all(set(e) == {"heldout", "test"} for e in epochs)
     capsys.readouterr()
-    for split, file in (("val", "best.pth"), ("test", "best_test.pth")):
+    for split, file in (("heldout", "best.pth"), ("test", "best_test.pth")):
         scores = [float(e[split]) for e in epochs]
         checkpoint = load_checkpoint(folder / file)
         assert checkpoint["epoch"] == 1 + scores.index(max(scores))  # the first of equals
@@ -191,15 +263,16 @@ def test_short_trainings_of_every_kind_run_and_evaluate(
     [
         ("AGSGData", {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "views": "a"}),
         ("AGSGData", {"loss_names": "sdm+itc+cmpm"}),
-        ("AGTBPR", {"loss_names": RECIPE}),
+        ("AGTBPR", {"loss_names": RECIPE, "val_dataset": "heldout", "heldout": 0.3,
+                    "sampler": "identity", "num_instance": 2}),
         ("G2APS", {"loss_names": "supitc+queue"}),
         ("CUHK-PEDES", {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1}),
-        ("ICFG-PEDES", {"loss_names": "itc+id"}),
+        ("ICFG-PEDES", {"loss_names": "itc+id", "val_dataset": "heldout"}),
         ("RSTPReid", {"loss_names": "sdm", "MLM": True, "val_dataset": "val"}),
         ("custom", {"loss_names": RECIPE, "firm_attributes": ["gender", "age"]}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["loss_names"],
-)
+)  # fmt: skip
 def test_short_trainings_on_every_data_set_run_and_evaluate(
     name, more, mini_root, rendered, tmp_path, monkeypatch, capsys
 ):

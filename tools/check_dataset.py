@@ -9,7 +9,6 @@ be, but deserves a look, is a warning; with --strict warnings fail too.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import unicodedata
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.build import read_dataset
+from datasets.overlap import overlap
 from datasets.records import Data, Image
 from datasets.transforms import read_image
 from utils.attributes import read_attributes
@@ -110,7 +110,7 @@ def parts_of(data: Data) -> dict[str, Part]:
 
 
 class _Looked(Dataset):
-    """Reads an image whole: (problem or "", shorter side, digest of the file)."""
+    """Reads an image whole: (problem or "", shorter side)."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -118,53 +118,50 @@ class _Looked(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[str, int, str]:
+    def __getitem__(self, index: int) -> tuple[str, int]:
         path = self.paths[index]
         try:
-            side = min(read_image(path).size)
-            return "", side, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            return "", min(read_image(path).size)
         except UserError as error:
-            return str(error), 0, ""
+            return str(error), 0
 
 
 def check_images(parts: dict[str, Part], smallest: int, workers: int, report: Report) -> None:
-    """Every file: readable, not tiny, and the same picture in no other split."""
-    homes: dict[str, set[str]] = defaultdict(set)
-    for name, part in parts.items():
-        for image in part.images:
-            homes[image.path].add(name)
-    paths = list(homes)
+    """Every file: readable, and not tiny."""
+    paths = list(dict.fromkeys(image.path for part in parts.values() for image in part.images))
     loader = DataLoader(_Looked(paths), 64, num_workers=workers, collate_fn=list)
-    broken, tiny, by_content = [], [], defaultdict(list)
+    broken, tiny = [], []
     bar = tqdm(total=len(paths), desc="images", unit="image", disable=None)
     with bar:
         position = 0
         for batch in loader:
-            for problem, side, digest in batch:
+            for problem, side in batch:
                 path = paths[position]
                 position += 1
                 if problem:
                     broken.append(problem)
-                    continue
-                if side < smallest:
+                elif side < smallest:
                     tiny.append(f"{path}: {side} pixels")
-                by_content[digest].append(path)
             bar.update(len(batch))
     report.add(True, "images that cannot be read", broken)
     report.add(False, f"images with a side under {smallest} pixels", tiny)
-    shared = []
-    for same in by_content.values():
-        splits = sorted(set().union(*(homes[path] for path in same)))
-        if len(splits) > 1:
-            shared.append(f"{' = '.join(same[:3])} ({', '.join(splits)})")
-    report.add(True, "pictures that are in more than one split", shared)
 
 
-def check_identities(data: Data, parts: dict[str, Part], report: Report) -> None:
-    """No identity in two splits; captions and images of an evaluation split match up."""
-    for one, other in combinations(data.ids, 2):
-        common = sorted(data.ids[one] & data.ids[other], key=str)
-        report.add(True, f"identities in both {one} and {other}", map(str, common))
+def check_overlap(data: Data, report: Report) -> None:
+    """No picture and no identity in two splits. A person with an identity in each is a warning:
+    AG-ReID counts a person anew in every session."""
+    for one, other in combinations(("train", *data.splits), 2):
+        found, both = overlap(data, one, other), f"in both {one} and {other}"
+        fix = "; choose by --val_dataset heldout" if one == "val" else ""
+        report.add(True, f"pictures {both}{fix}", found.shared_images)
+        common = sorted({*data.ids.get(one, ())} & {*data.ids.get(other, ())}, key=str)
+        report.add(True, f"identities {both}", map(str, common))
+        people = [name for name in found.shared_people if name.startswith("person")]
+        report.add(False, f"people {both}, by their number in AG-ReID's file names{fix}", people)
+
+
+def check_identities(data: Data, report: Report) -> None:
+    """Captions and images of an evaluation split match up."""
     for name, split in data.splits.items():
         missing = sorted(set(split.caption_pids) - set(split.image_pids))
         report.add(False, f"{name}: identities with captions but no image", map(str, missing))
@@ -266,11 +263,12 @@ def main() -> None:
     if not data.ids:
         print(
             "\nIdentities are numbered per split here, so that one in two splits is found by its "
-            "pictures alone."
+            "pictures alone, and by the names of AG-ReID's."
         )
     report.add(False, "oddities in the files", data.warnings)
     check_images(parts, args.min_side, min(args.num_workers, cores()), report)
-    check_identities(data, parts, report)
+    check_overlap(data, report)
+    check_identities(data, report)
     check_captions(parts, report)
     print(f"\n{report}" if report.findings else "")
     failed = report.failed(args.strict)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datasets.build import read_dataset
+from datasets.build import read_for_test
 from datasets.transforms import read_image
 from model.build import build_evaluation_model
 from processor.evaluator import Evaluator
@@ -178,6 +178,17 @@ def recall_curves(runs: Sequence[Run], most: int = 50) -> str:
     return f'<div class="plots">{"".join(charts)}</div>'
 
 
+def protocols(runs: Sequence[Run]) -> str:
+    """How each run's checkpoint was chosen, and whether its data is what it was."""
+    lines = []
+    for run in runs:
+        text = run.results.get("protocol", {}).get("text", "How it was chosen was not recorded.")
+        changed = run.results.get("data", {}).get("changed") or {}
+        told = [f"{split} is not what it was in training: {how}." for split, how in changed.items()]
+        lines.append(f"<li>{html.escape(' '.join([f'{run.name}: {text}', *told]))}</li>")
+    return f"<ul>{''.join(lines)}</ul>"
+
+
 def figures_table(runs: Sequence[Run]) -> str:
     """Every run, split and gallery."""
     rows = []
@@ -221,7 +232,7 @@ def sheets(run: Run, given: argparse.Namespace) -> str:
     device = choose_device(args.device)
     args.precision = choose_precision(args.precision, device)
     model = build_evaluation_model(args, load_checkpoint(path)["model"], str(path)).to(device)
-    evaluator = Evaluator(read_dataset(args), "test", args, device)
+    evaluator = Evaluator(read_for_test(args)[0], "test", args, device)
     features, split = evaluator.encode(model), evaluator.split
     views = {
         view: (features.views[view], gallery.images, gallery.pids)
@@ -275,7 +286,7 @@ def options_table(run: Run) -> str:
 def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
     """The whole page."""
     parts = [
-        "<h2>Figures</h2>", figures_table(runs),
+        "<h2>Figures</h2>", protocols(runs), figures_table(runs),
         "<h2>Recall against rank, test</h2>", recall_curves(runs),
         "<h2>Training</h2>", curves(runs),
     ]  # fmt: skip

@@ -35,6 +35,7 @@ class Option:
     count: int | str | None = None
     least: float | None = None  # smallest value allowed
     above: float | None = None  # value must be greater than this
+    below: float | None = None  # value must be less than this
     most: float | None = None  # largest value allowed
     pattern: str = ""  # what a text must match as a whole
     alone: str = ""  # value of the flag without one
@@ -82,6 +83,7 @@ class Option:
         if (
             (self.least is not None and not typed >= self.least)
             or (self.above is not None and not typed > self.above)
+            or (self.below is not None and not typed < self.below)
             or (self.most is not None and not typed <= self.most)
         ):
             bounds = [
@@ -89,6 +91,7 @@ class Option:
                 for word, bound in (
                     ("at least", self.least),
                     ("more than", self.above),
+                    ("less than", self.below),
                     ("at most", self.most),
                 )
                 if bound is not None
@@ -160,9 +163,26 @@ GROUPS: dict[str, list[Option]] = {
             "val_dataset",
             str,
             "test",
-            "split whose R@1 chooses best.pth; test is the paper's protocol, val the clean one; "
-            "both: val chooses best.pth, test best_test.pth",
-            choices=("test", "val", "both"),
+            "split whose R@1 chooses best.pth: test is the paper's protocol; val is the data set's "
+            "own; heldout takes identities out of training; last: none, the last epoch counts; "
+            "both: heldout chooses best.pth, test best_test.pth",
+            choices=("test", "val", "heldout", "last", "both"),
+        ),
+        _o(
+            "heldout",
+            float,
+            0.1,
+            "share of each source's training identities that leaves training, for --val_dataset "
+            "heldout and both",
+            above=0,
+            below=1,
+        ),
+        _o(
+            "heldout_seed",
+            int,
+            0,
+            "seed of their draw; --seed has no part in it, so runs of several seeds share them",
+            least=0,
         ),
         _o(
             "resume",
@@ -417,6 +437,12 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
         args.accum_steps <= args.batch_size,
         f"--accum_steps {args.accum_steps} exceeds --batch_size {args.batch_size}",
     )
+    for name in ("heldout", "heldout_seed"):
+        check(
+            args.val_dataset in ("heldout", "both") or getattr(args, name) == OPTIONS[name].default,
+            f"--{name} {getattr(args, name)} is for --val_dataset heldout and both; "
+            f"--val_dataset {args.val_dataset} holds nothing out",
+        )
     check(
         args.resume != "no" or not args.resume_ckpt_file,
         "--resume_ckpt_file PATH needs --resume",

@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.files import lock, remove_unfinished
 
 LAST, CONFIG = "last.pth", "configs.yaml"
+LAST_EPOCH = "last"  # stands for the split that chose a checkpoint, if none did
 
 
 def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from utils.devices import cores
 
-from .build import LAYOUTS, render
+from .build import LAYOUTS, VALS, render
 from .figure import draw_figure
 
 
@@ -24,6 +24,8 @@ def main() -> None:
     add("--train_ids", type=int, default=2400, help="identities to train on, over both sources")
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
     add("--test_ids", type=int, default=60, help="identities to test on, over both sources")
+    add("--val", choices=VALS, default=VALS[0], help="people of its own in val, or as in the real "
+        "TBAGPR test's, with the real file names; give --val_ids and --test_ids alike")  # fmt: skip
     add("--pairs", type=int, default=2, help="aerial-ground pairs of images per identity")
     add("--workers", type=int, default=min(8, cores()), help="processes that draw")
     add("--force", action="store_true", help="replace what is at the folder already")
@@ -40,7 +42,7 @@ def main() -> None:
     except (FileExistsError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     count = sum(1 for _ in args.out.rglob("*.jpg"))
-    people = args.train_ids + args.val_ids + args.test_ids
+    people = args.train_ids + args.test_ids + (args.val_ids if args.val == VALS[0] else 0)
     state = "wrote" if written else "already complete:"
     print(f"{state} {args.out}, {count} images of {people} identities, seed {args.seed}")
 

@@ -24,6 +24,7 @@ MARKER = "mini.json"
 JSON_NAME = {"AG-ReID": "agtext_{}.json", "G2APS-AG": "g2aps_{}.json"}
 _QUALITY = (85, 92)  # JPEG
 LAYOUTS = ("TBAGPR", *PEDES, "custom")
+VALS = ("disjoint", "like_real")
 
 
 def cast(seed: int, split: int, count: int) -> list[tuple[int, int, Person]]:
@@ -67,6 +68,19 @@ def _path(source: int, pid: int, k: int, aerial: bool) -> list[str]:
     return [view, f"{pid:04d}_{view}_c{1 + aerial}_{k:03d}.jpg"]  # 22 characters
 
 
+def _real_path(split: int, source: int, identity: int, pid: int, k: int, aerial: bool) -> list[str]:
+    """The same as in the real data, whose AG-ReID names tell person, session, altitude and camera.
+
+    The first person of AG-ReID's test walks in training too, in another session.
+    """
+    if source:
+        return ["img", f"{'D' if aerial else 'S'}1_20_{pid:06d}_{k:05d}.jpg"]
+    person = 1 + (pid if split == 0 or identity else 0)
+    session, camera, frame = (4041 if split == 0 else 4051), 0 if aerial else 3, 100 * split + k
+    folder = "bounding_box_train" if split == 0 else "bounding_box_test_all"
+    return [folder, f"P{person:04d}T{session:05d}A0C{camera}F{frame}.jpg"]
+
+
 def _key(source: int, path: list[str]) -> str:
     """Key of an image in attrs.json."""
     return f"{path[0]}_{path[1][:-4]}" if source == 0 else path[1]
@@ -78,29 +92,39 @@ def _labels(person: Person, view: View) -> list[int]:
     return [p.gender, p.age, view.dim, p.weight, p.height, view.angle, int(view.aerial)]
 
 
-def _file(layout: str, source: int, pid: int, k: int, aerial: bool) -> Path | None:
+def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list) -> Path | None:
     """Where an image lies below the data set's folder; None if the layout has no such image."""
     if layout == "TBAGPR":
-        return Path(SOURCES[source], *_path(source, pid, k, aerial))
+        return Path(SOURCES[source], *path)
     name = f"{'AG'[source]}{pid:04d}_{k:03d}.jpg"
     if layout == "custom":
         return Path("aerial" if aerial else "ground", name)
     return None if aerial else Path("imgs", name)
 
 
-def _render_identity(job: tuple, root: Path, seed: int, pairs: int, layout: str) -> list[dict]:
+def _render_identity(
+    job: tuple, root: Path, seed: int, pairs: int, layout: str, real: bool
+) -> list[dict]:
     """Write the images of one identity; returns what the JSON files need to know of each pair."""
     split, source, identity, pid, person = job
     records = []
     for k in range(pairs):
         views, captions, quality = sample_pair(seed, split, source, identity, k, person)
-        files = [_file(layout, source, pid, k, view.aerial) for view in views]
+        paths = [
+            _real_path(split, source, identity, pid, k, view.aerial)
+            if real
+            else _path(source, pid, k, view.aerial)
+            for view in views
+        ]
+        files = [
+            _file(layout, source, pid, k, view.aerial, path)
+            for view, path in zip(views, paths, strict=True)
+        ]
         for view, file in zip(views, files, strict=True):
             if file is not None:
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 paint(person, view).save(root / file, quality=quality)
         labels = [_labels(person, view) for view in views]
-        paths = [_path(source, pid, k, view.aerial) for view in views]
         records.append(
             {"pid": pid, "paths": paths, "files": files, "captions": captions, "labels": labels}
         )
@@ -155,14 +179,25 @@ def _eval_json(records: list[dict], rng: np.random.Generator) -> dict[str, list]
     }
 
 
-def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> None:
-    seed, pairs, layout = parameters["seed"], parameters["pairs"], parameters["layout"]
+def _jobs(parameters: dict, real: bool) -> list[tuple[int, int, int, int, Person]]:
+    """(split, source, number in the source, pid, person) of all whose images are rendered."""
     jobs, next_pid = [], [0, 0]
     for split, name in enumerate(SPLITS):
-        for source, identity, person in cast(seed, split, parameters[f"{name}_ids"]):
+        for source, identity, person in cast(parameters["seed"], split, parameters[f"{name}_ids"]):
             jobs.append((split, source, identity, next_pid[source], person))
             next_pid[source] += 1
-    work = partial(_render_identity, root=root, seed=seed, pairs=pairs, layout=layout)
+    if not real:
+        return jobs
+    train, test = ([job for job in jobs if job[0] == split] for split in (0, 2))
+    test[0] = (*test[0][:4], train[0][4])
+    return train + [(1, *job[1:]) for job in test if job[1] == 0] + test
+
+
+def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> None:
+    seed, pairs, layout = parameters["seed"], parameters["pairs"], parameters["layout"]
+    real = parameters.get("val") == "like_real"
+    jobs = _jobs(parameters, real)
+    work = partial(_render_identity, root=root, seed=seed, pairs=pairs, layout=layout, real=real)
     # Spawned workers do not inherit the threads and the memory of a program that trains.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
     with pool as executor:
@@ -179,6 +214,8 @@ def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> N
         folder = root / source_name
         folder.mkdir(parents=True, exist_ok=True)
         for split, name in enumerate(SPLITS):
+            if real and (name, source_name) == ("val", "G2APS-AG"):
+                split = 2  # its val list is its test list
             records = [r for j, found in results if j[:2] == (split, source) for r in found]
             rng = np.random.default_rng([seed, split, source, 2])
             content = _eval_json(records, rng) if split else _train_json(records)
@@ -204,6 +241,7 @@ def render(
     test_ids: int = 60,
     pairs: int = 2,
     layout: str = "TBAGPR",
+    val: str = "disjoint",
     workers: int = 2,
     force: bool = False,
     progress: bool = False,
@@ -211,10 +249,12 @@ def render(
     """Render mini-TBAGPR into `root`.
 
     The numbers of identities are per split over both sources; each has `pairs` pairs of an aerial
-    and a ground image. The layouts of ground-only benchmarks leave the aerial images out. The files
-    depend on these parameters only, not on `workers`. A complete
-    set of the same parameters is left alone, and False returned; anything else at `root` raises
-    FileExistsError unless `force`. The set appears at `root` only when complete.
+    and a ground image. The layouts of ground-only benchmarks leave the aerial images out.
+    `val="like_real"` gives TBAGPR's file names and the faults of its splits: G2APS-AG's val is its
+    test, AG-ReID's val shows the people of its test in other images, and one of them is in training
+    too. The files depend on these parameters only, not on `workers`. A complete set of the same
+    parameters is left alone, and False returned; anything else at `root` raises FileExistsError
+    unless `force`. The set appears at `root` only when complete.
     """
     root = Path(root)
     parameters = {
@@ -226,8 +266,15 @@ def render(
         "pairs": pairs,
         "layout": layout,
     }
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout} is none of {', '.join(LAYOUTS)}")
+    for name, value, known in (("layout", layout, LAYOUTS), ("val", val, VALS)):
+        if value not in known:
+            raise ValueError(f"{name} {value} is none of {', '.join(known)}")
+    if val != "disjoint":
+        parameters["val"] = val
+        if layout != "TBAGPR":
+            raise ValueError(f"val {val} is of the layout TBAGPR")
+        if val_ids != test_ids:
+            raise ValueError(f"val {val}: its people are those of test, so val_ids is test_ids")
     if pairs < 1 or min(train_ids, val_ids, test_ids) < 1:
         raise ValueError("pairs and every number of identities have to be at least 1")
     if root.exists() and not force:

@@ -120,6 +120,39 @@ def test_identities_are_disjoint_and_look_different(root):
         assert sum(source == 0 for source, _, _ in people) == (count + 1) // 2
 
 
+def test_splits_can_be_as_in_the_real_data(like_real):
+    """G2APS-AG's val is its test; AG-ReID's val shows test's people in other images, and one of
+    them walks in training, too."""
+    texts = [(like_real / f"G2APS-AG/g2aps_{s}.json").read_text() for s in ("val", "test")]
+    assert texts[0] == texts[1]
+    val, test = (load(like_real, "AG-ReID", s) for s in ("val", "test"))
+    assert set(val["image_pids"]) == set(test["image_pids"])
+    names = {s: {file for _, file in x["img_paths"]} for s, x in (("val", val), ("test", test))}
+    names["train"] = {row[2][1] for row in load(like_real, "AG-ReID", "train")}
+    assert not names["val"] & names["test"]
+    found = {s: {re.fullmatch(r"P(\d{4})T\d{5}A0C0F\d+\.jpg", n)[1] for n in x} for s, x in names.items()}  # fmt: skip
+    assert found["val"] == found["test"] and found["train"] & found["test"] == {"0001"}
+    keys = attributes(like_real)
+    for (source, _), entries in images(like_real).items():
+        for path, _ in entries:
+            assert like_real.joinpath(source, *path).is_file() and key(source, path) in keys
+            assert source == "AG-ReID" or len(path[1]) == 22
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"val": "real"}, "val real is none of disjoint, like_real"),
+        ({"val": "like_real", "layout": "custom"}, "is of the layout TBAGPR"),
+        ({"val": "like_real", "val_ids": 3}, "so val_ids is test_ids"),
+    ],
+)
+def test_a_val_that_cannot_be_rendered_is_refused(more, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        render(tmp_path / "set", **{**SIZES, **more})
+    assert not (tmp_path / "set").exists()
+
+
 def test_light_mostly_follows_the_identity():
     people = cast(0, 0, 400)
     pairs = [(p, sample_pair(0, 0, s, i, 0, p)[0]) for s, i, p in people]

@@ -59,7 +59,8 @@ def test_the_folder_that_holds_the_benchmark_may_be_named_too(rendered, tmp_path
 
 
 def test_a_split_that_is_not_published_is_refused(rendered):
-    with pytest.raises(UserError, match="--val_dataset val: ICFG-PEDES has only test"):
+    message = "--val_dataset val: ICFG-PEDES has only test; --val_dataset heldout takes some"
+    with pytest.raises(UserError, match=message):
         read("ICFG-PEDES", rendered("ICFG-PEDES"), val_dataset="val")
 
 
@@ -87,7 +88,7 @@ def test_the_example_in_the_documentation_is_as_the_reader_wants_it(tmp_path):
         (tmp_path / path).mkdir()
         (tmp_path / path / "0001.jpg").touch()
     data = read("custom", tmp_path)
-    assert len(data.train) == 2 and data.ids == {"train": {"anna"}, "test": {"anna"}}
+    assert len(data.train) == 2 and data.ids == {"train": ["anna"], "test": ["anna"]}
 
 
 def test_without_pairs_and_attributes_it_is_a_data_set_of_one_view(rendered, tmp_path):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import train as train_entry
 from datasets.build import read_dataset, train_loader
+from datasets.fingerprint import fingerprint
 from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
 from processor.resume import read_state, resume
@@ -383,7 +384,8 @@ def trainer(trained, mini_root):
     model = build_training_model(args, args.loss_names.split("+"), data.num_identities)
     optimizer = build_optimizer(model.named_parameters(), args)
     log = logging.getLogger("fuzz")
-    return Trainer(args, model, loader, [], optimizer, build_scheduler(optimizer, args), CPU, trained, log)  # fmt: skip
+    return Trainer(args, model, loader, [], optimizer, build_scheduler(optimizer, args), CPU, trained,
+                   log, data=fingerprint(data))  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 import errno
 import itertools
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -526,3 +528,81 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def chosen_on_val(mini_root, tmp_path_factory):
+    """A run of one epoch that val chooses, and its data."""
+    folder = tmp_path_factory.mktemp("chosen_on_val")
+    root = shutil.copytree(mini_root, folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        words = flags(root, folder / "logs", num_epoch=1, warmup_epochs=0, loss_names="itc")
+        run(train_entry.main, patch, *words, "--val_dataset", "val")
+    return folder
+
+
+def changed(root, name, change):
+    file = root / f"AG-ReID/agtext_{name}.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        # Two samples less: identities stay, so nothing else would tell.
+        ("train", lambda rows: rows.pop(), "train: 8 identities, 16 captions, 32 images then, 8 identities, 15 captions, 30 images now"),
+        ("train", lambda rows: rows.reverse(), "train: .*; the same counts, but other content or another order"),
+        ("val", lambda lists: lists["captions"].__setitem__(0, "A man."), "val: .*; the same counts"),
+    ],
+    ids=["a sample less", "another order", "the split that chooses"],
+)  # fmt: skip
+def test_a_run_does_not_go_on_with_data_that_has_changed(
+    name, change, told, chosen_on_val, tmp_path, monkeypatch
+):
+    shutil.copytree(chosen_on_val, tmp_path, dirs_exist_ok=True)
+    folder = folder_of(tmp_path / "logs")
+    changed(tmp_path / "data", name, change)
+    before = {p.name: p.read_bytes() for p in folder.glob("*.pth")}
+    words = ["--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 2]
+    with pytest.raises(UserError, match=rf"last.pth: the run's data has changed \({told}"):
+        run(train_entry.main, monkeypatch, *words, "--root_dir", tmp_path / "data")
+    assert before == {p.name: p.read_bytes() for p in folder.glob("*.pth")}
+
+
+def test_held_out_people_are_those_of_the_run(chosen_on_val, tmp_path, monkeypatch):
+    shutil.copytree(chosen_on_val, tmp_path, dirs_exist_ok=True)
+    words = ["--resume", "--resume_ckpt_file", folder_of(tmp_path / "logs") / "last.pth"]
+    with pytest.raises(UserError, match="--val_dataset, --heldout and --heldout_seed as they were"):
+        run(train_entry.main, monkeypatch, *words, "--num_epoch", 2, "--val_dataset", "heldout")
+
+
+def test_a_split_that_does_not_choose_may_change_and_that_is_told(
+    chosen_on_val, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(chosen_on_val, tmp_path, dirs_exist_ok=True)
+    changed(tmp_path / "data", "test", lambda lists: lists["captions"].__setitem__(0, "A man."))
+    words = ["--resume", "--resume_ckpt_file", folder_of(tmp_path / "logs") / "last.pth"]
+    run(train_entry.main, monkeypatch, *words, "--num_epoch", 2, "--root_dir", tmp_path / "data")
+    shown = capsys.readouterr().out
+    assert "the data has changed, test: " in shown and "epoch 2/2" in shown
+
+
+@pytest.mark.parametrize("val_dataset", ["val", "both"])
+def test_a_checkpoint_without_a_fingerprint_goes_on_with_a_word(
+    val_dataset, chosen_on_val, tmp_path, monkeypatch, capsys
+):
+    """One of before; but then nothing could be held out."""
+    shutil.copytree(chosen_on_val, tmp_path, dirs_exist_ok=True)
+    last = folder_of(tmp_path / "logs") / "last.pth"
+    state = load_checkpoint(last)
+    del state["data"]
+    save_checkpoint(last, state)
+    words = ["--resume", "--resume_ckpt_file", last, "--num_epoch", 2, "--val_dataset", val_dataset]
+    if val_dataset == "both":
+        with pytest.raises(UserError, match="go on with --val_dataset val or test"):
+            run(train_entry.main, monkeypatch, *words)
+        return
+    run(train_entry.main, monkeypatch, *words)
+    assert "keeps no fingerprint of its data" in capsys.readouterr().out

@@ -47,7 +47,20 @@ def test_a_picture_in_two_splits_fails_even_under_another_name(copy, monkeypatch
     train, test = (next(e for e in entries if e["split"] == s) for s in ("train", "test"))
     shutil.copy(copy / "imgs" / train["file_path"], copy / "imgs" / test["file_path"])
     assert check(monkeypatch, "CUHK-PEDES", copy) == 1
-    assert "FAIL: pictures that are in more than one split: 1" in capsys.readouterr().out
+    same = f"{copy}/imgs/{train['file_path']} = {copy}/imgs/{test['file_path']}"
+    assert f"FAIL: pictures in both train and test: 1\n    {same}\n" in capsys.readouterr().out
+
+
+def test_the_faults_of_the_real_datas_splits_are_named(like_real, monkeypatch, capsys):
+    """Pictures of test in val fail; a person with an identity in two splits is a warning."""
+    assert check(monkeypatch, "AGDataAttr", like_real) == 1
+    shown = capsys.readouterr().out
+    assert "FAIL: pictures in both val and test; choose by --val_dataset heldout: 8\n" in shown
+    people = "by their number in AG-ReID's file names"
+    assert f"warning: people in both train and test, {people}: 1\n    person P0001\n" in shown
+    assert f"warning: people in both val and test, {people}; choose by" in shown
+    assert "pictures in both train" not in shown
+    assert check(monkeypatch, "AGTBPR", like_real) == 0
 
 
 def test_an_identity_in_train_and_test_fails(copy, monkeypatch, capsys):

@@ -63,6 +63,7 @@ def test_a_page_of_two_runs_is_whole_and_needs_nothing_else(evaluated, tmp_path,
     page = Page(text)
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
     assert 'name="viewport"' in text
+    assert "chosen by R@1 on the test split: this is the paper&#x27;s protocol." in text
     for words in ("Recall against rank", "loss/supkl", "samples_per_second", "R@1", "All options",
                   "FIRM&#x27;s accuracy per attribute" if "FIRM&#x27;s" in text else "FIRM's accuracy"):  # fmt: skip
         assert words in text

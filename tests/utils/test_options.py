@@ -99,6 +99,9 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--seed 99999999999", "seed is out of range"),
         (f"--name {'a' * 101}", "name of the run, 1 to 100 characters"),
         ("--masked_token_rate 0.95", "exceed 1 together"),
+        ("--val_dataset heldout --heldout 1", "must be more than 0 and less than 1, got 1.0"),
+        ("--heldout 0.2", "--heldout 0.2 is for --val_dataset heldout and both"),
+        ("--val_dataset last --heldout_seed 1", "--val_dataset last holds nothing out"),
         ("--pretrain_choice scratch --vision_width 100", "multiple of 64"),
     ],
 )
