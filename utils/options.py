@@ -372,6 +372,9 @@ INDIFFERENT = (
     "keep_last", "max_nonfinite", "on_bad_image",
 )  # fmt: skip
 
+# Other ways to the same figures, but for rounding, in less memory or time.
+SAME_FIGURES = ("accum_steps", "grad_checkpointing", "compile")
+
 
 class _TupleLoader(yaml.SafeLoader):
     """Safe YAML that also reads `!!python/tuple`, which IRRA-family configs.yaml files carry."""
