@@ -33,7 +33,7 @@ from prettytable import PrettyTable
 from processor.queries import CHECKPOINTS, read_queries, stem
 from utils.errors import UserError, run_main
 from utils.metrics import FIGURES, Ranked
-from utils.options import INDIFFERENT, OPTIONS, read_yaml
+from utils.options import INDIFFERENT, OPTIONS, SAME_FIGURES, read_yaml
 from utils.runs import CONFIG
 from utils.uncertainty import bootstrap_difference, permutation_p
 
@@ -41,7 +41,7 @@ from utils.uncertainty import bootstrap_difference, permutation_p
 SHOWN = [
     name
     for name in OPTIONS
-    if name not in (*INDIFFERENT, "seed") or name in ("finetune", "attributes_file")
+    if name not in (*INDIFFERENT, *SAME_FIGURES, "seed") or name in ("finetune", "attributes_file")
 ]
 UNKNOWN = "unknown"
 
@@ -178,6 +178,8 @@ def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
             lines.append(f"{side}: a seed more than once, and a repeat says little of other seeds")
         if any(run.said("protocol", "chosen_on") == split for run in runs):
             lines.append(f"{side}: {split} itself chose the epoch; its figures flatter")
+        if any(run.said("protocol", "chosen_on") == UNKNOWN for run in runs):
+            lines.append(f"{side}: what chose the epoch is unknown (results of an older version)")
         for run in runs:
             chooser = run.said("protocol", "chosen_on")
             counts = [run.said("protocol", "overlap", kind) for kind in ("images", "people")]
@@ -194,7 +196,7 @@ def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
     if any(run.said("data", "fingerprint", split) == UNKNOWN for run in every):
         lines.append(
             f"that captions and images of {split} are the same was checked by their number and "
-            "identities alone: results of older versions say no more"
+            "identities alone (results of older versions)"
         )
     return lines
 

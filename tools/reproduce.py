@@ -234,9 +234,10 @@ def note_code(jobs: list[Job], now: dict[str, str], strict: bool) -> str:
     for job in others:
         job.again = strict
     then = "they are trained again" if strict else "--strict trains them again"
+    versions = f"{', '.join(commits) or 'modified'}; now {now['commit']}"
+    versions = re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}", r"\1", versions)  # as git shortens them
     return (
-        f"{len(others)} of {len(jobs)} jobs were done or begun with other code "
-        f"({', '.join(commits) or 'modified'}; now {now['commit']}): {then}"
+        f"{len(others)} of {len(jobs)} jobs were done or begun with other code ({versions}): {then}"
     )
 
 

@@ -352,7 +352,9 @@ def test_ablations_are_marked_and_only_they_leave_the_papers_recipe(table, mini_
         base = yaml.safe_load(path.read_text())["base"]
         for row in read.rows:
             recipe = tool.read_preset(path.parent / row.get("base", base))
-            changed = any(row["values"].get(n) != recipe.get(n) for n in ("MLM", "img_aug"))
+            changed = any(
+                row["values"].get(n) != recipe.get(n) for n in ("MLM", "txt_aug", "img_aug")
+            )
             assert bool(row.get("ablation")) == changed, (path.stem, row["name"])
     marked = {r["name"] for r in tool.read_table("losses").rows if r.get("ablation")}
     assert {"AEA-FIRM without --MLM", "supkl+queue, --img_aug"} <= marked
