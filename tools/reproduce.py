@@ -467,7 +467,7 @@ def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
     table.align["method"] = table.align["state"] = "l"
     per_epoch: dict[str, list[float]] = {}  # hours by the median, the least and the most of a step
     total = [0.0] * 3
-    for job in jobs:
+    for job in tqdm(jobs, desc="measure steps", leave=False, disable=None):
         left = 0 if job.results else job.args.num_epoch - epochs_done(job)
         state = f"goes on after epoch {epochs_done(job)}" if left and job.last else "to run"
         state = "done" if job.results else "to evaluate" if not left else state

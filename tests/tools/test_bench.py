@@ -73,10 +73,10 @@ def test_a_step_is_measured_until_its_spread_is_known(monkeypatch):
         monkeypatch.setattr(tool.time, "perf_counter", lambda: now[0])
         return tool.SteadyClock(torch.device("cpu"), 30)(step, warm_up=2)
 
-    assert measured(90, 5, 1) == pytest.approx([1] * 5)  # warm-up does not count
+    assert measured(4, 3, 1) == pytest.approx([1] * 5)  # warm-up does not count
     assert 5 < len(measured(0, 0, 1, 2, 1, 2, 1, 2, 1)) < 30  # until most of them are alike
     assert len(measured(0, 0, *[0.1, 0.2] * 50)) == 30
-    assert len(measured(9)) == 3  # seconds each
+    assert measured(90, 9, 8, 7) == [9, 8, 7]  # long ones: one to warm up, three to know
 
 
 @pytest.mark.parametrize(("accum_steps", "measured"), [(1, 1), (4, 2), (32, 4), (64, 8)])
