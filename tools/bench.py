@@ -76,6 +76,31 @@ class Clock:
         return [self.once(run) for _ in range(self.repeat)]
 
 
+class SteadyClock(Clock):
+    """Repeats until the spread is known: five times, then until the middle half lies within 5 % of
+    the median; at most `repeat` times, and after 20 s no more than three times. Of calls that take
+    seconds one warms up."""
+
+    def __call__(self, run: Callable[[], object], warm_up: int = 2) -> list[float]:
+        for _ in range(warm_up):
+            if self.once(run) > 5:
+                break
+        seconds, started = [], time.perf_counter()
+        while len(seconds) < 3 or (
+            len(seconds) < self.repeat and time.perf_counter() - started < 20 and not known(seconds)
+        ):
+            seconds.append(self.once(run))
+        return seconds
+
+
+def known(seconds: list[float]) -> bool:
+    """Whether there are enough of them, and alike enough."""
+    if len(seconds) < 5:
+        return False
+    first, median, third = statistics.quantiles(seconds, n=4)
+    return third - first <= 0.05 * median
+
+
 def row(name: str, seconds: list[float], **more: float | str) -> Row:
     """A line of the table: median and quartiles in ms."""
     first, median, third = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
@@ -207,7 +232,8 @@ def bench_step(
         optimizer.step()
 
     if quick:
-        yield row("step", clock(step, warm_up=1))
+        seconds = clock(step)
+        yield row("step", seconds, low_ms=1e3 * min(seconds), high_ms=1e3 * max(seconds))
         return
     peak = matrix_peak(device, args.precision, clock)
     counter = FlopCounterMode(display=False)
@@ -269,9 +295,9 @@ def without_weights(args: argparse.Namespace) -> None:
         args.pretrain_choice = "scratch"
 
 
-def measured_step(args: argparse.Namespace, pairs: bool) -> float:
-    """Seconds of one training step, from two after a warm-up; on a CPU of at most eight samples,
-    scaled up. `pairs`: samples of two views."""
+def measured_step(args: argparse.Namespace, pairs: bool) -> tuple[float, float, float]:
+    """Seconds of one training step: median, least and most of as many as it takes to know them; on
+    a CPU of at most eight samples, scaled up. `pairs`: samples of two views."""
     args = argparse.Namespace(**vars(args), plain=False)
     without_weights(args)
     device = choose_device(args.device)
@@ -279,8 +305,10 @@ def measured_step(args: argparse.Namespace, pairs: bool) -> float:
     scale = 1.0
     if device.type == "cpu" and args.batch_size > 8:
         scale, args.batch_size = args.batch_size / 8, 8
-    found = next(bench_step(args, device, Clock(device, 2), quick=True, pairs=pairs))
-    return scale * found["median_ms"] / 1e3
+        # Parts of the same size, but two of several: each is encoded twice.
+        args.accum_steps = max(min(args.accum_steps, 2), -int(-args.accum_steps // scale))
+    found = next(bench_step(args, device, SteadyClock(device, 30), quick=True, pairs=pairs))
+    return tuple(scale * found[f"{which}_ms"] / 1e3 for which in ("median", "low", "high"))
 
 
 @torch.no_grad()

@@ -1,65 +1,283 @@
-"""Is one run better than another, or is it chance? Paired, over the identities of a test set.
+"""Is one run better than another, or is it chance? Paired, over the captions of a test set.
 
     python tools/compare_runs.py logs/AGDataAttr/<run a> logs/AGDataAttr/<run b>
+    python tools/compare_runs.py --a <seed 1 of a> <seed 2 of a> --b <seed 1 of b> <seed 2 of b>
 
-Both need test_queries.npz, which test.py writes. Prints each figure of both, the difference b - a,
-its 95 % interval (bootstrap over identities) and a two-sided p-value (paired permutation over
-identities). The same captions in the same order are needed; no retraining, so it says nothing about
-other seeds.
+Needs what test.py writes: test_queries.npz, or best_test_queries.npz of a run that has both
+protocols (`--protocol paper`, or the file itself in place of the run's folder). First come the
+options, data, epochs and protocol in which the runs differ; other captions, identities or galleries
+are refused. Then each figure of both sides (means over their seeds) and the difference b - a, with
+
+- a 95 % interval (bootstrap). It covers other people, and where a side has several seeds also other
+  seeds of it; with one seed of each it says nothing about other seeds.
+- a two-sided p-value (paired permutation over identities). It covers other people alone: it asks
+  whether just these seeds differ, never whether others would.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import torch
 from prettytable import PrettyTable
 
-from processor.queries import read_queries
+from processor.queries import CHECKPOINTS, read_queries, stem
 from utils.errors import UserError, run_main
-from utils.metrics import FIGURES
-from utils.uncertainty import bootstrap, permutation_p
+from utils.metrics import FIGURES, Ranked
+from utils.options import INDIFFERENT, OPTIONS, SAME_FIGURES, read_yaml
+from utils.runs import CONFIG
+from utils.uncertainty import bootstrap_difference, permutation_p
+
+# Options that make another experiment. Of seeds a side may have several.
+SHOWN = [
+    name
+    for name in OPTIONS
+    if name not in (*INDIFFERENT, *SAME_FIGURES, "seed") or name in ("finetune", "attributes_file")
+]
+UNKNOWN = "unknown"
 
 
-def compare(paths: list[Path], split: str, gallery: str, draws: int) -> str:
-    """The table. Raises UserError unless both runs ranked the same captions."""
-    a, b = (read_queries(path / "test_queries.npz", split, gallery) for path in paths)
-    if a.pids_Q.tolist() != b.pids_Q.tolist():
-        raise UserError(
-            f"{paths[0]} and {paths[1]} were not evaluated on the same captions of {split}"
+@dataclass
+class Run:
+    """What an evaluated run says of itself; options and results are empty where it does not."""
+
+    path: Path
+    ranked: Ranked
+    options: dict[str, Any]
+    results: dict[str, Any]
+
+    def said(self, *keys: str) -> Any:
+        """An entry of the results, or "unknown"."""
+        found: Any = self.results
+        for key in keys:
+            found = found.get(key, UNKNOWN) if isinstance(found, dict) else UNKNOWN
+        return found
+
+    @property
+    def seed(self) -> Any:
+        return self.options.get("seed", UNKNOWN)
+
+    def facts(self) -> dict[str, str]:
+        """What may differ, by name."""
+        splits = self.said("data", "fingerprint")
+        splits = splits if isinstance(splits, dict) else {}
+        return {
+            **{f"--{name}": str(self.options.get(name, UNKNOWN)) for name in SHOWN if self.options},
+            "data": str(self.said("data", "name")),
+            **{f"data, {split}": str(found)[:12] for split, found in splits.items()},
+            "epoch evaluated": str(self.said("epoch")),
+            "epoch chosen on": str(self.said("protocol", "chosen_on")),
+        }
+
+
+def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
+    """A run by its folder or by its archive of queries. Raises UserError."""
+    folder = path if path.is_dir() else path.parent
+    config = folder / CONFIG
+    options = read_yaml(config) if config.is_file() else {}
+    archive = path
+    if path.is_dir():
+        checkpoint = "best.pth"
+        if protocol:
+            kind = options.get("val_dataset", UNKNOWN)
+            found = CHECKPOINTS.get(kind, {}) if isinstance(kind, str) else {}
+            if protocol not in found:
+                raise UserError(
+                    f"{path}: no checkpoint of --protocol {protocol}; the run's --val_dataset is "
+                    f"{kind}, which has: {', '.join(found) or UNKNOWN}"
+                )
+            checkpoint = found[protocol]
+        archive = path / f"{stem(checkpoint)}_queries.npz"
+        if not archive.is_file():
+            raise UserError(
+                f"{archive}: no such file; evaluate the run first: python test.py --config_file "
+                f"{config} --checkpoint {path / checkpoint}"
+            )
+    ranked = read_queries(archive, split, gallery)
+    run = Run(path, ranked, options, read_results(archive))
+    images = run.said("splits", split, "galleries", gallery, "gallery")
+    if not ranked.gallery and isinstance(images, int):  # an archive of an older version
+        run.ranked = Ranked(ranked.rows_Q3, ranked.pids_Q, images)
+    return run
+
+
+def read_results(archive: Path) -> dict[str, Any]:
+    """The figures beside an archive of queries, or nothing."""
+    path = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
+    if path.suffix != ".json" or not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no results of test.py: {error}") from None
+    return results if isinstance(results, dict) else {}
+
+
+def check_same(one: Run, other: Run, split: str) -> None:
+    """Raises UserError unless two runs ranked the same gallery for the same captions."""
+    a, b = one.ranked, other.ranked
+    prints = [run.said("data", "fingerprint", split) for run in (one, other)]
+    if len(a.pids_Q) != len(b.pids_Q):
+        differ = f"other captions: {len(a.pids_Q)} and {len(b.pids_Q)}"
+    elif not torch.equal(a.pids_Q, b.pids_Q):
+        differ = "captions of other identities, or in another order"
+    elif a.gallery and b.gallery and a.gallery != b.gallery:
+        differ = f"other galleries: {a.gallery} and {b.gallery} images"
+    elif not torch.equal(a.rows_Q3.isnan(), b.rows_Q3.isnan()):
+        differ = "other galleries: a caption has a match in one and none in the other"
+    elif UNKNOWN not in prints and prints[0] != prints[1]:
+        differ = (
+            f"other captions or images (fingerprints {str(prints[0])[:12]}, {str(prints[1])[:12]})"
         )
-    difference_QM = b.percentages() - a.percentages()
-    low, high = bootstrap(difference_QM, a.pids_Q, draws).tolist()
-    p = permutation_p(difference_QM, a.pids_Q, draws).tolist()
-    means = [ranked.summary().percentages() for ranked in (a, b)]
-    table = PrettyTable(["figure", "a", "b", "b - a", "95 % interval", "p"])
+    else:
+        return
+    raise UserError(f"{one.path} and {other.path} cannot be compared: {split} has {differ}")
+
+
+def differences(sides: dict[str, list[Run]]) -> str:
+    """A table of what is not the same in all runs."""
+    table = PrettyTable(["what differs", *sides], align="l")
+    facts = {side: [run.facts() for run in runs] for side, runs in sides.items()}
+    for name in dict.fromkeys(name for found in facts.values() for one in found for name in one):
+        cells = {side: distinct(one.get(name) for one in found) for side, found in facts.items()}
+        if len({value for values in cells.values() for value in values}) > 1:
+            table.add_row([name, *(", ".join(values) for values in cells.values())])
+    return table.get_string() if table.rows else "of what is known of the runs nothing differs"
+
+
+def distinct(values: Sequence[str | None]) -> list[str]:
+    """Those that are known to somebody, once each, in order."""
+    return list(dict.fromkeys(value for value in values if value is not None))
+
+
+def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
+    """What a reader of the figures must know."""
+    lines = []
+    for side, runs in sides.items():
+        facts = [run.facts() for run in runs]
+        mixed = [
+            name
+            for name in facts[0]
+            if name != "epoch evaluated" and len(distinct(one.get(name) for one in facts)) > 1
+        ]
+        if mixed:
+            lines.append(
+                f"{side}: not one recipe with several seeds: its runs differ in {', '.join(mixed)}"
+            )
+        seeds = [run.seed for run in runs if run.seed != UNKNOWN]
+        if len(set(map(str, seeds))) < len(seeds):
+            lines.append(f"{side}: a seed more than once, and a repeat says little of other seeds")
+        if any(run.said("protocol", "chosen_on") == split for run in runs):
+            lines.append(f"{side}: {split} itself chose the epoch; its figures flatter")
+        if any(run.said("protocol", "chosen_on") == UNKNOWN for run in runs):
+            lines.append(f"{side}: what chose the epoch is unknown (results of an older version)")
+        for run in runs:
+            chooser = run.said("protocol", "chosen_on")
+            counts = [run.said("protocol", "overlap", kind) for kind in ("images", "people")]
+            if any(isinstance(count, int) and count for count in counts):
+                lines.append(
+                    f"{side}: {counts[0]} images and {counts[1]} people of {chooser}, which chose "
+                    f"the epoch of {run.path}, are in test too"
+                )
+            if not run.options:
+                lines.append(f"{side}: the options of {run.path} are unknown ({CONFIG} is missing)")
+    every = [run for runs in sides.values() for run in runs]
+    if len({str(run.said("protocol", "chosen_on")) for run in every} - {UNKNOWN}) > 1:
+        lines.append("the epochs were not chosen alike, which is a part of the difference")
+    if any(run.said("data", "fingerprint", split) == UNKNOWN for run in every):
+        lines.append(
+            f"that captions and images of {split} are the same was checked by their number and "
+            "identities alone (results of older versions)"
+        )
+    return lines
+
+
+def compare(
+    sides: dict[str, list[Path]], split: str, gallery: str, draws: int, protocol: str = ""
+) -> str:
+    """The report. Raises UserError unless all runs ranked the same."""
+    for name, paths in sides.items():
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise UserError(f"--{name}: a run is given twice")
+    runs = {
+        name: [read_run(path, split, gallery, protocol) for path in paths]
+        for name, paths in sides.items()
+    }
+    every = [run for side in runs.values() for run in side]
+    for run in every[1:]:
+        check_same(every[0], run, split)
+    pids_Q = every[0].ranked.pids_Q
+    a_RQM, b_RQM = (
+        torch.stack([run.ranked.percentages() for run in side]) for side in runs.values()
+    )
+    low, high = bootstrap_difference(a_RQM, b_RQM, pids_Q, draws).tolist()
+    p = permutation_p(b_RQM.mean(dim=0) - a_RQM.mean(dim=0), pids_Q, draws).tolist()
+    covered = "people and seeds" if max(len(a_RQM), len(b_RQM)) > 1 else "people"
+    table = PrettyTable(["figure", "a", "b", "b - a", f"95 % ({covered})", "p (people)"])
     table.align = "r"
-    for i, name in enumerate(FIGURES):
-        one, two = means[0][name], means[1][name]
+    for i, figure in enumerate(FIGURES):
+        values = [
+            [run.ranked.summary().percentages()[figure] for run in side] for side in runs.values()
+        ]
+        one, two = map(statistics.mean, values)
         table.add_row(
-            [name, f"{one:.2f}", f"{two:.2f}", f"{two - one:+.2f}",
+            [figure, *map(shown, values), f"{two - one:+.2f}",
              f"{low[i]:+.2f} to {high[i]:+.2f}", f"{p[i]:.4f}"]
         )  # fmt: skip
-    people = len(a.pids_Q.unique())
-    return (
-        f"a: {paths[0]}\nb: {paths[1]}\n{split}, gallery {gallery}: {len(a.pids_Q)} captions of "
-        f"{people} identities, {draws} draws\n{table.get_string()}"
-    )
+    lines = [f"{n}: {run.path} (seed {run.seed})" for n, side in runs.items() for run in side]
+    images = f"{every[0].ranked.gallery} images, " if every[0].ranked.gallery else ""
+    lines += [
+        differences(runs),
+        f"{split}, gallery {gallery}: {len(pids_Q)} captions of {len(pids_Q.unique())} identities, "
+        f"{images}{draws} draws",
+        table.get_string(),
+        *warnings(runs, split),
+    ]
+    for name, side in runs.items():
+        if len(side) == 1:
+            lines.append(f"{name}: one seed, so nothing here says how others of it would do")
+    return "\n".join(lines)
+
+
+def shown(values: list[float]) -> str:
+    """Mean, and from two values on the standard deviation."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--split", default="test", help="val or test (default: test)")
-    parser.add_argument("--gallery", default="aerial", help="as test.py names it (default: aerial)")
-    parser.add_argument(
-        "--draws", type=int, default=10_000, help="of bootstrap and permutation (default: 10000)"
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="folders of two runs, a and b")
+    for side in ("a", "b"):
+        add(f"--{side}", nargs="+", type=Path, metavar="RUN", help=f"runs of {side}, a seed each")
+    add("--split", default="test", help="as test.py names it (default: test)")
+    add("--gallery", default="aerial", help="as test.py names it (default: aerial)")
+    add(
+        "--protocol",
+        default="",
+        choices=sorted({name for found in CHECKPOINTS.values() for name in found}),
+        help="whose checkpoint, for runs with both (default: best.pth, whatever chose it)",
     )
+    add("--draws", type=int, default=10_000, help="of bootstrap and permutation (default: 10000)")
     args = parser.parse_args()
-    print(compare(args.runs, args.split, args.gallery, args.draws))
+    if args.draws < 1:
+        raise UserError(f"--draws {args.draws}: must be 1 or more")
+    if len(args.runs) == 2 and not (args.a or args.b):
+        args.a, args.b = ([path] for path in args.runs)
+    elif args.runs or not (args.a and args.b):
+        raise UserError("give two runs, or --a RUN [RUN ...] --b RUN [RUN ...]")
+    sides = {"a": args.a, "b": args.b}
+    print(compare(sides, args.split, args.gallery, args.draws, args.protocol))
 
 
 if __name__ == "__main__":

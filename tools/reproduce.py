@@ -5,10 +5,11 @@
 
 A table is a file in configs/tables/ (or any path): rows of options over a base preset, with the
 published figures. Each row and seed is a job with a folder of its own under --output_dir, whose
-name is a hash of its resolved options, the data and the code. So what is done is skipped, what was
-cut off goes on from its last checkpoint, and a change of any of the three makes a new job. A job
-that fails is reported, and the others go on. The table is printed and written as Markdown, LaTeX
-and CSV.
+name has a hash of the data and of all options that change a figure. So what is done is skipped,
+what was cut off goes on from its last checkpoint, and a change of either makes a new job. The code
+that a job ran with is noted beside it; where that is another than the present one this is told, and
+--strict trains the job again. A job that fails is reported, and the others go on. The table is
+printed and written as Markdown, LaTeX and CSV.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -38,28 +40,45 @@ from prettytable import PrettyTable, TableStyle
 from tqdm import tqdm
 
 from datasets.build import read_dataset
+from processor.queries import CHECKPOINTS, stem
 from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
+from utils.command_line import parse_given
 from utils.documents import load_yaml
 from utils.errors import UserError, run_main, suggest
 from utils.files import lock, write_atomically
 from utils.metrics import FIGURES
-from utils.options import INDIFFERENT, OPTIONS, read_preset, resolve, write_config
+from utils.options import (
+    INDIFFERENT,
+    OPTIONS,
+    SAME_FIGURES,
+    read_preset,
+    read_yaml,
+    resolve,
+    write_config,
+)
+from utils.runs import differences
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "configs/tables"
-ROW_KEYS = {"name", "base", "options", "published", "needs"}
-# Which checkpoint gives the test figures of a protocol.
+CODE = ("train.py", "test.py", "datasets", "model", "processor", "solver", "utils")
+ROW_KEYS = {"name", "base", "options", "published", "needs", "ablation"}
 PROTOCOLS = {
     "paper": "best epoch chosen on test (the paper's protocol)",
-    "clean": "best epoch chosen on val (test unseen until the end)",
+    "clean": "best epoch chosen on held-out training identities",
+    "val": "best epoch chosen on val",
+    "last": "last epoch, none chosen",
 }
-CHECKPOINTS = {
-    "test": {"paper": "best.pth"},
-    "val": {"clean": "best.pth"},
-    "both": {"paper": "best_test.pth", "clean": "best.pth"},
-}
+# Options of train.py that may be given here. The first make other jobs; the rest change no figure.
+# Those that say what is trained and where it lies are not among them.
+OTHER_JOBS = ("num_epoch", "precision", "val_dataset")
+SAME_JOBS = tuple(
+    name
+    for name in (*INDIFFERENT, *SAME_FIGURES)
+    if name not in ("name", "output_dir", "root_dir", "finetune", "attributes_file", "resume",
+                    "resume_ckpt_file")
+)  # fmt: skip
 
 
 @dataclass
@@ -71,16 +90,25 @@ class Job:
     args: argparse.Namespace
     folder: Path
     error: str = ""
+    again: bool = False  # what the folder holds does not count
 
     @property
     def results(self) -> dict[str, Any] | None:
         """What a finished job left, or None."""
         path = self.folder / "done.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text()) if path.is_file() and not self.again else None
+
+    @property
+    def code(self) -> list[dict[str, str]]:
+        """The versions of the code that worked on it, as `code_version` gives them."""
+        path = self.folder / "code.json"
+        return json.loads(path.read_text()) if path.is_file() else []
 
     @property
     def last(self) -> Path | None:
         """The checkpoint to go on from, if there is one."""
+        if self.again:
+            return None
         found = sorted(self.folder.glob("logs/*/*/last.pth"), key=lambda p: p.stat().st_mtime_ns)
         return found[-1] if found else None
 
@@ -121,31 +149,45 @@ def read_table(name: str) -> Table:
     return Table(path.stem, content["title"], rows)
 
 
-def make_jobs(table: Table, given: argparse.Namespace) -> tuple[list[Job], dict[str, str]]:
-    """All jobs of a table, and the rows that cannot run with the reason."""
+def make_jobs(
+    table: Table, given: argparse.Namespace, options: dict[str, Any]
+) -> tuple[list[Job], dict[str, str]]:
+    """All jobs of a table, and the rows that cannot run with the reason. `options`: of all rows."""
     jobs, left_out = [], {}
-    data, code = fingerprint(Path(given.root_dir)), code_version()
+    data = fingerprint(Path(given.root_dir))
     for row in table.rows:
         if row.get("needs") == "finetune" and not given.mllm4text:
             left_out[row["name"]] = "needs --mllm4text, a checkpoint of MLLM4Text-ReID"
             continue
-        values = {**row["values"], "root_dir": given.root_dir, "device": given.device}
-        for name in ("num_workers", "image_cache", "num_epoch", "precision"):
-            if getattr(given, name) is not None:
-                values[name] = getattr(given, name)
+        values = {**row["values"], **options, "root_dir": given.root_dir}
         weights = ""
         if row.get("needs") == "finetune":
             values["finetune"], weights = given.mllm4text, file_hash(Path(given.mllm4text))
         for seed in given.seeds:
             slug = re.sub(r"[^a-z0-9]+", "-", row["name"].lower()).strip("-")
             args = resolve({**values, "seed": seed, "name": f"{slug}-seed{seed}"})
-            options = {k: v for k, v in vars(args).items() if k not in INDIFFERENT}
-            sentences = repr(read_attributes(args.attributes_file))
-            text = json.dumps([options, data, code, weights, sentences], sort_keys=True)
-            key = hashlib.sha256(text.encode()).hexdigest()[:12]
-            folder = Path(given.output_dir, table.name, f"{slug}-seed{seed}-{key}")
+            sentences = [list(vars(a).values()) for a in read_attributes(args.attributes_file)]
+            place = Path(given.output_dir, table.name, f"{slug}-seed{seed}")
+            folder = job_folder(place, args, [data, weights, sentences])
             jobs.append(Job(row["name"], seed, args, folder))
     return jobs, left_out
+
+
+def job_folder(place: Path, args: argparse.Namespace, content: list[Any]) -> Path:
+    """`place` and a hash of the options and of the rest that a job's figures depend on.
+
+    Options at their defaults do not count, so that a job survives new ones. Where a default has
+    changed since, the folder's options are others, and the job gets a folder by all of them.
+    """
+    every = {k: v for k, v in vars(args).items() if k not in (*INDIFFERENT, *SAME_FIGURES)}
+    told = {k: v for k, v in every.items() if v != OPTIONS[k].default}
+    for options in (told, every):
+        text = json.dumps([options, *content], sort_keys=True)
+        folder = Path(f"{place}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
+        config = folder / "options.yaml"
+        if not (config.is_file() and differences(every, read_yaml(config), ())):
+            break
+    return folder
 
 
 def fingerprint(root: Path) -> str:
@@ -160,12 +202,44 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()
 
 
-def code_version() -> str:
-    """A hash of all code that takes part in training and evaluation."""
-    rooms = ("datasets", "model", "processor", "solver", "utils")
-    files = [ROOT / "train.py", ROOT / "test.py"]
-    files += [p for room in rooms for p in (ROOT / room).glob("*.py")]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
+def code_version() -> dict[str, str]:
+    """The code that takes part in training and evaluation: a hash of its `sources`, and for people
+    its `commit`, with -dirty if it is modified; without git that is a part of the hash."""
+    files = [p for name in CODE for p in (ROOT / name, *(ROOT / name).rglob("*.py")) if p.is_file()]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"\n{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    sources = digest.hexdigest()
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "train.py")  # a clone, not a copy in another repository
+        commit = git("rev-parse", "HEAD")
+        commit += "-dirty" if git("status", "--porcelain", "--", *CODE) else ""
+    except (OSError, subprocess.CalledProcessError):
+        commit = f"sources {sources[:12]}"
+    return {"commit": commit, "sources": sources}
+
+
+def note_code(jobs: list[Job], now: dict[str, str], strict: bool) -> str:
+    """One line on jobs that other code than `now` worked on, or nothing; `strict`: they are to be
+    trained again."""
+    others = [job for job in jobs if any(v["sources"] != now["sources"] for v in job.code)]
+    if not others:
+        return ""
+    commits = sorted({v["commit"] for job in others for v in job.code} - {now["commit"]})
+    for job in others:
+        job.again = strict
+    then = "they are trained again" if strict else "--strict trains them again"
+    versions = f"{', '.join(commits) or 'modified'}; now {now['commit']}"
+    versions = re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}", r"\1", versions)  # as git shortens them
+    return (
+        f"{len(others)} of {len(jobs)} jobs were done or begun with other code ({versions}): {then}"
+    )
 
 
 def file_hash(path: Path) -> str:
@@ -181,10 +255,11 @@ class Runner:
 
     Args:
         bar: counts epochs over all jobs.
+        code: the present `code_version`.
     """
 
-    def __init__(self, bar: tqdm, gpus: list[str]) -> None:
-        self.bar = bar
+    def __init__(self, bar: tqdm, gpus: list[str], code: dict[str, str]) -> None:
+        self.bar, self.code = bar, code
         self.gpus: queue.Queue[str | None] = queue.Queue()
         for gpu in gpus or [None]:
             self.gpus.put(gpu)
@@ -202,8 +277,7 @@ class Runner:
         tqdm.write(f"{job.row}, seed {job.seed}: {begun}; {job.folder / 'console.txt'}")
         try:
             started = time.time()
-            job.folder.mkdir(parents=True, exist_ok=True)
-            self.locks[job.folder] = lock(job.folder, inherited=True)
+            self._open(job)
             config = job.folder / "options.yaml"
             job.args.output_dir = str(job.folder / "logs")
             write_config(config, job.args)
@@ -216,16 +290,16 @@ class Runner:
                     job, gpu, "test.py", "--config_file", str(run / "configs.yaml"),
                     "--checkpoint", str(run / file),
                 )  # fmt: skip
-                stem = "test" if file == "best.pth" else Path(file).stem
-                result = json.loads((run / f"{stem}_results.json").read_text())
+                result = json.loads((run / f"{stem(file)}_results.json").read_text())
                 first = next(iter(result["splits"]["test"]["galleries"].values()))
                 values = [first[name] for name in ("r1", "r5", "r10", "mAP", "mINP")]
                 figures[protocol] = {
                     **dict(zip(FIGURES, values, strict=True)),
-                    "epoch": result["epoch"],
-                    "queries": str(run / f"{stem}_queries.npz"),
+                    **{name: result.get(name) for name in ("epoch", "protocol", "data")},
+                    "queries": str(run / f"{stem(file)}_queries.npz"),
                 }
-            done = {"row": job.row, "seed": job.seed, "seconds": time.time() - started, **figures}
+            about = {"row": job.row, "seed": job.seed, "code": job.code}
+            done = {**about, "seconds": time.time() - started, **figures}
             write_atomically(
                 job.folder / "done.json",
                 lambda file: file.write(json.dumps(done, indent=2).encode()),
@@ -240,6 +314,20 @@ class Runner:
             if job.folder in self.locks:
                 os.close(self.locks.pop(job.folder))
             self.gpus.put(gpu)
+
+    def _open(self, job: Job) -> None:
+        """Make and lock the folder, and note the code; what does not count is set aside."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self.locks[job.folder] = lock(job.folder, inherited=True)
+        if job.again:
+            names = (Path(f"{job.folder}.aside{n}") for n in itertools.count(1))
+            job.folder.rename(next(name for name in names if not name.exists()))
+            os.close(self.locks.pop(job.folder))
+            job.again = False
+            self._open(job)
+        elif self.code not in job.code:
+            text = json.dumps([*job.code, self.code], indent=2)
+            write_atomically(job.folder / "code.json", lambda file: file.write(text.encode()))
 
     def _call(self, job: Job, gpu: str | None, *command: str) -> None:
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
@@ -267,14 +355,14 @@ class Runner:
             child.terminate()
 
 
-def run_jobs(jobs: list[Job], gpus: list[str]) -> None:
+def run_jobs(jobs: list[Job], gpus: list[str], code: dict[str, str]) -> None:
     """Run what is not done, with one bar over the epochs of all."""
     waiting = [job for job in jobs if job.results is None]
     tqdm.write(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done already")
     total = sum(job.args.num_epoch for job in waiting)
     already = sum(epochs_done(job) for job in waiting)
     bar = tqdm(total=total, initial=already, unit="epoch", dynamic_ncols=True, disable=None)
-    runner = Runner(bar, gpus)
+    runner = Runner(bar, gpus, code)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
     with bar, ThreadPoolExecutor(max(1, len(gpus))) as pool:
@@ -294,7 +382,8 @@ def epochs_done(job: Job) -> int:
 
 
 def tables_of(table: Table, jobs: list[Job], left_out: dict[str, str]) -> Iterator[tuple]:
-    """(protocol, PrettyTable) of mean and standard deviation over seeds, beside the published."""
+    """(heading, PrettyTable) of each protocol: mean and standard deviation over seeds, beside the
+    published figures."""
     for protocol in PROTOCOLS:
         if not any(protocol in CHECKPOINTS[job.args.val_dataset] for job in jobs):
             continue
@@ -311,14 +400,35 @@ def tables_of(table: Table, jobs: list[Job], left_out: dict[str, str]) -> Iterat
                 difference = f"{statistics.mean(f['R@1'] for f in found) - published:+.2f}"
             failed = [j for j in jobs if j.row == row["name"] and j.error]
             name = row["name"]
+            notes = ["ablation"] if row.get("ablation") else []
             if name in left_out:
-                name += f" ({left_out[name]})"
+                notes.append(left_out[name])
             elif failed:
-                name += f" ({len(failed)} failed)"
+                notes.append(f"{len(failed)} failed")
+            name += f" ({'; '.join(notes)})" if notes else ""
             seeds = ", ".join(str(j.seed) for j in jobs if j.row == row["name"] and j.results)
             shown.add_row([name, seeds, *cells, "" if published is None else f"{published:.2f}",
                            difference])  # fmt: skip
-        yield protocol, shown
+        yield heading(protocol, jobs), shown
+
+
+def heading(protocol: str, jobs: list[Job]) -> str:
+    """What chose the epochs of a protocol, and whether that was apart from test, as measured."""
+    text = PROTOCOLS[protocol]
+    shares = {getattr(job.args, "heldout", 0) for job in jobs if job.args.val_dataset == "both"}
+    if protocol == "paper" and any(shares):
+        apart = ", ".join(f"{100 * share:g} %" for share in sorted(shares))
+        text += f", trained without the {apart} of identities that are held out"
+    found = [j.results[protocol].get("protocol") for j in jobs if protocol in (j.results or {})]
+    shared = [said["overlap"] for said in found if said and said.get("overlap")]
+    images, people = (max((o.get(k, 0) for o in shared), default=0) for k in ("images", "people"))
+    if images or people:
+        text += f"; {images} of its images and {people} of its people are in test too"
+    elif protocol in ("clean", "val") and found:
+        apart = {"clean": " (the clean protocol: test had no part in it)",
+                 "val": "; none of its images or people is in test"}[protocol]  # fmt: skip
+        text += apart if all(found) else "; whether test has the same people is unknown"
+    return text
 
 
 def spread(values: list[float]) -> str:
@@ -331,13 +441,13 @@ def spread(values: list[float]) -> str:
 def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder: Path) -> str:
     """Write table.md, table.tex and table.csv; returns what to print."""
     markdown, latex, csv, console = [f"# {table.title}\n"], [], [], []
-    for protocol, shown in tables_of(table, jobs, left_out):
-        console.append(f"{table.title}: {PROTOCOLS[protocol]}\n{shown.get_string()}")
-        latex.append(f"% {PROTOCOLS[protocol]}\n{escaped(shown.get_latex_string())}")
+    for about, shown in tables_of(table, jobs, left_out):
+        console.append(f"{table.title}: {about}\n{shown.get_string()}")
+        latex.append(f"% {about}\n{escaped(shown.get_latex_string())}")
         csv.append(shown.get_csv_string().replace("\r\n", "\n"))
         lines = copy.copy(shown)
         lines.set_style(TableStyle.MARKDOWN)
-        markdown.append(f"{PROTOCOLS[protocol][0].upper()}{PROTOCOLS[protocol][1:]}:\n\n{lines}\n")
+        markdown.append(f"{about[0].upper()}{about[1:]}:\n\n{lines}\n")
     note = "Mean ± standard deviation over seeds, percent. One gallery: the first view's images."
     markdown.append(note)
     for name, text in (("md", "\n".join(markdown)), ("tex", "\n".join(latex)),
@@ -352,59 +462,78 @@ def escaped(latex: str) -> str:
 
 
 def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
-    """What would run, with hours estimated from a few measured steps of each row."""
+    """What would run, with hours estimated from measured steps of each row, and their range."""
     table = PrettyTable(["method", "seed", "state", "epochs left", "hours"])
     table.align = "r"
     table.align["method"] = table.align["state"] = "l"
-    per_epoch: dict[str, float] = {}
-    total = 0.0
-    for job in jobs:
+    per_epoch: dict[str, list[float]] = {}  # hours by the median, the least and the most of a step
+    total = [0.0] * 3
+    for job in tqdm(jobs, desc="measure steps", leave=False, disable=None):
         left = 0 if job.results else job.args.num_epoch - epochs_done(job)
         state = f"goes on after epoch {epochs_done(job)}" if left and job.last else "to run"
         state = "done" if job.results else "to evaluate" if not left else state
         if left and job.row not in per_epoch:
             data = read_dataset(job.args)
             steps = -(-len(data.train) // job.args.batch_size)
-            per_epoch[job.row] = steps * measured_step(job.args, data.has_pairs)
-        hours = left * per_epoch.get(job.row, 0) / 3600
-        total += hours
-        table.add_row([job.row, job.seed, state, left, f"{hours:.3f}"])
+            found = measured_step(job.args, data.has_pairs)
+            per_epoch[job.row] = [steps * seconds / 3600 for seconds in found]
+        hours = [left * one for one in per_epoch[job.row]] if left else [0.0] * 3
+        total = [a + b for a, b in zip(total, hours, strict=True)]
+        table.add_row([job.row, job.seed, state, left, ranged(hours) if left else ""])
     for name, reason in left_out.items():
         table.add_row([name, "", reason, "", ""])
     return (
-        f"{table.get_string()}\n{total:.3f} hours of training on this machine, one job at a time; "
-        "loading and evaluation come on top"
+        f"{table.get_string()}\n{ranged(total)} hours of training on this machine, one job at a "
+        "time, by the median step and the range of all that were measured; loading and evaluation "
+        "come on top"
     )
+
+
+def ranged(hours: list[float]) -> str:
+    """A median with its range: "9.7 (9.1 to 10.4)"."""
+    digits = ".1f" if hours[0] >= 1 else ".2g"
+    median, least, most = (f"{h:{digits}}" for h in hours)
+    return f"{median} ({least} to {most})"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(sorted(p.stem for p in TABLES.glob("*.yaml")))
+    add = parser.add_argument_group("Tables").add_argument
+    add("--table", required=True, help=f"{names}, or a YAML file")
+    add("--root_dir", required=True, help="folder that holds the data set")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3],
+        help="one job of every row for each (default: 1 2 3)")  # fmt: skip
+    add("--output_dir", default="logs/reproduce",
+        help="receives all jobs (default: logs/reproduce)")  # fmt: skip
+    add("--mllm4text", default="", help="checkpoint of MLLM4Text-ReID, for the rows from it")
+    add("--gpus", nargs="+", default=[], help="spread the jobs over these GPUs, one each")
+    add("--strict", action="store_true", default=False,
+        help="train again what other code than the present has done")  # fmt: skip
+    add("--dry_run", action="store_true", default=False,
+        help="only list what would run, with estimated hours")  # fmt: skip
 
 
 def main() -> None:
-    names = ", ".join(sorted(p.stem for p in TABLES.glob("*.yaml")))
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    options, own = parse_given(
+        (*OTHER_JOBS, *SAME_JOBS),
+        "Train and evaluate the rows of a table, each with several seeds, and print the table. "
+        "Options of train.py that are left out are as the rows have them.",
+        add_options,
+        defaults=False,
     )
-    add = parser.add_argument
-    add("--table", required=True, help=f"{names}, or a YAML file")
-    add("--root_dir", required=True, help="folder that holds the data set")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one job of every row for each")
-    add("--output_dir", default="logs/reproduce", help="receives all jobs")
-    add("--mllm4text", default="", help="checkpoint of MLLM4Text-ReID, for the rows from it")
-    add("--gpus", nargs="+", default=[], help="spread the jobs over these GPUs, one each")
-    add("--device", default="auto", choices=OPTIONS["device"].choices, help="of every job")
-    add("--precision", choices=OPTIONS["precision"].choices, help="overrides the rows' own")
-    add("--num_epoch", type=int, help="overrides the rows' own")
-    add("--num_workers", type=int, help="overrides the rows' own")
-    add("--image_cache", help="overrides the rows' own")
-    add("--dry_run", action="store_true", help="only list what would run, with estimated hours")
-    given = parser.parse_args()
+    given = argparse.Namespace(**own)
     table = read_table(given.table)
-    changed = [f"{n} {getattr(given, n)}" for n in ("num_epoch", "precision") if getattr(given, n)]
+    changed = [f"{name} {options[name]}" for name in OTHER_JOBS if name in options]
     if changed:  # the title must not promise what was not run
         table.title += f" (but {', '.join(changed)})"
-    jobs, left_out = make_jobs(table, given)
+    jobs, left_out = make_jobs(table, given, options)
+    code = code_version()
+    if note := note_code(jobs, code, given.strict):
+        print(note)
     if given.dry_run:
         print(plan(jobs, left_out))
         return
-    run_jobs(jobs, given.gpus)
+    run_jobs(jobs, given.gpus, code)
     print(write_tables(table, jobs, left_out, Path(given.output_dir, table.name)))
     failed = [job for job in jobs if job.error]
     for job in failed:

@@ -189,14 +189,28 @@ def parse_some(
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> argparse.Namespace:
     """For tools: the named options and those that `extra` adds; all others at their defaults."""
-    parser = _build_parser([OPTIONS[name] for name in names], description)
-    extra(parser)
-    given = vars(parser.parse_args())
-    own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
+    given, own = parse_given(names, description, extra)
     return argparse.Namespace(**vars(resolve(given)), **own)
 
 
-def _build_parser(options, description: str) -> argparse.ArgumentParser:
+def parse_given(
+    names: Sequence[str],
+    description: str,
+    extra: Callable[[argparse.ArgumentParser], object],
+    defaults: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """For tools: what was typed of the named options, and the tool's own, which `extra` adds.
+
+    defaults: whether --help shows those of the named options.
+    """
+    parser = _build_parser([OPTIONS[name] for name in names], description, defaults)
+    extra(parser)
+    given = vars(parser.parse_args())
+    own = {name: given.pop(name) for name in list(given) if name not in names}
+    return given, own
+
+
+def _build_parser(options, description: str, defaults: bool = True) -> argparse.ArgumentParser:
     """Flags without defaults: what was not typed stays absent, so that a preset can fill it."""
     parser = _Parser(
         description=description,
@@ -211,7 +225,7 @@ def _build_parser(options, description: str) -> argparse.ArgumentParser:
         for o in members:
             shown = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
             help_text = o.help.replace("%", "%%")
-            if shown not in (None, "") and shown is not False:
+            if defaults and shown not in (None, "") and shown is not False:
                 help_text += f" (default: {shown})"
             if o.type is bool:
                 section.add_argument(

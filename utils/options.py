@@ -393,6 +393,9 @@ INDIFFERENT = (
     "keep_last", "max_nonfinite", "on_bad_image",
 )  # fmt: skip
 
+# Other ways to the same figures, but for rounding, in less memory or time.
+SAME_FIGURES = ("accum_steps", "grad_checkpointing", "compile")
+
 
 def resolve(values: dict[str, Any]) -> argparse.Namespace:
     """Fill in the defaults and check the options against each other. Raises UserError."""

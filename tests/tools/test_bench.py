@@ -62,6 +62,39 @@ def test_the_plain_step_computes_the_same_losses_and_gradients(fusion, clip_file
                 torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_step_is_measured_until_its_spread_is_known(monkeypatch):
+    def measured(*lengths):
+        """Repetitions of steps of these seconds, the last for ever."""
+        now, steps = [0.0], iter(lengths)
+
+        def step():
+            now[0] += next(steps, lengths[-1])
+
+        monkeypatch.setattr(tool.time, "perf_counter", lambda: now[0])
+        return tool.SteadyClock(torch.device("cpu"), 30)(step, warm_up=2)
+
+    assert measured(4, 3, 1) == pytest.approx([1] * 5)  # warm-up does not count
+    assert 5 < len(measured(0, 0, 1, 2, 1, 2, 1, 2, 1)) < 30  # until most of them are alike
+    assert len(measured(0, 0, *[0.1, 0.2] * 50)) == 30
+    assert measured(90, 9, 8, 7) == [9, 8, 7]  # long ones: one to warm up, three to know
+
+
+@pytest.mark.parametrize(("accum_steps", "measured"), [(1, 1), (4, 2), (32, 4), (64, 8)])
+def test_a_measured_step_has_parts_of_the_size_of_the_whole_ones(
+    accum_steps, measured, monkeypatch
+):
+    found = []
+
+    def step(args, *_, **__):
+        found.append((args.batch_size, args.accum_steps))
+        yield {"median_ms": 10, "low_ms": 9, "high_ms": 12}
+
+    monkeypatch.setattr(tool, "bench_step", step)
+    args = options(**SCRATCH, batch_size=64, accum_steps=accum_steps, device="cpu")
+    assert tool.measured_step(args, pairs=True) == pytest.approx((0.08, 0.072, 0.096))
+    assert found == [(8, measured)]
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(UserError, match="x.json: no result of tools/bench.py"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.uncertainty import bootstrap, by_identity, permutation_p
+from utils.uncertainty import bootstrap, bootstrap_difference, by_identity, permutation_p
 
 
 def sample(identities=40, seed=0):
@@ -74,3 +74,58 @@ def test_p_values_under_chance_are_spread_evenly():
         differences = torch.randn(50, 1, generator=generator)
         small += permutation_p(differences, torch.arange(50), 300, seed).item() <= 0.1
     assert 0.04 <= small / 200 <= 0.17
+
+
+def runs(number, seed, spread, people=40):
+    """Runs [R, Q, 2] of one recipe, on the same captions: the seeds move all captions together."""
+    values, pids = sample(people)
+    generator = torch.Generator().manual_seed(seed)
+    moved = spread * torch.randn(number, 1, 2, generator=generator).double()
+    return values + moved + 0.1 * torch.rand(number, *values.shape, generator=generator), pids
+
+
+def test_the_interval_over_seeds_and_people_equals_a_plain_loop_over_draws():
+    (a, pids), (b, _) = runs(3, 1, 0.2), runs(2, 2, 0.2)
+    a[:, 4], b[:, 4] = torch.nan, torch.nan  # a caption without a match
+    found = bootstrap_difference(a, b, pids, draws=300, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    people = torch.randint(40, (300, 40), generator=generator).tolist()
+    seeds = [torch.randint(n, (300, n - 1), generator=generator).tolist() for n in (3, 2)]
+    means = []
+    for n in range(300):
+        captions = torch.cat([(pids == i).nonzero()[:, 0] for i in people[n]])
+        captions = captions[~a[0, captions, 0].isnan()]
+        one, two = (
+            torch.stack([side[run, captions].mean(dim=0) for run in picks[n]]).mean(dim=0)
+            for side, picks in zip((a, b), seeds, strict=True)
+        )
+        means.append((two - one).numpy())
+    np.testing.assert_allclose(found.numpy(), np.quantile(means, [0.025, 0.975], axis=0))
+
+
+def test_with_one_seed_of_each_the_interval_is_that_over_people_alone():
+    (a, pids), (b, _) = runs(1, 1, 0.2), runs(1, 2, 0.2)
+    both = bootstrap_difference(a, b, pids, 300), bootstrap(b[0] - a[0], pids, 300)
+    torch.testing.assert_close(*both)
+
+
+def test_seeds_that_differ_widen_the_interval_and_equal_runs_do_not():
+    (a, pids), (b, _) = runs(3, 1, 0.5), runs(3, 2, 0.5)
+    width = bootstrap_difference(a, b, pids, 300).diff(dim=0)
+    alone = bootstrap((b - a).mean(dim=0), pids, 300).diff(dim=0)
+    assert (width > 3 * alone).all()
+    same = bootstrap_difference(a[:1].expand(3, -1, -1), b[:1], pids, 300)
+    torch.testing.assert_close(same, bootstrap_difference(a[:1], b[:1], pids, 300))
+
+
+def test_the_interval_over_three_seeds_covers_the_truth_about_as_often_as_its_docstring_says():
+    covered = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        people = torch.randn(1, 50, 1, generator=generator)
+        a = people + torch.randn(3, 1, 1, generator=generator)
+        b = people + torch.randn(3, 1, 1, generator=generator)
+        b += 0.3 * torch.randn(1, 50, 1, generator=generator)
+        low, high = bootstrap_difference(a, b, torch.arange(50), 200, seed)[:, 0]
+        covered += bool(low <= 0 <= high)
+    assert 0.80 <= covered / 200 <= 0.95
