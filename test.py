@@ -43,7 +43,9 @@ def main() -> None:
         log.info(note)
     args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
-    model = build_evaluation_model(args, checkpoint["model"], str(path)).to(device)
+    model = build_evaluation_model(args, checkpoint, str(path)).to(device)
+    for note in model.base_model.notes:
+        log.info(note)
     data = read_dataset(args)
     best = checkpoint.get("best", {})
     log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")

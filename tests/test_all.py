@@ -59,6 +59,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert "best.pth is chosen by R@1 on the test split: this is the paper's protocol" in log
     best, last = (load_checkpoint(finished / f"{n}.pth") for n in ("best", "last"))
     assert last["epoch"] == 3 and best["epoch"] == best["best"]["epoch"]
+    assert last["input"] == best["input"] == {"img_size": [32, 16], "stride_size": 16}
     assert last["best"]["test"]["epoch"] == best["epoch"]
     assert (last["model"]["queue.pids"] >= 0).any()
 
@@ -229,6 +230,7 @@ def test_finetuning_starts_from_weights_of_this_family(
                    num_epoch=2, lr=1e-9, **{**none, "pretrain_choice": clip_file})  # fmt: skip
     log = (folder / "train_log.txt").read_text()
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
+    assert f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1
     assert rows["loaded"] == str(count - 1) and rows["resized"] == "1"
     assert rows["skipped, unknown here"] == "1"
