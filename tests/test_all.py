@@ -323,8 +323,13 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     config = yaml.safe_load((finished / "configs.yaml").read_text())
     config["img_size"] = [64, 32]
     (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+    with pytest.raises(UserError, match="of images of 32x16 at stride 16, the options say 64x32"):
         evaluate(monkeypatch, tmp_path / "configs.yaml", finished / "best.pth")
+    silent = load_checkpoint(finished / "best.pth")
+    del silent["input"]  # as other code's, which do not say it
+    torch.save(silent, tmp_path / "best.pth")
+    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+        evaluate(monkeypatch, tmp_path / "configs.yaml", tmp_path / "best.pth")
 
 
 def test_a_checkpoint_that_is_missing_or_of_another_kind_is_refused(
