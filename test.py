@@ -44,7 +44,9 @@ def main() -> None:
         log.info(note)
     args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
-    model = build_evaluation_model(args, checkpoint["model"], str(path)).to(device)
+    model = build_evaluation_model(args, checkpoint, str(path)).to(device)
+    for note in model.base_model.notes:
+        log.info(note)
     data, lost = read_for_test(args)
     protocol = protocol_of(checkpoint, args.val_dataset, data, world)
     content, told = data_of(checkpoint, data)

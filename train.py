@@ -23,7 +23,7 @@ from processor.trainer import Trainer
 from solver.build import build_optimizer, build_scheduler
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
-from utils.checkpoint import read_weights
+from utils.checkpoint import load_checkpoint
 from utils.command_line import changed_options, parse_options
 from utils.devices import choose_precision
 from utils.errors import run_main
@@ -58,16 +58,16 @@ def main() -> None:
         model = build_training_model(args, losses, data.num_identities, world).to(device)
     last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
     check_batch_norm(model, args, last_batch * len(data.views))
-    resumed, fitted = args.resume != "no", ""
+    resumed, notes = args.resume != "no", model.base_model.notes
     if args.finetune and not resumed:
-        fitted = load_fitting(model, read_weights(args.finetune), args.finetune)
+        notes = [*notes, load_fitting(model, load_checkpoint(args.finetune), args.finetune)]
     run_dir = open_run(args, world)
     found = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
     log = setup_logger(run_dir / "train_log.txt", world.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, loader, evaluators, args, device, world)
-    if fitted:
-        log.info(fitted)
+    for note in notes:
+        log.info(note)
     optimizer = build_optimizer(model.named_parameters(), args)
     scheduler = build_scheduler(optimizer, args)
     trainer = Trainer(

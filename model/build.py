@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import open_clip
 import torch
@@ -18,19 +19,22 @@ from prettytable import PrettyTable
 from torch import Tensor, nn
 
 from model.aea import FeatureQueue
-from model.backbone import (
-    Backbone,
-    BackboneSizes,
-    load_backbone,
-    parse_choice,
-    resize_positions,
-    sizes_of,
-    sizes_of_name,
-)
+from model.backbone import Backbone, load_backbone
 from model.firm import SentenceTable, match_logits, predict_attributes
 from model.losses import LOSSES, Step
 from model.mlm import cross_modal_parts, masked_token_logits
+from model.weights import (
+    UNSEEN,
+    BackboneSizes,
+    described,
+    fit_positions,
+    named_sizes,
+    parse_choice,
+    recorded_input,
+    sizes_of,
+)
 from utils.attributes import read_attributes
+from utils.checkpoint import refuse_dead
 from utils.devices import full
 from utils.distributed import ALONE, World
 from utils.errors import UserError, suggest
@@ -242,11 +246,14 @@ def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None =
     image_size, half = tuple(args.img_size), args.precision == "half"
     if weights is not None:
         sizes = sizes_of(weights, "checkpoint")
-        model, tag = parse_choice(args.pretrain_choice) or ("", "openai")
-        if tag != "openai":  # heads and activation, which shapes do not tell
-            unseen = ("head_width", "text_heads", "quick_gelu", "image_mean", "image_std")
-            named = sizes_of_name(model, tag)
-            sizes = replace(sizes, **{name: getattr(named, name) for name in unseen})
+        if parse_choice(args.pretrain_choice).tag != "openai":
+            named = named_sizes(args.pretrain_choice) or sizes
+            sizes = replace(sizes, **{name: getattr(named, name) for name in UNSEEN})
+            if replace(sizes, mlp_ratio=named.mlp_ratio) != named:
+                raise UserError(
+                    f"--pretrain_choice {args.pretrain_choice}: the checkpoint is of another "
+                    "architecture; configs.yaml and checkpoint must be of one run"
+                )
         backbone = Backbone(sizes, image_size, args.stride_size, half)
     else:
         scratch = BackboneSizes(
@@ -339,14 +346,14 @@ def check_batch_norm(model: AEAFIRM, args: argparse.Namespace, images: int) -> N
 
 
 def build_evaluation_model(
-    args: argparse.Namespace, weights: dict[str, Tensor], where: str
+    args: argparse.Namespace, checkpoint: dict[str, Any], where: str
 ) -> AEAFIRM:
     """The model of a checkpoint: backbone, and FIRM's head if it was trained.
 
     The architecture is read off the weights, so no pretrained file is needed. Raises UserError if
-    the weights do not fit the options.
+    the weights do not fit the options, or are not finite.
     """
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = checkpoint["model"]
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
     names = ("match2", "dot", "cat") if "atr_matching_head.weight" in weights else ()
     names = [name for name in args.loss_names.split("+") if name in names]
@@ -355,6 +362,7 @@ def build_evaluation_model(
             f"{where}: no weights named {PREFIX}*; is this a checkpoint of this family?"
         )
     model = build_model(args, names, num_classes=0, weights=clip)
+    check_input(model.base_model, checkpoint, where)
     wanted = model.state_dict()
     for name, value in wanted.items():
         if name not in weights:
@@ -364,27 +372,43 @@ def build_evaluation_model(
                 f"{where}: {name} has the shape {tuple(weights[name].shape)}, the options of the "
                 f"run make it {tuple(value.shape)}; configs.yaml and checkpoint must be of one run"
             )
-    model.load_state_dict({name: weights[name] for name in wanted})
+    weights = {name: weights[name] for name in wanted}
+    refuse_dead(weights, where)
+    model.load_state_dict(weights)
+    if "assumed" in checkpoint:
+        model.base_model.notes.append(checkpoint["assumed"])
     return model
 
 
-def load_fitting(model: AEAFIRM, weights: dict[str, Tensor], where: str) -> str:
+def check_input(backbone: Backbone, checkpoint: dict[str, Any], where: str) -> None:
+    """Raises UserError if a checkpoint says that it is of another image size or stride."""
+    its = recorded_input(checkpoint)
+    if its and its != backbone.input:
+        raise UserError(
+            f"{where}: is of images of {described(its)}, the options say "
+            f"{described(backbone.input)}; configs.yaml and checkpoint must be of one run "
+            "(--finetune resizes)"
+        )
+
+
+def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
     """Load every weight whose name and shape fit (`--finetune`); returns a report to log.
 
     Position embeddings of another image size or stride are resized. Raises UserError if no weight
-    of the backbone fits.
+    of the backbone fits, or one is not finite.
     """
-    own = model.state_dict()
+    own, weights, backbone = model.state_dict(), checkpoint["model"], model.base_model
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
-    clip = resize_positions(clip, model.base_model)
+    clip, told = fit_positions(clip, backbone.sizes, backbone.grid, checkpoint, where, same=True)
     source = {**weights, **{PREFIX + n: v for n, v in clip.items()}}
-    resized = [n for n, v in source.items() if n in weights and v.shape != weights[n].shape]
+    resized = [n for n, v in source.items() if v is not weights[n]]
     fitting = {n: v for n, v in source.items() if n in own and v.shape == own[n].shape}
     if not any(n.startswith(PREFIX) for n in fitting):
         raise UserError(
             f"--finetune {where}: nothing fits: none of its {len(weights)} weights has the name "
             f"and shape of one of the backbone's (found {', '.join(sorted(weights)[:3])}, ...)"
         )
+    refuse_dead(fitting, where)
     model.load_state_dict(fitting, strict=False)
     other = [n for n in source if n in own and n not in fitting]
     groups = {
@@ -398,4 +422,5 @@ def load_fitting(model: AEAFIRM, weights: dict[str, Tensor], where: str) -> str:
     table.align = "l"
     for what, names in groups.items():
         table.add_row([what, len(names), names[0] if names else ""])
-    return f"{where}\n{table.get_string()}"
+    notes = [note for note in (checkpoint.get("assumed"), told) if note]
+    return "\n".join([*notes, where, table.get_string()])

@@ -16,7 +16,16 @@ import torch
 
 from datasets.fingerprint import changes
 from datasets.heldout import HELDOUT
-from utils.checkpoint import Lost, digest, load_checkpoint, older, restore, save_checkpoint
+from model.build import check_input
+from utils.checkpoint import (
+    Lost,
+    digest,
+    load_checkpoint,
+    older,
+    refuse_dead,
+    restore,
+    save_checkpoint,
+)
 from utils.errors import UserError
 from utils.runs import LAST_EPOCH
 
@@ -31,13 +40,15 @@ STATE = {
 
 
 def read_state(path: str | Path, keep: int = 1) -> tuple[dict[str, Any], Path, list[str]]:
-    """A checkpoint that a run can go on from, its file, and warnings: if it is damaged, one of the
-    `keep` kept ones is taken. Raises UserError if there is none."""
+    """A checkpoint that a run can go on from, its file, and warnings: if it is damaged or has
+    weights that are not finite, one of the `keep` kept ones is taken. Raises UserError if there is
+    none."""
     warnings: list[str] = []
     for number in range(keep):
         candidate = older(Path(path), number)
         try:
             state = load_checkpoint(candidate)
+            refuse_dead(state["model"], candidate)
         except Lost as error:
             warnings.append(str(error))
             continue
@@ -62,6 +73,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     """Everything that going on with the run needs. All processes must call it."""
     return {
         "model": trainer.model.state_dict(),
+        "input": trainer.model.base_model.input,
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "epoch": trainer.epoch,
@@ -158,6 +170,7 @@ def _best_files(trainer: Trainer) -> tuple[list[str], dict[str, dict[str, Any]]]
 
 
 def _load(trainer: Trainer, state: dict[str, Any], path: str) -> None:
+    check_input(trainer.model.base_model, state, path)
     sampler = trainer.loader.batch_sampler
     if state["epoch"] > trainer.args.num_epoch:
         raise UserError(
@@ -212,6 +225,8 @@ def _load_optimizer(trainer: Trainer, saved: dict[str, Any]) -> None:
         for name, value in moments.items():
             if value.dim() and value.shape != parameters[index].shape:
                 raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
+            if value.isnan().any():
+                raise ValueError(f"the optimizer's {name} holds NaN")
     trainer.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
@@ -246,7 +261,8 @@ def best_of(trainer: Trainer, split: str) -> dict[str, Any]:
     """What a best checkpoint holds, when the model is that of the epoch that `split` has chosen."""
     best = trainer.best[split]
     return {
-        "model": trainer.model.state_dict(), "epoch": best["epoch"], "best": chosen(split, best),
+        "model": trainer.model.state_dict(), "input": trainer.model.base_model.input,
+        "epoch": best["epoch"], "best": chosen(split, best),
         "data": trainer.data,
     }  # fmt: skip
 

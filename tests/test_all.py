@@ -61,6 +61,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
         assert list(load_checkpoint(finished / f"{name}.pth")["data"]["counts"]) == ["train", "val", "test"]  # fmt: skip
     best, last = (load_checkpoint(finished / f"{n}.pth") for n in ("best", "last"))
     assert last["epoch"] == 3 and best["epoch"] == best["best"]["epoch"]
+    assert last["input"] == best["input"] == {"img_size": [32, 16], "stride_size": 16}
     assert last["best"]["test"]["epoch"] == best["epoch"]
     assert (last["model"]["queue.pids"] >= 0).any()
 
@@ -302,6 +303,7 @@ def test_finetuning_starts_from_weights_of_this_family(
                    num_epoch=2, lr=1e-9, **{**none, "pretrain_choice": clip_file})  # fmt: skip
     log = (folder / "train_log.txt").read_text()
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
+    assert f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1
     assert rows["loaded"] == str(count - 1) and rows["resized"] == "1"
     assert rows["skipped, unknown here"] == "1"
@@ -394,8 +396,13 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     config = yaml.safe_load((finished / "configs.yaml").read_text())
     config["img_size"] = [64, 32]
     (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+    with pytest.raises(UserError, match="of images of 32x16 at stride 16, the options say 64x32"):
         evaluate(monkeypatch, tmp_path / "configs.yaml", finished / "best.pth")
+    silent = load_checkpoint(finished / "best.pth")
+    del silent["input"]  # as other code's, which do not say it
+    torch.save(silent, tmp_path / "best.pth")
+    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+        evaluate(monkeypatch, tmp_path / "configs.yaml", tmp_path / "best.pth")
 
 
 def test_a_checkpoint_that_is_missing_or_of_another_kind_is_refused(

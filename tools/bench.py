@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from datasets.build import TrainDataset, read_dataset, to_device, train_loader
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN
-from model.backbone import parse_choice, sizes_of_name
 from model.build import AEAFIRM, build_training_model
 from model.losses import parse_loss_names
+from model.weights import named_sizes
 from processor.trainer import Trainer
 from solver.build import build_optimizer
 from utils.command_line import parse_options
@@ -286,8 +286,7 @@ def bench_step(
 
 def without_weights(args: argparse.Namespace) -> None:
     """Take a named ViT's sizes from scratch: speed does not depend on the values of its weights."""
-    named = parse_choice(args.pretrain_choice)
-    sizes = sizes_of_name(*named) if named else None
+    sizes = named_sizes(args.pretrain_choice)
     if sizes is not None and not sizes.is_resnet and sizes.head_width == 64:
         for name in ("embed_dim", "vision_width", "vision_layers", "vision_patch_size",
                      "text_width", "text_layers"):  # fmt: skip

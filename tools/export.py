@@ -4,11 +4,14 @@
 
 `exported/` receives best.pth (`model` with `base_model.*` and the heads, `epoch`) and configs.yaml
 as that code writes it, tuple tags and all. Its train.py takes the file for --finetune, its test.py
-takes the folder; so does test.py here.
+takes the folder; so does test.py here. That code builds its model from a CLIP's weights before it
+loads the checkpoint: unless those are OpenAI's by name, clip.pt has them. What it cannot express is
+told.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -17,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 import yaml
 
-from model.build import build_evaluation_model
+from model.build import PREFIX, build_evaluation_model
+from model.weights import OPENAI_MODELS, BackboneSizes
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.errors import UserError, run_main
 from utils.files import write_atomically
+from utils.options import INDIFFERENT, OPTIONS, SCRATCH_ONLY
 
 # What the family's models are made of; the rest of ours (AEA's queue) it keeps outside the model.
 FAMILY = re.compile(
@@ -39,6 +44,15 @@ FAMILY_OPTIONS = (
     "dataset_name", "sampler", "num_instance", "root_dir", "batch_size", "test_batch_size",
     "num_workers",
 )  # fmt: skip
+# Those that it has in another way, or that change no figure.
+ELSEWHERE = {
+    "img_size", "milestones", "stride_size", "seed", "precision", "compile", "grad_checkpointing",
+    "accum_steps", *SCRATCH_ONLY, *INDIFFERENT,
+}  # fmt: skip
+DATASETS = {
+    "AGDataAttr", "AGData", "AGSGData", "AGTBPR", "CUHK-PEDES", "ICFG-PEDES", "RSTPReid"
+}  # fmt: skip
+CLASSES = 11003  # of the original's classifier, whatever the data set
 
 
 class _TupleDumper(yaml.SafeDumper):
@@ -61,25 +75,28 @@ def main() -> None:
 
     args, path, _ = parse_test_options(None, __doc__.split("\n")[0], extra)
     checkpoint = load_checkpoint(path)
-    weights = checkpoint["model"]
     # Building it checks that the checkpoint is whole.
-    sizes = build_evaluation_model(args, weights, str(path)).base_model.sizes
-    if not sizes.quick_gelu or sizes.head_width != 64 or sizes.text_heads not in (
-        None, sizes.text_width // 64,
-    ):  # fmt: skip
-        raise UserError(
-            f"{path}: {args.pretrain_choice} has another activation or other heads than OpenAI's "
-            "CLIP, which is all that code of this family can build"
+    backbone = build_evaluation_model(args, checkpoint, str(path)).base_model
+    sizes, folder, notes = backbone.sizes, Path(args.output), differences(args, backbone.sizes)
+    check_openai(sizes, f"{path}: {args.pretrain_choice}")
+    kept = {name: v for name, v in checkpoint["model"].items() if FAMILY.match(name)}
+    rows = len(kept.get("classifier.weight", range(CLASSES)))
+    if rows != CLASSES:
+        kept = {name: v for name, v in kept.items() if not name.startswith("classifier.")}
+        notes.append(
+            f"the classifier of {rows} identities is left out: the original's has {CLASSES} for "
+            "every data set, and test.py does without"
         )
-    kept = {name: value for name, value in weights.items() if FAMILY.match(name)}
     if args.half:
         kept = {n: v.half() if v.is_floating_point() else v for n, v in kept.items()}
-    folder = Path(args.output)
     options = {name: getattr(args, name) for name in FAMILY_OPTIONS}
     options |= {
         "img_size": tuple(args.img_size),
         "milestones": tuple(args.milestones),
         "stride_size": args.stride_size or sizes.vision_patch_size,
+        "text_length": sizes.context_length,
+        "val_dataset": "val" if args.val_dataset == "val" else "test",
+        "cont_queue_size": args.queue_batches * args.batch_size,
         "output_dir": str(folder),
         "training": False,
         "distributed": False,
@@ -87,10 +104,54 @@ def main() -> None:
         "test": False,
         "resume": False,
     }
-    save_checkpoint(folder / "best.pth", {"model": kept, "epoch": checkpoint.get("epoch", 0)})
+    if args.pretrain_choice not in OPENAI_MODELS:
+        clip = {n.removeprefix(PREFIX): v for n, v in kept.items() if n.startswith(PREFIX)}
+        save_checkpoint(folder / "clip.pt", {**clip, "input": backbone.input})
+        options["pretrain_choice"] = str((folder / "clip.pt").resolve())
+        notes.append(
+            f"pretrain_choice is {options['pretrain_choice']}, the backbone's weights, which the "
+            "original builds its model from; change it in configs.yaml if you move the folder"
+        )
+    content = {"model": kept, "input": backbone.input, "epoch": checkpoint.get("epoch", 0)}
+    save_checkpoint(folder / "best.pth", content)
     text = yaml.dump(options, Dumper=_TupleDumper, sort_keys=False)
     write_atomically(folder / "configs.yaml", lambda file: file.write(text.encode()))
     print(f"wrote {len(kept)} weights to {folder / 'best.pth'}, options to configs.yaml beside it")
+    for note in notes:
+        print(note)
+
+
+def check_openai(sizes: BackboneSizes, what: str) -> None:
+    """Raises UserError for an architecture that code of this family cannot build."""
+    heads = sizes.text_width // 64
+    names = ("head_width", "quick_gelu", "image_mean", "image_std", "mlp_ratio")
+    if (sizes.text_heads or heads) != heads or any(
+        getattr(sizes, name) != getattr(BackboneSizes, name) for name in names
+    ):
+        raise UserError(
+            f"{what} has another activation, other heads or another image mean and std than "
+            "OpenAI's CLIP, which is all that code of this family can build"
+        )
+
+
+def differences(args: argparse.Namespace, sizes: BackboneSizes) -> list[str]:
+    """What the original cannot do as this run does, in words."""
+    told = []
+    if args.text_length < sizes.context_length:
+        told.append(
+            f"text_length is {sizes.context_length}, since the original always encodes so many "
+            "columns. Features stay the same, but for captions that "
+            f"--text_length {args.text_length} cuts short"
+        )
+    if args.dataset_name not in DATASETS:
+        told.append(f"the original has no data set {args.dataset_name}")
+    if sizes.is_resnet and args.pretrain_choice not in OPENAI_MODELS:
+        told.append("the original builds a ResNet only from OpenAI's weights, by their name")
+    names = set(OPTIONS) - set(FAMILY_OPTIONS) - ELSEWHERE
+    other = [f"--{n} {v}" for n, v in vars(args).items() if n in names and v != OPTIONS[n].default]
+    if args.val_dataset not in ("test", "val"):
+        other.append(f"--val_dataset {args.val_dataset}")
+    return told + ([f"the original has no {', '.join(other)}"] if other else [])
 
 
 if __name__ == "__main__":

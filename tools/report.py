@@ -231,7 +231,7 @@ def sheets(run: Run, given: argparse.Namespace) -> str:
     args.image_cache = ""
     device = choose_device(args.device)
     args.precision = choose_precision(args.precision, device)
-    model = build_evaluation_model(args, load_checkpoint(path)["model"], str(path)).to(device)
+    model = build_evaluation_model(args, load_checkpoint(path), str(path)).to(device)
     evaluator = Evaluator(read_for_test(args)[0], "test", args, device)
     features, split = evaluator.encode(model), evaluator.split
     views = {

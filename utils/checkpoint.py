@@ -12,6 +12,7 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 HASH = "sha256"  # a checkpoint's entry of its own content
+# Where the codes of others keep a model's weights; what stands first is taken first.
+WRAPPERS = (
+    "model", "state_dict", "model_state_dict", "module", "net", "network", "weights", "params",
+    "ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model",
+)  # fmt: skip
+# Parts of a weight's name that come from what wrapped the model: DataParallel, torch.compile, ...
+WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+CONVERT = (
+    "If you trust it, convert it: load it with the code that wrote it, and save its tensors alone, "
+    "torch.save({'model': model.state_dict()}, 'weights.pth')"
+)
 
 
 class Lost(UserError):
@@ -33,7 +45,15 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     """Write a checkpoint atomically: a crash or a full disk leaves the previous file whole.
 
     With `keep` above 1, the ones before stay as `last.1.pth` (the newest of them), `last.2.pth`...
+    Raises UserError, and writes nothing, if a weight of `model` holds NaN or infinite values.
     """
+    found = dead(content.get("model", {}))
+    if found:
+        before = "; the save before this one stays" if Path(path).exists() else ""
+        raise UserError(
+            f"{path}: not written: {_told(found)}{before}. A lower --lr, more --warmup_epochs, "
+            "--grad_clip 1 or --precision fp32 may prevent it"
+        )
 
     def rotate() -> None:
         for number in range(keep - 1, 0, -1):
@@ -65,15 +85,110 @@ def restore(path: Path, good: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint: a dictionary whose entry `model` holds the weights, on the CPU.
+    """Read weights and what was saved with them; `model` holds the weights by name, on the CPU.
+
+    The file is told by its content: safetensors, an OpenAI archive (TorchScript), or a file of
+    `torch.save`, where weights may stand at the top or in an entry of `WRAPPERS`, however nested.
+    If several have some, `assumed` says which was taken. What a wrapper added to the names
+    (`module.`, `_orig_mod.`) is cut; what is no tensor is left out of `model`.
 
     Only tensors and plain values are accepted (`weights_only`), and a hash in the file must be that
-    of its content. Raises Lost if the file is missing or damaged, or another UserError.
+    of its content. Raises Lost if the file is missing, damaged or without weights, or another
+    UserError.
     """
-    content = _load(Path(path))
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise Lost(f"{path}: no checkpoint: it has no entry 'model' with weights")
-    return content
+    path = Path(path)
+    content = _read(path)
+    found = list(_weights_in(content))
+    if not found:
+        raise Lost(f"{path}: no checkpoint: no weights in it; it holds {_described(content)}")
+    (place, weights), *others = found
+    rest = {n: v for n, v in content.items() if n != place.split(".")[0] and not _is_weight(n, v)}
+    also = [f"'{other}'" for other, its in others if other and len(its) >= len(weights) // 2]
+    if also:
+        rest["assumed"] = f"{path}: the weights of '{place}' are taken, not {', '.join(also)}"
+    return {**rest, "model": _unwrapped(weights, path)}
+
+
+def _read(path: Path) -> Any:
+    """A file's content, by the format that its first bytes show."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+            size = file.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        raise Lost(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    tensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size
+    if tensors or (path.suffix == ".safetensors" and not _is_pickled(start)):
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:
+            raise Lost(f"{path}: not readable as safetensors: {error}") from None
+    return _read_torchscript(path) if _is_torchscript(path) else _load(path)
+
+
+def _is_pickled(start: bytes) -> bool:
+    return start[:2] == b"PK" or start[:1] == b"\x80"  # torch.save's formats
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _weights_in(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Where weights stand in a file, as "model.state_dict", and the weights; the first is meant."""
+    if not isinstance(content, dict) or place.count(".") > 3:  # it may hold itself
+        return
+    for name in WRAPPERS:
+        yield from _weights_in(content.get(name), f"{place}.{name}".lstrip("."))
+    sizes = {"input_resolution", "context_length", "vocab_size"}  # records of OpenAI's archives
+    tensors = {n: v for n, v in content.items() if _is_weight(n, v) and n not in sizes}
+    if tensors:
+        yield place, tensors
+
+
+def _unwrapped(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights under the names that the model itself gives them."""
+    found: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        own = ".".join(part for part in name.split(".") if part not in WRAPPED)
+        if own in found:
+            raise UserError(f"{path}: has weights for '{own}' twice, once as '{name}'")
+        found[own] = value
+    return found
+
+
+def _described(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    entries = [f"{name} ({type(value).__name__})" for name, value in content.items()]
+    return ", ".join(entries[:12] + ["..."] * (len(entries) > 12)) or "nothing"
+
+
+def dead(weights: dict[str, Any]) -> list[str]:
+    """Names of weights that hold NaN or infinite values. Waits for the device, once."""
+    floats = {
+        name: value if value.element_size() > 1 else value.float()
+        for name, value in weights.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    if not floats:
+        return []
+    alive = torch.stack([value.isfinite().all() for value in floats.values()]).tolist()
+    return [name for name, good in zip(floats, alive, strict=True) if not good]
+
+
+def refuse_dead(weights: dict[str, Any], where: str | Path) -> None:
+    """Raise Lost if a weight holds NaN or infinite values."""
+    found = dead(weights)
+    if found:
+        raise Lost(f"{where}: {_told(found)}; take an earlier save")
+
+
+def _told(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more hold" if len(names) > 1 else " holds"
+    return f"{names[0]}{more} NaN or infinite values"
 
 
 def digest(content: Any) -> str:
@@ -104,35 +219,6 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, an OpenAI archive (TorchScript) or a file of `torch.save`.
-
-    Entries `model` or `state_dict` are unwrapped and a `module.` prefix is cut; entries that are
-    no tensors, and the three size records of OpenAI's archives, are left out.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        try:
-            weights = safetensors.torch.load_file(path)
-        except Exception as error:
-            raise UserError(f"{path}: not readable as safetensors: {error}") from None
-    elif _is_torchscript(path):
-        weights = _read_torchscript(path)
-    else:
-        weights = _load(path)
-    for wrapper in ("model", "state_dict"):
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: no weights: expected names with tensors")
-    sizes = {"input_resolution", "context_length", "vocab_size"}
-    return {
-        name.removeprefix("module."): value
-        for name, value in weights.items()
-        if isinstance(value, Tensor) and name not in sizes
-    }
-
-
 def _load(path: Path) -> Any:
     """A file of `torch.save`, whose hash, if it has one, is that of its content."""
     try:
@@ -142,8 +228,6 @@ def _load(path: Path) -> Any:
         damaged = False
         if isinstance(content, dict) and HASH in content:  # other code's have none
             damaged = content.pop(HASH) != digest(content)
-    except FileNotFoundError:
-        raise Lost(f"{path}: no such file") from None
     except OSError as error:
         if error.errno in (None, errno.EINVAL):  # damaged bytes may send the reader anywhere
             raise Lost(f"{path}: not readable as a checkpoint, or damaged ({error})") from None
@@ -153,16 +237,18 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         with open(path, "rb") as file:
             start = file.read(2)
-        if start != b"PK" and start[:1] != b"\x80":  # neither of torch.save's formats
+        if not _is_pickled(start):
             raise Lost(f"{path}: no checkpoint: not a file of torch.save") from None
         # torch's own words advise to load it unsafely; of them only the culprit is of use.
         found = re.search(r"Unsupported [^\n]*?(?= was not|\n|$)", str(error))
         raise Lost(
             f"{path}: refused: it holds more than tensors and plain values, and loading it could "
-            f"run code, or it is damaged ({found.group() if found else 'unreadable'})"
+            f"run code, or it is damaged ({found.group() if found else 'unreadable'}). {CONVERT}"
         ) from None
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
+        if "weights_only" in reason:  # a format of old that torch only reads unsafely
+            raise Lost(f"{path}: refused: torch.load could run code of it. {CONVERT}") from None
         kind = UserError if "can't allocate memory" in reason else Lost
         raise kind(f"{path}: not readable as a checkpoint, or damaged ({reason})") from None
     if damaged:

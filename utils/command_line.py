@@ -17,6 +17,7 @@ from utils.options import (
     OPTIONS,
     Option,
     check,
+    check_training,
     read_preset,
     read_yaml,
     resolve,
@@ -27,7 +28,10 @@ from utils.runs import CONFIG, LAST, differences, folders
 TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_workers")
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
 # What other code of this family keeps in its configs.yaml besides options.
-_BOOKKEEPING = {"training", "test", "distributed", "local_rank"}
+_BOOKKEEPING = {
+    "training", "test", "distributed", "local_rank", "cont_queue_size", "queue_size", "queue_epoch",
+    "crops_for_assign",
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,6 +65,7 @@ def parse_options(
         args = _resumed(values, given, Path(preset_file) if preset_file else None)
     else:
         args = resolve(values)
+    check_training(args)
     return argparse.Namespace(**vars(args), **own)
 
 

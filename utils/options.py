@@ -270,8 +270,9 @@ GROUPS: dict[str, list[Option]] = {
             "pretrain_choice",
             str,
             "ViT-B/16",
-            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), MODEL/TAG of open_clip, a file "
-            "(OpenAI archive, state dict or safetensors), or scratch",
+            "CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), MODEL/TAG of open_clip, a file of "
+            "OpenAI's kind (archive, state dict or safetensors), MODEL@FILE for one of another "
+            "model of open_clip, or scratch",
         ),
         _o("img_size", int, [384, 128], "height and width of the input, pixels", count=2, least=16),
         _o(
@@ -352,7 +353,7 @@ GROUPS: dict[str, list[Option]] = {
             "adam_eps",
             float,
             1e-3,
-            "Adam's epsilon; the original's large value suits half",
+            "Adam's epsilon; half needs about as large a value as the original's",
             above=0,
         ),
         _o("grad_clip", float, 0.0, "largest L2 norm of all gradients together; 0: any", least=0),
@@ -451,6 +452,21 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
         "--resume_ckpt_file PATH needs --resume",
     )
     return args
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """What only a training can get wrong. Raises UserError."""
+    if args.precision == "half" and args.optimizer != "SGD":
+        # Where Adam's second moment is below fp16's least number, it is 0, and a step is
+        # lr * gradient / eps instead of about lr: at this limit a hundred times lr.
+        lost = (2.0**-25 / max(1 - args.beta, 2.0**-24)) ** 0.5
+        check(
+            args.adam_eps >= lost / 100,
+            f"--adam_eps {args.adam_eps:g} is too small for --precision half: fp16 holds nothing "
+            f"below 6e-8, so squares of gradients below {lost:.1g} are lost and only eps divides "
+            f"the step; the weights would jump or become NaN. Give {lost / 100:.0e} or more (the "
+            "original has 1e-3), or --precision bf16 or fp32",
+        )
 
 
 def read_preset(path: str | Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from model.backbone import Backbone, BackboneSizes, load_backbone, resize_positions, sizes_of
+from model.backbone import Backbone, load_backbone
+from model.weights import BackboneSizes, fit_positions, sizes_of
 from tests.helpers import golden, golden_batch, golden_clip, noise
 from utils.errors import UserError
 
@@ -125,13 +126,17 @@ def test_an_archive_that_asks_for_a_function_is_refused(tmp_path):
         load_backbone(str(path), (96, 32))
 
 
+def fitted(weights, backbone):
+    return fit_positions(weights, backbone.sizes, backbone.grid, {}, "x.pt")[0]
+
+
 def test_position_embedding_is_resized_there_and_back(backbone):
     weights = golden_clip()
-    there = resize_positions(weights, backbone)["visual.positional_embedding"]
+    there = fitted(weights, backbone)["visual.positional_embedding"]
     assert there.shape[0] == 1 + 6 * 2
     assert torch.equal(there[0], weights["visual.positional_embedding"][0])
     flat = {**weights, "visual.positional_embedding": torch.ones(1 + 12 * 4, 128)}
-    back = resize_positions(flat, backbone)["visual.positional_embedding"]
+    back = fitted(flat, backbone)["visual.positional_embedding"]
     torch.testing.assert_close(back, torch.ones(13, 128))
 
 

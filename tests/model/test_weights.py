@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from open_clip import pretrained
 
-import model.backbone as module
-from model.backbone import load_backbone, parse_choice, sizes_of_name
+import model.weights as module
+from model.backbone import load_backbone
 from model.build import build_evaluation_model
+from model.weights import parse_choice, sizes_of_name
 from tests.helpers import golden_clip, noise, options
 from utils.errors import UserError
 
@@ -158,7 +159,7 @@ def test_a_checkpoint_of_a_tagged_model_evaluates_without_its_weights_file(tiny,
     torch.save(golden_clip(), put)
     ours = load_backbone("tiny-clip/here", (96, 32)).eval()
     put.unlink()
-    weights = {f"base_model.{n}": v for n, v in ours.state_dict().items()}
+    weights = {"model": {f"base_model.{n}": v for n, v in ours.state_dict().items()}}
     args = options(pretrain_choice="tiny-clip/here")
     again = build_evaluation_model(args, weights, "best.pth").eval()
     ids = open_clip.tokenize(["a man with a bag"])
@@ -204,7 +205,7 @@ def test_every_plain_clip_of_open_clip_can_be_named_and_others_are_refused():
     plain, refused = 0, 0
     for name in open_clip.list_models():
         for tag in pretrained.list_pretrained_tags_by_model(name):
-            assert parse_choice(f"{name}/{tag}") == (name, tag)
+            assert parse_choice(f"{name}/{tag}") == (name, tag, "")
             try:
                 sizes = sizes_of_name(name, tag)
             except UserError as error:
@@ -223,3 +224,72 @@ def test_every_plain_clip_of_open_clip_can_be_named_and_others_are_refused():
 def test_an_unknown_tag_is_told():
     with pytest.raises(UserError, match="no weights 'laion2b_s34b' of ViT-B-16. Did you mean"):
         load_backbone("ViT-B-16/laion2b_s34b", (96, 32))
+
+
+@pytest.mark.parametrize(
+    ("choice", "parts"),
+    [
+        ("ViT-B/16", ("ViT-B-16", "openai", "")),
+        ("ViT-L/14@336px", ("ViT-L-14-336", "openai", "")),
+        ("ViT-B-16@a/b.pt", ("ViT-B-16", "", "a/b.pt")),
+        ("ViT-B-16-quickgelu@a@b.pt", ("ViT-B-16-quickgelu", "", "a@b.pt")),
+        ("ViT-L/14@336px@x.pt", ("ViT-L-14-336", "openai", "x.pt")),
+        ("ViT-L-14/laion2b_s32b_b82k@x.pt", ("ViT-L-14", "laion2b_s32b_b82k", "x.pt")),
+        ("runs@home/clip.pt", ("", "", "runs@home/clip.pt")),
+        ("ViT-B-16", ("", "", "ViT-B-16")),
+    ],
+)
+def test_a_choice_names_a_model_a_tag_and_a_file(choice, parts):
+    assert parse_choice(choice) == parts
+
+
+@pytest.mark.parametrize(("choice", "mean"), [("tiny-clip", None), ("tiny-clip/here", MEAN)])
+@torch.no_grad()
+def test_a_file_behind_a_models_name_is_built_as_that_model(choice, mean, tiny, tmp_path):
+    """Other heads and another activation than the shapes seem to say; also without the file."""
+    path = tmp_path / "mine.pt"
+    torch.save({"state_dict": {f"module.{n}": v for n, v in golden_clip().items()}}, path)
+    ours = load_backbone(f"{choice}@{path}", (64, 64)).eval()
+    theirs = open_clip.create_model("tiny-clip").eval()
+    theirs.load_state_dict(golden_clip(), strict=False)
+    images, ids = noise((2, 3, 64, 64), 1), open_clip.tokenize(["a man", "a woman in red"])
+    torch.testing.assert_close(ours.encode_images(images)[0], theirs.encode_image(images))
+    torch.testing.assert_close(ours.encode_captions(ids)[0], theirs.encode_text(ids))
+    assert ours.sizes.image_mean == (mean or open_clip.OPENAI_DATASET_MEAN) and not ours.notes
+    path.unlink()
+    weights = {"model": {f"base_model.{n}": v for n, v in ours.state_dict().items()}}
+    args = options(pretrain_choice=f"{choice}@{path}", img_size=[64, 64])
+    again = build_evaluation_model(args, weights, "best.pth").eval()
+    assert torch.equal(again.encode_text(ids), ours.encode_captions(ids)[0])
+    assert again.base_model.sizes == ours.sizes
+
+
+def test_what_is_taken_for_granted_of_a_file_alone_is_told(tiny, clip_file, tmp_path):
+    first = load_backbone(str(clip_file), (64, 64)).notes[0]
+    assert first.startswith(
+        f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, Quick"
+    )
+    assert first.endswith(f"--pretrain_choice MODEL@{clip_file}; its shapes are those of tiny-clip")
+
+
+def test_mistakes_in_naming_a_file_are_told(tiny, clip_file):
+    for choice, message in (
+        ("ViT-B-16@none.pt", "ViT-B-16@none.pt: none.pt: no such file"),
+        ("ViT-B-16@", "no file behind the @"),
+        ("ViT-B-61@x.pt", "neither a file nor one of .* MODEL@FILE. Did you mean 'ViT-B-16'"),
+        ("ViT-B-16", "'ViT-B-16' is a model of open_clip: which weights of it"),
+        (f"ViT-B-16/here@{clip_file}", "open_clip has no weights 'here' of ViT-B-16"),
+        (f"ViT-B-16@{clip_file}", "not a whole ViT-B-16: .*missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_backbone(choice, (64, 64))
+    weights = {"model": {f"base_model.{n}": v for n, v in golden_clip().items()}}
+    with pytest.raises(UserError, match="ViT-B-16@x.pt: the checkpoint is of another architecture"):
+        build_evaluation_model(options(pretrain_choice="ViT-B-16@x.pt"), weights, "best.pth")
+
+
+def test_a_checkpoint_of_this_family_is_sent_to_finetune(tmp_path):
+    path = tmp_path / "best.pth"
+    torch.save({"model": {f"base_model.{n}": v for n, v in golden_clip().items()}}, path)
+    with pytest.raises(UserError, match="weights named base_model.* go to --finetune"):
+        load_backbone(str(path), (64, 64))

@@ -20,6 +20,7 @@ from datasets.build import TrainDataset, on_device, train_loader
 from datasets.image_cache import ImageFiles
 from datasets.samplers import Key
 from processor.guards import explained
+from processor.resume import read_state
 from processor.trainer import Trainer
 from tests.helpers import options, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, scalars, start
@@ -586,3 +587,31 @@ def keep_loading(root, method, printed):
     with open(printed, "w") as file:
         print(*[w.pid for w in loader._iterator._workers], file=file)
     time.sleep(100)
+
+
+def test_dead_weights_are_neither_saved_nor_offered(mini_root, tmp_path, monkeypatch):
+    """As half precision's Adam made them; every loss after them is NaN."""
+    update = Trainer._update
+
+    def deadly(self, bad):
+        update(self, bad)
+        if self.epoch == 1 and self.step == 1:
+            with torch.no_grad():
+                self.model.base_model.visual.proj[3, 5] = float("nan")
+
+    monkeypatch.setattr(Trainer, "_update", deadly)
+    with pytest.raises(UserError) as error:
+        run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, max_nonfinite=1))
+    assert "in a row, --max_nonfinite 1" in str(error.value) and "saved at" not in str(error.value)
+    folder = folder_of(tmp_path)
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 1
+    # Nor is one of an older version gone on from: the one before it takes its place.
+    dead = load_checkpoint(folder / "last.pth")
+    os.replace(folder / "last.pth", folder / "last.1.pth")
+    dead["model"]["base_model.visual.proj"][3, 5] = float("nan")
+    torch.save(dead, folder / "last.pth")
+    with pytest.raises(UserError, match="base_model.visual.proj holds NaN or infinite values"):
+        read_state(folder / "last.pth")
+    state, taken, warnings = read_state(folder / "last.pth", keep=2)
+    assert taken.name == "last.1.pth" and state["epoch"] == 1
+    assert "base_model.visual.proj holds NaN" in warnings[0]

@@ -29,7 +29,7 @@ from processor.trainer import Trainer
 from tests.helpers import ROOT, SCRATCH, golden_clip, options, run
 from tests.reliability.runs import flags, folder_of
 from utils.attributes import read_attributes
-from utils.checkpoint import digest, load_checkpoint, read_weights, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.errors import UserError
 from utils.options import OPTIONS, write_config
@@ -317,7 +317,6 @@ def test_damaged_checkpoints(request, data):
     found = tolerated(lambda: load_checkpoint(path))
     if found is not None:
         assert digest(found) == digest(load_checkpoint(original))
-    tolerated(lambda: read_weights(path))
 
 
 @many
@@ -357,11 +356,11 @@ def test_strange_checkpoints(request, data):
     if how != "weight":
         tolerated(lambda: resume(trainer, path, *read_state(path)))
         return
-    weights = tolerated(lambda: read_weights(path))
-    if weights is not None:
-        tolerated(lambda: load_fitting(trainer.model, weights, str(path)))
+    found = tolerated(lambda: load_checkpoint(path))
+    if found is not None:
+        tolerated(lambda: load_fitting(trainer.model, found, str(path)))
         if data.draw(st.booleans()):
-            tolerated(lambda: build_evaluation_model(trainer.args, weights, str(path)))
+            tolerated(lambda: build_evaluation_model(trainer.args, found, str(path)))
 
 
 tensors = st.builds(
@@ -424,9 +423,9 @@ def test_weight_files(request, data):
     else:
         content = damaged(data.draw, content)
     path.write_bytes(content)
-    weights = tolerated(lambda: read_weights(path))
-    if weights is not None:
-        assert all(isinstance(v, torch.Tensor) for v in weights.values())
+    found = tolerated(lambda: load_checkpoint(path))
+    if found is not None:
+        assert all(isinstance(v, torch.Tensor) for v in found["model"].values())
         args = options(pretrain_choice=str(path), img_size=[96, 32])
         tolerated(lambda: build_training_model(args, ["itc"], 0))
 
@@ -468,7 +467,7 @@ def test_pickles_that_call_are_refused_in_every_format(function, protocol, tmp_p
             archive.writestr("x/constants.pkl", b"")
             archive.writestr("x/data.pkl", pickle.dumps(content, protocol))
         for found in (path, zipped, script):
-            for read in (load_checkpoint, read_weights, read_state):
+            for read in (load_checkpoint, read_state):
                 with pytest.raises(UserError, match=f"{found}: "):
                     read(found)
                 tally["pickles with code refused"] += 1

@@ -606,3 +606,12 @@ def test_a_checkpoint_without_a_fingerprint_goes_on_with_a_word(
         return
     run(train_entry.main, monkeypatch, *words)
     assert "keeps no fingerprint of its data" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_images_of_another_shape(mini_root, tmp_path, monkeypatch):
+    """Of as many patches, so that every weight would fit."""
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, num_epoch=1, warmup_epochs=0))
+    last = folder_of(tmp_path) / "last.pth"
+    words = ("--resume", "--resume_ckpt_file", last, "--num_epoch", 2, "--img_size", 16, 32)
+    with pytest.raises(UserError, match="images of 32x16 at stride 16, the options say 16x32 at"):
+        run(train_entry.main, monkeypatch, *words)

@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import open_clip
 import pytest
 import torch
 import yaml
@@ -7,12 +10,14 @@ import tools.export as tool
 import train as train_entry
 from datasets.build import image_loader
 from datasets.transforms import normalise
+from model.backbone import load_backbone
 from model.build import build_evaluation_model
-from tests.helpers import SCRATCH, filled, golden, golden_clip, options, read, run
+from model.weights import BackboneSizes
+from tests.helpers import SCRATCH, filled, golden, golden_clip, noise, options, read, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.errors import UserError
-from utils.options import write_config
+from utils.options import read_yaml, write_config
 
 
 def small_run(monkeypatch, root, out, **more):
@@ -34,7 +39,9 @@ def test_an_export_has_the_familys_names_and_evaluates_the_same(
     run(tool.main, monkeypatch, "--config_file", config, "--output", out)
     ours = load_checkpoint(config.parent / "best.pth")["model"]
     exported = load_checkpoint(out / "best.pth")
-    assert set(ours) - set(exported["model"]) == {"queue.text", "queue.aerial", "queue.pids"}
+    left = {"queue.text", "queue.aerial", "queue.pids", "classifier.weight", "classifier.bias"}
+    assert set(ours) - set(exported["model"]) == left
+    assert "classifier of 8 identities is left out" in capsys.readouterr().out
     assert all(torch.equal(value, ours[name]) for name, value in exported["model"].items())
     text = (out / "configs.yaml").read_text()
     assert "img_size: !!python/tuple\n- 32\n- 16\n" in text
@@ -46,7 +53,7 @@ def test_an_export_has_the_familys_names_and_evaluates_the_same(
     features = []
     for file in (config, out / "configs.yaml"):
         args, path, _ = parse_test_options(["--config_file", str(file), "--num_workers", "0"])
-        model = build_evaluation_model(args, load_checkpoint(path)["model"], str(path)).eval()
+        model = build_evaluation_model(args, load_checkpoint(path), str(path)).eval()
         images = read("AGData", mini_root).splits["test"].galleries["aerial"].images
         with torch.no_grad():
             features.append(model.encode_image(normalise(next(iter(image_loader(images, args, torch.device("cpu")))))))  # fmt: skip
@@ -85,3 +92,70 @@ def test_half_precision_and_other_architectures(tmp_path, clip_file, monkeypatch
     write_config(tmp_path / "configs.yaml", options(pretrain_choice="ViT-B-16/laion2b_s34b_b88k"))
     with pytest.raises(UserError):
         run(tool.main, monkeypatch, *arguments)
+
+
+def exported(folder, monkeypatch, capsys, model=None, **values):
+    """Export a checkpoint of the golden CLIP; its options as written, its weights, what is told."""
+    weights = {f"base_model.{n}": v for n, v in golden_clip().items()}
+    weights["base_model.visual.positional_embedding"] = noise((13, 128), 3)
+    content = {"img_size": [96, 32], "stride_size": 16}
+    save_checkpoint(folder / "best.pth", {"model": {**weights, **(model or {})}, "input": content})
+    write_config(folder / "configs.yaml", options(**values))
+    run(tool.main, monkeypatch, "--config_file", folder / "configs.yaml", "--output", folder / "x")
+    written = read_yaml(folder / "x/configs.yaml")
+    return written, load_checkpoint(folder / "x/best.pth"), capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_a_run_of_short_captions_is_exported_with_all_columns_and_the_same_features(
+    clip_file, tmp_path, monkeypatch, capsys
+):
+    """The original adds all 77 positions to a caption; attention is causal, so nothing changes."""
+    written, checkpoint, told = exported(
+        tmp_path, monkeypatch, capsys, pretrain_choice=str(clip_file), text_length=12
+    )
+    positions = checkpoint["model"]["base_model.positional_embedding"]
+    assert written["text_length"] == len(positions) == 77
+    assert "text_length is 77" in told and "captions that --text_length 12 cuts short" in told
+    captions, features = ["a man with a bag", "a woman in a red coat and boots"], []
+    for folder in (tmp_path, tmp_path / "x"):
+        args, path, _ = parse_test_options(["--config_file", str(folder / "configs.yaml")])
+        model = build_evaluation_model(args, load_checkpoint(path), str(path)).eval()
+        ids = open_clip.tokenize(captions, context_length=args.text_length)
+        features.append(model.encode_text(ids))
+    torch.testing.assert_close(*features, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_has_all_that_the_originals_test_needs(clip_file, tmp_path, monkeypatch, capsys):
+    """It builds the model from CLIP weights, gives `queue` its size, and loads strictly."""
+    head = {"classifier.weight": torch.ones(7, 64), "classifier.bias": torch.ones(7)}
+    written, checkpoint, told = exported(
+        tmp_path, monkeypatch, capsys, head, pretrain_choice=f"ViT-B/16@{clip_file}",
+        loss_names="supkl+queue+id", batch_size=6, slack=0.3, dataset_name="G2APS",
+    )  # fmt: skip
+    assert written["cont_queue_size"] == 18
+    assert not set(head) & set(checkpoint["model"])
+    assert "classifier of 7 identities is left out" in told and "no data set G2APS" in told
+    assert "the original has no --slack 0.3\n" in told
+    assert checkpoint["input"] == {"img_size": [96, 32], "stride_size": 16}
+    clip = torch.load(written["pretrain_choice"], weights_only=True)
+    for name, value in checkpoint["model"].items():
+        assert torch.equal(clip[name.removeprefix("base_model.")], value)
+    again = load_backbone(written["pretrain_choice"], (96, 32))
+    assert torch.equal(again.state_dict()["visual.proj"], clip["visual.proj"])
+    assert not any("patches" in note for note in again.notes)  # it says its grid
+
+
+def test_a_run_of_openais_weights_is_exported_without_differences(tmp_path, monkeypatch, capsys):
+    written, _, told = exported(tmp_path, monkeypatch, capsys)
+    assert written["pretrain_choice"] == "ViT-B/16" and len(told.splitlines()) == 1
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["best.pth", "configs.yaml"]
+
+
+@pytest.mark.parametrize("other", [{"image_mean": (0.5, 0.5, 0.5)}, {"mlp_ratio": 3.0}, {"quick_gelu": False},
+                                   {"text_heads": 2}, {"head_width": 80}])  # fmt: skip
+def test_an_architecture_that_the_original_cannot_build_is_refused(other):
+    sizes = BackboneSizes(64, 2, 128, 16, 64, 2)
+    tool.check_openai(sizes, "best.pth")
+    with pytest.raises(UserError, match="best.pth has another activation, other heads or another"):
+        tool.check_openai(replace(sizes, **other), "best.pth")

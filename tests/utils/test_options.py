@@ -175,3 +175,19 @@ def test_every_preset_that_ships_is_accepted_and_repeats_nothing_of_its_base(pat
     if "base" in own:
         inherited = read_preset(path.parent / own.pop("base"))
         assert not [name for name, value in own.items() if inherited.get(name) == value]
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
+@pytest.mark.parametrize("eps", [1e-8, 1e-6, 5e-5])
+def test_an_epsilon_that_half_precision_cannot_hold_is_refused_for_training(
+    optimizer, eps, tmp_path
+):
+    words = ["--precision", "half", "--optimizer", optimizer, "--adam_eps", str(eps)]
+    with pytest.raises(UserError, match="too small for --precision half: .* Give 5e-05 or more"):
+        parse_options(words)
+    for change in (["--adam_eps", "6e-5"], ["--optimizer", "SGD"], ["--precision", "fp16"]):
+        parse_options([*words, *change])
+    # The weights of any run may be evaluated in half precision.
+    write_config(tmp_path / "configs.yaml", parse_options([*words, "--precision", "bf16"]))
+    given = ["--config_file", str(tmp_path / "configs.yaml"), "--precision", "half"]
+    assert parse_test_options(given)[0].precision == "half"
