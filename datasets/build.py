@@ -7,7 +7,6 @@ for batch in loader: ...         # a dict of tensors, see TrainDataset
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -37,7 +37,7 @@ from utils.interrupt import serve_training
 class DatasetSpec:
     """A row of the registry: how to read it, and what the README says of it."""
 
-    read: Callable[[argparse.Namespace], Data]
+    read: Callable[[EasyDict], Data]
     meaning: str
     has: str  # images per sample, attributes
 
@@ -46,7 +46,7 @@ def _source(name: str, index: int) -> DatasetSpec:
     """One of TBAGPR's sources; its attributes are read where there is an attrs.json."""
     source = SOURCES[index]
 
-    def read(args: argparse.Namespace) -> Data:
+    def read(args: EasyDict) -> Data:
         labelled = (Path(args.root_dir) / "attrs.json").is_file()
         return read_tbagpr(args.root_dir, name, labelled, [source])
 
@@ -87,7 +87,7 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-def read_dataset(args: argparse.Namespace) -> Data:
+def read_dataset(args: EasyDict) -> Data:
     """Read and check `--dataset_name` in `--root_dir`. Raises UserError."""
     name = args.dataset_name
     if name not in DATASETS:
@@ -253,7 +253,7 @@ def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[s
 
 def train_loader(
     data: Data,
-    args: argparse.Namespace,
+    args: EasyDict,
     generator: torch.Generator,
     device: torch.device,
     world: World = ALONE,
@@ -288,7 +288,7 @@ def train_loader(
 
 def image_loader(
     images: Sequence[Image],
-    args: argparse.Namespace,
+    args: EasyDict,
     device: torch.device,
     world: World = ALONE,
 ) -> DataLoader:
@@ -300,7 +300,7 @@ def image_loader(
 
 
 def caption_batches(
-    captions: Sequence[str], args: argparse.Namespace, world: World = ALONE
+    captions: Sequence[str], args: EasyDict, world: World = ALONE
 ) -> Iterator[Tensor]:
     """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
     for batch in evaluation_batches(len(captions), args.test_batch_size, world)[0]:
@@ -309,7 +309,7 @@ def caption_batches(
 
 def _image_files(
     images: Sequence[Image],
-    args: argparse.Namespace,
+    args: EasyDict,
     world: World,
     entries: Sequence[str] = (),
     skip: bool = False,
@@ -321,7 +321,7 @@ def _image_files(
     return files
 
 
-def _workers(args: argparse.Namespace, device: torch.device, world: World) -> dict:
+def _workers(args: EasyDict, device: torch.device, world: World) -> dict:
     workers = min(args.num_workers, cores() // world.local_size)
     return {
         "num_workers": workers,

@@ -7,13 +7,13 @@ image_BD = model.encode_image(images)
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from easydict import EasyDict
 from prettytable import PrettyTable
 from torch import Tensor, nn
 
@@ -213,7 +213,7 @@ class AEAFIRM(nn.Module):
         return predict_attributes(self.match(sentence_SD, image_VD), self.sentences)
 
 
-def build_sentences(args: argparse.Namespace) -> SentenceTable:
+def build_sentences(args: EasyDict) -> SentenceTable:
     """FIRM's sentence table from `--attributes_file`, tokenized and cut to the longest."""
     attributes = read_attributes(args.attributes_file)
     names = [a.name for a in attributes]
@@ -232,7 +232,7 @@ def build_sentences(args: argparse.Namespace) -> SentenceTable:
     return SentenceTable(counts, ids_SL, args.negatives, columns)
 
 
-def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None = None) -> Backbone:
+def build_backbone(args: EasyDict, weights: dict[str, Tensor] | None = None) -> Backbone:
     """The backbone that the options describe.
 
     Args:
@@ -271,7 +271,7 @@ def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None =
 
 
 def build_model(
-    args: argparse.Namespace,
+    args: EasyDict,
     loss_names: Sequence[str],
     num_classes: int,
     weights: dict[str, Tensor] | None = None,
@@ -308,7 +308,7 @@ def build_model(
 
 
 def build_training_model(
-    args: argparse.Namespace, loss_names: Sequence[str], num_classes: int, world: World = ALONE
+    args: EasyDict, loss_names: Sequence[str], num_classes: int, world: World = ALONE
 ) -> AEAFIRM:
     """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
     model = build_model(args, loss_names, num_classes, world=world)
@@ -325,9 +325,7 @@ def build_training_model(
     return model
 
 
-def build_evaluation_model(
-    args: argparse.Namespace, weights: dict[str, Tensor], where: str
-) -> AEAFIRM:
+def build_evaluation_model(args: EasyDict, weights: dict[str, Tensor], where: str) -> AEAFIRM:
     """The model of a checkpoint: backbone, and FIRM's head if it was trained.
 
     The architecture is read off the weights, so no pretrained file is needed. Raises UserError if

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from prettytable import PrettyTable
 
 from datasets.records import Data
@@ -20,7 +20,7 @@ def describe(
     log: logging.Logger,
     data: Data,
     evaluators: Sequence[Evaluator],
-    args: argparse.Namespace,
+    args: EasyDict,
     device: torch.device,
     world: World,
 ) -> None:

@@ -8,7 +8,6 @@ had happened. Of several processes the first alone writes.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: EasyDict,
         model: AEAFIRM,
         loader: DataLoader | None,
         evaluators: Sequence[Evaluator] | None,

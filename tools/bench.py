@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 import torch
 import torch.nn.functional as F
+from easydict import EasyDict
 from prettytable import PrettyTable
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +41,7 @@ from solver.build import build_optimizer
 from utils.command_line import parse_options
 from utils.devices import autocast, choose_device, choose_precision
 from utils.errors import UserError, run_main
-from utils.files import write_atomically
+from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, retrieval
 
 PARTS = ("data", "step", "encode", "rank")
@@ -92,9 +93,7 @@ def captions(count: int) -> list[str]:
     return [" ".join(words[w] for w in row[:n]) for row, n in zip(picks, lengths, strict=True)]
 
 
-def made_up_batch(
-    args: argparse.Namespace, pad: bool, pairs: bool = True
-) -> dict[str, torch.Tensor]:
+def made_up_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, torch.Tensor]:
     """A training batch, of two views unless `pairs` is off; `pad` leaves captions uncut."""
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
     ids, augment = tokenize(captions(size), args.text_length), augmentation_of(args)
@@ -161,7 +160,7 @@ def memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def bench_data(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+def bench_data(args: EasyDict, device: torch.device) -> Iterator[Row]:
     """Pairs per second of the loader alone, by the number of processes."""
     data = read_dataset(args)
     for workers in sorted({0, 1, 2, 4, args.num_workers}):
@@ -178,7 +177,7 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def bench_step(
-    args: argparse.Namespace,
+    args: EasyDict,
     device: torch.device,
     clock: Clock,
     quick: bool = False,
@@ -258,7 +257,7 @@ def bench_step(
         yield row(name, found, share=statistics.median(found) / median)
 
 
-def without_weights(args: argparse.Namespace) -> None:
+def without_weights(args: EasyDict) -> None:
     """Take a named ViT's sizes from scratch: speed does not depend on the values of its weights."""
     named = parse_choice(args.pretrain_choice)
     sizes = sizes_of_name(*named) if named else None
@@ -269,10 +268,10 @@ def without_weights(args: argparse.Namespace) -> None:
         args.pretrain_choice = "scratch"
 
 
-def measured_step(args: argparse.Namespace, pairs: bool) -> float:
+def measured_step(args: EasyDict, pairs: bool) -> float:
     """Seconds of one training step, from two after a warm-up; on a CPU of at most eight samples,
     scaled up. `pairs`: samples of two views."""
-    args = argparse.Namespace(**vars(args), plain=False)
+    args = EasyDict(args, plain=False)
     without_weights(args)
     device = choose_device(args.device)
     args.precision = choose_precision(args.precision, device)
@@ -284,7 +283,7 @@ def measured_step(args: argparse.Namespace, pairs: bool) -> float:
 
 
 @torch.no_grad()
-def bench_encode(args: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Row]:
+def bench_encode(args: EasyDict, device: torch.device, clock: Clock) -> Iterator[Row]:
     """Encoding for evaluation, without gradients."""
     model = build_training_model(args, [], num_classes=0).to(device).eval()
     count = min(args.test_batch_size, 64 if device.type == "cpu" else args.test_batch_size)
@@ -392,8 +391,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--plain", action="store_true", default=False,
         help="the step without this project's savings: float32, a call per view, 77 tokens "
         "everywhere, FIRM in loops")  # fmt: skip
-    add("--json", default="", metavar="FILE", help="write the figures there too")
-    add("--compare", nargs=2, default=None, metavar="FILE", help="only print the ratios of two files")  # fmt: skip  # noqa: E501
+    add("--json", default="", type=expand, metavar="FILE", help="write the figures there too")
+    add("--compare", nargs=2, default=None, type=expand, metavar="FILE", help="only print the ratios of two files")  # fmt: skip  # noqa: E501
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from prettytable import PrettyTable
 
 from processor.queries import read_queries
 from utils.errors import UserError, run_main
+from utils.files import path_option
 from utils.metrics import FIGURES
 from utils.uncertainty import bootstrap, permutation_p
 
@@ -52,7 +53,7 @@ def compare(paths: list[Path], split: str, gallery: str, draws: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs=2, type=path_option, metavar="RUN", help="folder of a run")
     parser.add_argument("--split", default="test", help="val or test (default: test)")
     parser.add_argument("--gallery", default="aerial", help="as test.py names it (default: aerial)")
     parser.add_argument(

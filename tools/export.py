@@ -21,7 +21,7 @@ from model.build import build_evaluation_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.errors import UserError, run_main
-from utils.files import write_atomically
+from utils.files import expand, write_atomically
 
 # What the family's models are made of; the rest of ours (AEA's queue) it keeps outside the model.
 FAMILY = re.compile(
@@ -53,7 +53,11 @@ _TupleDumper.add_representer(
 def main() -> None:
     def extra(parser) -> None:
         parser.add_argument(
-            "--output", required=True, metavar="FOLDER", help="receives best.pth and configs.yaml"
+            "--output",
+            required=True,
+            metavar="FOLDER",
+            type=expand,
+            help="receives best.pth and configs.yaml",
         )
         parser.add_argument(
             "--half", action="store_true", default=False, help="write half-precision weights"

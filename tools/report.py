@@ -36,7 +36,7 @@ from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
 from utils.devices import choose_device, choose_precision
 from utils.errors import UserError, run_main
-from utils.files import write_atomically
+from utils.files import expand, path_option, write_atomically
 from utils.metrics import FIGURES
 from utils.options import OPTIONS
 
@@ -294,9 +294,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", default="report.html", type=Path, help="the HTML file")
-    parser.add_argument("--root_dir", default="", help="the data set's folder, if it has moved")
+    parser.add_argument("runs", nargs="+", type=path_option, metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", default="report.html", type=path_option, help="the HTML file")
+    parser.add_argument(
+        "--root_dir", default="", type=expand, help="the data set's folder, if it has moved"
+    )
     parser.add_argument("--queries", default=8, type=int, help="captions per sheet; 0 for none")
     parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
     given = parser.parse_args()

@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
 import yaml
+from easydict import EasyDict
 from prettytable import PrettyTable, TableStyle
 from tqdm import tqdm
 
@@ -42,7 +43,7 @@ from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run_main, suggest
-from utils.files import lock, write_atomically
+from utils.files import expand, lock, write_atomically
 from utils.metrics import FIGURES
 from utils.options import INDIFFERENT, OPTIONS, read_preset, resolve, write_config
 
@@ -67,7 +68,7 @@ class Job:
 
     row: str
     seed: int
-    args: argparse.Namespace
+    args: EasyDict
     folder: Path
     error: str = ""
 
@@ -111,7 +112,7 @@ def read_table(name: str) -> Table:
     for row in content["rows"]:
         if not isinstance(row, dict) or "name" not in row or set(row) - ROW_KEYS:
             raise UserError(f"{path}: a row needs a name, and may have {', '.join(ROW_KEYS)}")
-        values = read_preset(path.parent / row.get("base", content["base"]))
+        values = read_preset(path.parent / expand(row.get("base", content["base"])))
         for key, value in {**content.get("options", {}), **row.get("options", {})}.items():
             if key not in OPTIONS:
                 raise UserError(f"{path}, row {row['name']}: unknown option '{key}'")
@@ -138,7 +139,7 @@ def make_jobs(table: Table, given: argparse.Namespace) -> tuple[list[Job], dict[
         for seed in given.seeds:
             slug = re.sub(r"[^a-z0-9]+", "-", row["name"].lower()).strip("-")
             args = resolve({**values, "seed": seed, "name": f"{slug}-seed{seed}"})
-            options = {k: v for k, v in vars(args).items() if k not in INDIFFERENT}
+            options = {k: v for k, v in args.items() if k not in INDIFFERENT}
             sentences = repr(read_attributes(args.attributes_file))
             text = json.dumps([options, data, code, weights, sentences], sort_keys=True)
             key = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -382,17 +383,22 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--table", required=True, help=f"{names}, or a YAML file")
-    add("--root_dir", required=True, help="folder that holds the data set")
+    add("--table", required=True, type=expand, help=f"{names}, or a YAML file")
+    add("--root_dir", required=True, type=expand, help="folder that holds the data set")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one job of every row for each")
-    add("--output_dir", default="logs/reproduce", help="receives all jobs")
-    add("--mllm4text", default="", help="checkpoint of MLLM4Text-ReID, for the rows from it")
+    add("--output_dir", default="logs/reproduce", type=expand, help="receives all jobs")
+    add(
+        "--mllm4text",
+        default="",
+        type=expand,
+        help="checkpoint of MLLM4Text-ReID, for the rows from it",
+    )
     add("--gpus", nargs="+", default=[], help="spread the jobs over these GPUs, one each")
     add("--device", default="auto", choices=OPTIONS["device"].choices, help="of every job")
     add("--precision", choices=OPTIONS["precision"].choices, help="overrides the rows' own")
     add("--num_epoch", type=int, help="overrides the rows' own")
     add("--num_workers", type=int, help="overrides the rows' own")
-    add("--image_cache", help="overrides the rows' own")
+    add("--image_cache", type=expand, help="overrides the rows' own")
     add("--dry_run", action="store_true", help="only list what would run, with estimated hours")
     given = parser.parse_args()
     table = read_table(given.table)

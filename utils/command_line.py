@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from easydict import EasyDict
+
 from utils.errors import UserError
-from utils.files import lock
+from utils.files import expand, lock
 from utils.options import (
     GROUPS,
     INDIFFERENT,
@@ -40,7 +42,7 @@ def parse_options(
     argv: Sequence[str] | None = None,
     description: str = "",
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
+) -> EasyDict:
     """All options of a training, from the command line, a preset and the defaults.
 
     `extra` adds a tool's own options, which come back with the others.
@@ -50,7 +52,7 @@ def parse_options(
     """
     parser = _build_parser(OPTIONS.values(), description)
     parser.add_argument(
-        "--config_file", metavar="YAML", help="preset; the command line overrides it"
+        "--config_file", metavar="YAML", type=expand, help="preset; the command line overrides it"
     )
     extra(parser)
     given = vars(parser.parse_args(argv))
@@ -61,12 +63,10 @@ def parse_options(
         args = _resumed(values, given, Path(preset_file) if preset_file else None)
     else:
         args = resolve(values)
-    return argparse.Namespace(**vars(args), **own)
+    return EasyDict(args, **own)
 
 
-def _resumed(
-    values: dict[str, Any], given: dict[str, Any], preset: Path | None
-) -> argparse.Namespace:
+def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None) -> EasyDict:
     """The options of a run that goes on; `resume` is "no" if `auto` finds none.
 
     Without a preset they are the run's own, which the command line overrides.
@@ -111,12 +111,12 @@ def _resumed(
         kept = {name: value for name, value in kept.items() if name in INDIFFERENT}
     values = {**kept, **values}
     args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
-    then = vars(resolve(read_preset(recorded))) if recorded.is_file() else {}
+    then = resolve(read_preset(recorded)) if recorded.is_file() else {}
     if args.precision == "auto":  # what that meant where the run began
         args.precision = then.get("precision", "auto")
     if mode == "auto" and then:
         free = set(INDIFFERENT) - {"attributes_file", "finetune"} | {"num_epoch"}
-        changed = differences(vars(args), then, free)
+        changed = differences(args, then, free)
         if changed:
             raise UserError(
                 f"--resume auto: {last.parent} runs with other options: {', '.join(changed)}. "
@@ -130,13 +130,13 @@ def _resumed(
     return args
 
 
-def changed_options(args: argparse.Namespace, config: Path) -> list[str]:
+def changed_options(args: EasyDict, config: Path) -> list[str]:
     """What a resumed run changes of the options that its configs.yaml has, as lines to log."""
     if not config.is_file():
         return [f"{config}: missing, so nobody can tell which options have changed"]
-    then = vars(resolve(read_preset(config)))
+    then = resolve(read_preset(config))
     ignored = ("resume", "resume_ckpt_file", "output_dir")
-    return [f"changed: {change}" for change in differences(vars(args), then, ignored)]
+    return [f"changed: {change}" for change in differences(args, then, ignored)]
 
 
 def _is_named(folder: Path, name: str) -> bool:
@@ -151,7 +151,7 @@ def parse_test_options(
     argv: Sequence[str] | None = None,
     description: str = "",
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> tuple[argparse.Namespace, Path, list[str]]:
+) -> tuple[EasyDict, Path, list[str]]:
     """Options of an evaluation: the run's configs.yaml, a few of them overridden.
 
     `extra` adds a tool's own options, which come back with the others.
@@ -161,10 +161,17 @@ def parse_test_options(
     """
     parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
     parser.add_argument(
-        "--config_file", metavar="YAML", required=True, help="configs.yaml of the run to evaluate"
+        "--config_file",
+        metavar="YAML",
+        type=expand,
+        required=True,
+        help="configs.yaml of the run to evaluate",
     )
     parser.add_argument(
-        "--checkpoint", metavar="PTH", help="checkpoint (default: best.pth beside --config_file)"
+        "--checkpoint",
+        metavar="PTH",
+        type=expand,
+        help="checkpoint (default: best.pth beside --config_file)",
     )
     extra(parser)
     given = vars(parser.parse_args(argv))
@@ -179,7 +186,7 @@ def parse_test_options(
         for name, value in recorded.items()
         if name in OPTIONS
     }
-    args = argparse.Namespace(**vars(resolve({**recorded, **given})), **own)
+    args = EasyDict(resolve({**recorded, **given}), **own)
     return args, checkpoint, notes
 
 
@@ -187,13 +194,13 @@ def parse_some(
     names: Sequence[str],
     description: str,
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
+) -> EasyDict:
     """For tools: the named options and those that `extra` adds; all others at their defaults."""
     parser = _build_parser([OPTIONS[name] for name in names], description)
     extra(parser)
     given = vars(parser.parse_args())
     own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
-    return argparse.Namespace(**vars(resolve(given)), **own)
+    return EasyDict(resolve(given), **own)
 
 
 def _build_parser(options, description: str) -> argparse.ArgumentParser:

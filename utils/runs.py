@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import glob
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from easydict import EasyDict
 
 from utils.distributed import World
 from utils.errors import UserError
@@ -35,7 +36,7 @@ def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
     raise UserError(f"--output_dir {output_dir}: no free folder name for {stem}")
 
 
-def open_run(args: argparse.Namespace, world: World) -> Path:
+def open_run(args: EasyDict, world: World) -> Path:
     """The run's folder, new or that of the run to go on with; the leader locks it, and removes what
     a killed process left half written."""
     resumed = args.resume != "no"
