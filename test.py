@@ -8,6 +8,10 @@ encoding over GPUs, as it does for train.py.
 
 from __future__ import annotations
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import json
 from dataclasses import asdict
 

@@ -8,6 +8,10 @@
 
 from __future__ import annotations
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import shlex
 
 import torch

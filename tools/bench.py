@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -23,6 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
+
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
+import resource
 
 import torch
 import torch.nn.functional as F

@@ -22,6 +22,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import open_clip
 from prettytable import PrettyTable
 from torch.utils.data import DataLoader, Dataset

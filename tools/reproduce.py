@@ -33,6 +33,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import yaml
 from easydict import EasyDict
 from prettytable import PrettyTable, TableStyle
