@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from easydict import EasyDict
 
-from utils.errors import UserError
+from utils.errors import UserError, rank
 from utils.files import expand, lock
 from utils.options import (
     GROUPS,
@@ -91,11 +92,13 @@ def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None)
         dataset = value("dataset_name") if mode == "auto" else values.get("dataset_name", "*")
         found = folders(value("output_dir"), dataset)
         found = [folder for folder in found if _is_named(folder, value("name"))]
-        last = next((folder / LAST for folder in found if (folder / LAST).is_file()), None)
+        last = next((folder / LAST for folder in found if os.path.isfile(folder / LAST)), None)
+        for folder in found if last is None else ():
+            check(os.access(folder, os.X_OK), f"{folder}: {os.strerror(errno.EACCES)} (--resume)")
     if last is None:
         where = Path(value("output_dir"), dataset.strip("*"))
         check(mode == "auto", f"--resume: {where}/ has no run '{value('name')}' with a {LAST}")
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one asks
+        if rank() == 0:  # of several processes, one asks
             for folder in found:  # which may be under way, and not have saved yet
                 os.close(lock(folder))
         return resolve({**values, "resume": "no"})

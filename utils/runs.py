@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import time
@@ -53,8 +54,11 @@ def folders(output_dir: str, dataset_name: str) -> list[Path]:
 
     def saved(folder: Path) -> int:
         last = folder / LAST
-        return last.stat().st_mtime_ns if last.is_file() else 0
+        return last.stat().st_mtime_ns if os.path.isfile(last) else 0  # not of another user's
 
+    for place in (output_dir, os.path.join(output_dir, dataset_name)):
+        if os.path.isdir(place) and not os.access(place, os.R_OK | os.X_OK):
+            raise UserError(f"{place}: {os.strerror(errno.EACCES)} (--output_dir)")
     name = dataset_name if dataset_name == "*" else glob.escape(dataset_name)
     found = map(Path, glob.glob(os.path.join(glob.escape(output_dir), name, "*")))
     return sorted((path for path in found if path.is_dir()), key=saved, reverse=True)
