@@ -308,7 +308,7 @@ def main() -> None:
     given = parser.parse_args()
     runs = [read_run(f, COLOURS[i % len(COLOURS)]) for i, f in enumerate(given.runs)]
     page = report(runs, given)
-    write_atomically(given.output, lambda file: file.write(page.encode()))
+    write_atomically(given.output, lambda file: file.write(page.encode("utf-8", "replace")))
     print(f"wrote {given.output}, {len(page) / 2**20:.1f} MiB")
 
 

@@ -251,7 +251,7 @@ class Runner:
         line = ""
         with open(console, "a", encoding="utf-8") as log:
             child = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=environment, text=True,
+                [sys.executable, *command], cwd=ROOT, env=environment, text=True, errors="replace",
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)

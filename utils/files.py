@@ -62,6 +62,12 @@ def write_atomically(
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Before hours are spent on what is to be written there. Raises UserError."""
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {os.strerror(errno.EACCES)}; results are written into it")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete what killed processes left half written; for a folder that is locked."""
     for pattern in (".*.pth.*", ".*.yaml.*"):
