@@ -1,6 +1,7 @@
 # make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
 # make test   the test suite
 # make reliability   its part on kills, faults and strangers' files, with far more of each (10 minutes)
+# make resolve   can the requirements be installed on every supported Python?
 # They make a virtual environment first (.venv, or VENV=elsewhere).
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ MINI ?= data/mini-TBAGPR
 # Each file of tests runs in one of up to four processes.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test reliability lint clean
+.PHONY: demo test reliability resolve lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m datasets.mini --out $(MINI)
@@ -23,6 +24,9 @@ test: $(VENV)/installed-dev
 
 reliability: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 300 $(SHARED)
+
+resolve: $(VENV)/installed-dev
+	$(BIN)/python .ci/resolve.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

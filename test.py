@@ -8,6 +8,10 @@ encoding over GPUs, as it does for train.py.
 
 from __future__ import annotations
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import json
 from dataclasses import asdict
 
@@ -28,9 +32,9 @@ from processor.summary import data_of, protocol_of, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
-from utils.devices import choose_precision
+from utils.devices import allow_open_files, choose_precision
 from utils.errors import UserError, run_main
-from utils.files import write_atomically
+from utils.files import check_writable, write_atomically
 from utils.logger import setup_logger
 
 
@@ -38,6 +42,8 @@ def main() -> None:
     args, path, notes = parse_test_options(None, __doc__.split("\n")[0], add_options)
     if args.bootstrap < 0:
         raise UserError(f"--bootstrap {args.bootstrap}: draws must be 0 or more")
+    allow_open_files(args.num_workers)
+    check_writable(path.parent)
     world, device = distributed.start(args.device)
     log = setup_logger(rank=world.rank)
     for note in notes:

@@ -8,6 +8,10 @@
 
 from __future__ import annotations
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import shlex
 
 import torch
@@ -25,7 +29,7 @@ from utils import distributed
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import changed_options, parse_options
-from utils.devices import choose_precision
+from utils.devices import allow_open_files, choose_precision
 from utils.errors import run_main
 from utils.interrupt import leave_at_once
 from utils.logger import setup_logger
@@ -36,6 +40,7 @@ from utils.runs import CONFIG, open_run
 def main() -> None:
     args = parse_options(description=__doc__.split("\n")[0])
     # All that can be wrong is checked before anything is built, and before a folder is made.
+    allow_open_files(args.num_workers)
     world, device = distributed.start(args.device)
     args = world.from_leader(args)  # each may have found another run to go on with
     args.precision = choose_precision(args.precision, device)

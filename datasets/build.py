@@ -7,7 +7,6 @@ for batch in loader: ...         # a dict of tensors, see TrainDataset
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -39,7 +39,7 @@ from utils.interrupt import serve_training
 class DatasetSpec:
     """A row of the registry: how to read it, and what the README says of it."""
 
-    read: Callable[[argparse.Namespace], Data]
+    read: Callable[[EasyDict], Data]
     meaning: str
     has: str  # images per sample, attributes
 
@@ -48,7 +48,7 @@ def _source(name: str, index: int) -> DatasetSpec:
     """One of TBAGPR's sources; its attributes are read where there is an attrs.json."""
     source = SOURCES[index]
 
-    def read(args: argparse.Namespace) -> Data:
+    def read(args: EasyDict) -> Data:
         labelled = exists(Path(args.root_dir) / "attrs.json")
         return read_tbagpr(args.root_dir, name, labelled, [source])
 
@@ -89,7 +89,7 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-def read_dataset(args: argparse.Namespace) -> Data:
+def read_dataset(args: EasyDict) -> Data:
     """Read and check `--dataset_name` in `--root_dir`, with the splits that `--val_dataset` chooses
     on. Raises UserError."""
     data = read_whole(args)
@@ -104,7 +104,7 @@ def read_dataset(args: argparse.Namespace) -> Data:
     return data
 
 
-def read_for_test(args: argparse.Namespace) -> tuple[Data, list[str]]:
+def read_for_test(args: EasyDict) -> tuple[Data, list[str]]:
     """The same for a run that is over: where the split that chose cannot be had any more, since the
     data has changed, the data set without it, and what to tell."""
     try:
@@ -113,7 +113,7 @@ def read_for_test(args: argparse.Namespace) -> tuple[Data, list[str]]:
         return read_whole(args), [f"the split that chose is left out: {error}"]
 
 
-def read_whole(args: argparse.Namespace) -> Data:
+def read_whole(args: EasyDict) -> Data:
     """Read and check the data set with the splits that it has on disk. Raises UserError."""
     name = args.dataset_name
     if name not in DATASETS:
@@ -271,7 +271,7 @@ def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[s
 
 def train_loader(
     data: Data,
-    args: argparse.Namespace,
+    args: EasyDict,
     generator: torch.Generator,
     device: torch.device,
     world: World = ALONE,
@@ -306,7 +306,7 @@ def train_loader(
 
 def image_loader(
     images: Sequence[Image],
-    args: argparse.Namespace,
+    args: EasyDict,
     device: torch.device,
     world: World = ALONE,
 ) -> DataLoader:
@@ -318,7 +318,7 @@ def image_loader(
 
 
 def caption_batches(
-    captions: Sequence[str], args: argparse.Namespace, world: World = ALONE
+    captions: Sequence[str], args: EasyDict, world: World = ALONE
 ) -> Iterator[Tensor]:
     """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
     for batch in evaluation_batches(len(captions), args.test_batch_size, world)[0]:
@@ -327,7 +327,7 @@ def caption_batches(
 
 def _image_files(
     images: Sequence[Image],
-    args: argparse.Namespace,
+    args: EasyDict,
     world: World,
     entries: Sequence[str] = (),
     skip: bool = False,
@@ -339,7 +339,7 @@ def _image_files(
     return files
 
 
-def _workers(args: argparse.Namespace, device: torch.device, world: World) -> dict:
+def _workers(args: EasyDict, device: torch.device, world: World) -> dict:
     workers = min(args.num_workers, cores() // world.local_size)
     return {
         "num_workers": workers,

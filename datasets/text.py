@@ -5,13 +5,13 @@ Shapes: L tokens of one caption, zeros behind its end.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import open_clip
 import torch
+from easydict import EasyDict
 from torch import Tensor
 
 MASK_ID = 49405  # stands for the mask; CLIP's vocabulary has the rare word "jekyll" there
@@ -65,7 +65,7 @@ class TextAugmentation:
         return {"caption_ids": ids_L, **masked}
 
 
-def augmentation_of(args: argparse.Namespace) -> TextAugmentation:
+def augmentation_of(args: EasyDict) -> TextAugmentation:
     """What `--txt_aug`, `--MLM` and `--loss_names` ask for."""
     how = args.txt_aug
     if how == "auto":

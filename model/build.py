@@ -7,7 +7,6 @@ image_BD = model.encode_image(images)
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from easydict import EasyDict
 from prettytable import PrettyTable
 from torch import Tensor, nn
 
@@ -217,7 +217,7 @@ class AEAFIRM(nn.Module):
         return predict_attributes(self.match(sentence_SD, image_VD), self.sentences)
 
 
-def build_sentences(args: argparse.Namespace) -> SentenceTable:
+def build_sentences(args: EasyDict) -> SentenceTable:
     """FIRM's sentence table from `--attributes_file`, tokenized and cut to the longest."""
     attributes = read_attributes(args.attributes_file)
     names = [a.name for a in attributes]
@@ -236,7 +236,7 @@ def build_sentences(args: argparse.Namespace) -> SentenceTable:
     return SentenceTable(counts, ids_SL, args.negatives, columns)
 
 
-def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None = None) -> Backbone:
+def build_backbone(args: EasyDict, weights: dict[str, Tensor] | None = None) -> Backbone:
     """The backbone that the options describe.
 
     Args:
@@ -278,7 +278,7 @@ def build_backbone(args: argparse.Namespace, weights: dict[str, Tensor] | None =
 
 
 def build_model(
-    args: argparse.Namespace,
+    args: EasyDict,
     loss_names: Sequence[str],
     num_classes: int,
     weights: dict[str, Tensor] | None = None,
@@ -315,7 +315,7 @@ def build_model(
 
 
 def build_training_model(
-    args: argparse.Namespace, loss_names: Sequence[str], num_classes: int, world: World = ALONE
+    args: EasyDict, loss_names: Sequence[str], num_classes: int, world: World = ALONE
 ) -> AEAFIRM:
     """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
     model = build_model(args, loss_names, num_classes, world=world)
@@ -332,7 +332,7 @@ def build_training_model(
     return model
 
 
-def check_batch_norm(model: AEAFIRM, args: argparse.Namespace, images: int) -> None:
+def check_batch_norm(model: AEAFIRM, args: EasyDict, images: int) -> None:
     """Raise UserError if the smallest batch of a training, of so many images, leaves a ResNet's
     last layers a single value of each channel: it has no variance to normalise by."""
     rows, columns = model.base_model.grid
@@ -345,9 +345,7 @@ def check_batch_norm(model: AEAFIRM, args: argparse.Namespace, images: int) -> N
         )
 
 
-def build_evaluation_model(
-    args: argparse.Namespace, checkpoint: dict[str, Any], where: str
-) -> AEAFIRM:
+def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: str) -> AEAFIRM:
     """The model of a checkpoint: backbone, and FIRM's head if it was trained.
 
     The architecture is read off the weights, so no pretrained file is needed. Raises UserError if

@@ -29,6 +29,7 @@ from open_clip.pretrained import (
 from torch import Tensor
 
 from utils.errors import UserError, suggest
+from utils.files import expand
 
 OPENAI_MODELS = {
     name: name.replace("/", "-").replace("@", "-")
@@ -380,7 +381,7 @@ def _reach(config: dict) -> None:
 def _fetch(choice: str, model: str, tag: str) -> Path:
     """The weights' file: from the cache if it was put there, else downloaded to it."""
     config = get_pretrained_cfg(model, tag)
-    cache = WEIGHTS_CACHE.expanduser()
+    cache = Path(expand(str(WEIGHTS_CACHE)))
     for suffix in (".safetensors", ".pt", ".bin"):
         if (cache / f"{model}-{tag}{suffix}").is_file():
             return cache / f"{model}-{tag}{suffix}"

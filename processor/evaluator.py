@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from easydict import EasyDict
 from prettytable import PrettyTable
 from torch import Tensor
 from tqdm import tqdm
@@ -45,7 +45,7 @@ class Evaluator:
         self,
         data: Data,
         split: str,
-        args: argparse.Namespace,
+        args: EasyDict,
         device: torch.device,
         views: tuple[str, ...] | None = None,
         world: World = ALONE,

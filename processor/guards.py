@@ -3,7 +3,6 @@ memory that runs out, loader processes that die."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from torch import Tensor, nn
 
 from datasets.build import TrainDataset
@@ -58,7 +58,7 @@ class Guard:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: EasyDict,
         model: nn.Module,
         dataset: TrainDataset | None,
         folder: Path | None,
@@ -157,7 +157,7 @@ class Guard:
 
 @contextmanager
 def explained(
-    args: argparse.Namespace, device: torch.device, images: Sequence[ImageFiles], what: str
+    args: EasyDict, device: torch.device, images: Sequence[ImageFiles], what: str
 ) -> Iterator[None]:
     """Turn memory that ran out and loader processes that died into a UserError that helps.
 
@@ -193,7 +193,7 @@ def explained(
         ) from None
 
 
-def memory_advice(args: argparse.Namespace, device: torch.device, what: str) -> str:
+def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
     """What was asked for, what was measured, and what to try."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from prettytable import PrettyTable
 from torch.utils.data import DataLoader
 
@@ -27,7 +27,7 @@ def describe(
     data: Data,
     loader: DataLoader,
     evaluators: Sequence[Evaluator],
-    args: argparse.Namespace,
+    args: EasyDict,
     device: torch.device,
     world: World,
 ) -> None:

@@ -9,7 +9,6 @@ writes.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -55,7 +55,7 @@ class Trainer:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: EasyDict,
         model: AEAFIRM,
         loader: DataLoader | None,
         evaluators: Sequence[Evaluator] | None,

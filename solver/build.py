@@ -8,18 +8,18 @@ launches instead of one per parameter.
 
 from __future__ import annotations
 
-import argparse
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
 
 import torch
+from easydict import EasyDict
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def settings_of(name: str, args: argparse.Namespace) -> tuple[float, float]:
+def settings_of(name: str, args: EasyDict) -> tuple[float, float]:
     """Learning rate and weight decay of the parameter of this name."""
     lr, weight_decay = args.lr, args.weight_decay
     if "cross" in name:
@@ -32,7 +32,7 @@ def settings_of(name: str, args: argparse.Namespace) -> tuple[float, float]:
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], args: argparse.Namespace
+    named_parameters: Iterable[tuple[str, nn.Parameter]], args: EasyDict
 ) -> Optimizer:
     """Adam, AdamW or SGD over the merged groups."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -58,7 +58,7 @@ def build_optimizer(
     return kind(params, args.lr, betas=betas, eps=args.adam_eps, fused=fused)
 
 
-def lr_at(epoch: int, base_lr: float, args: argparse.Namespace) -> float:
+def lr_at(epoch: int, base_lr: float, args: EasyDict) -> float:
     """Learning rate of an epoch, counted from 0.
 
     Warm-up raises `warmup_factor` to 1 linearly, or holds it (`constant`). After it, with r the
@@ -84,7 +84,7 @@ def lr_at(epoch: int, base_lr: float, args: argparse.Namespace) -> float:
     return args.target_lr + (base_lr - args.target_lr) * factor
 
 
-def build_scheduler(optimizer: Optimizer, args: argparse.Namespace) -> LambdaLR:
+def build_scheduler(optimizer: Optimizer, args: EasyDict) -> LambdaLR:
     """The schedule, to be stepped once per epoch."""
 
     def factor_of(base_lr: float):

@@ -1,5 +1,9 @@
 """Fixtures: the golden CLIP as a file, and a small rendered mini-TBAGPR."""
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import collections
 import os
 import shutil

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -24,8 +23,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
+import resource
+
 import torch
 import torch.nn.functional as F
+from easydict import EasyDict
 from prettytable import PrettyTable
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +46,7 @@ from solver.build import build_optimizer
 from utils.command_line import parse_options
 from utils.devices import autocast, choose_device, choose_precision
 from utils.errors import UserError, run_main
-from utils.files import write_atomically
+from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, retrieval
 
 PARTS = ("data", "step", "encode", "rank")
@@ -117,9 +123,7 @@ def captions(count: int) -> list[str]:
     return [" ".join(words[w] for w in row[:n]) for row, n in zip(picks, lengths, strict=True)]
 
 
-def made_up_batch(
-    args: argparse.Namespace, pad: bool, pairs: bool = True
-) -> dict[str, torch.Tensor]:
+def made_up_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, torch.Tensor]:
     """A training batch, of two views unless `pairs` is off; `pad` leaves captions uncut."""
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
     ids, augment = tokenize(captions(size), args.text_length), augmentation_of(args)
@@ -186,7 +190,7 @@ def memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def bench_data(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+def bench_data(args: EasyDict, device: torch.device) -> Iterator[Row]:
     """Pairs per second of the loader alone, by the number of processes."""
     data = read_dataset(args)
     for workers in sorted({0, 1, 2, 4, args.num_workers}):
@@ -203,7 +207,7 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def bench_step(
-    args: argparse.Namespace,
+    args: EasyDict,
     device: torch.device,
     clock: Clock,
     quick: bool = False,
@@ -284,7 +288,7 @@ def bench_step(
         yield row(name, found, share=statistics.median(found) / median)
 
 
-def without_weights(args: argparse.Namespace) -> None:
+def without_weights(args: EasyDict) -> None:
     """Take a named ViT's sizes from scratch: speed does not depend on the values of its weights."""
     sizes = named_sizes(args.pretrain_choice)
     if sizes is not None and not sizes.is_resnet and sizes.head_width == 64:
@@ -294,10 +298,10 @@ def without_weights(args: argparse.Namespace) -> None:
         args.pretrain_choice = "scratch"
 
 
-def measured_step(args: argparse.Namespace, pairs: bool) -> tuple[float, float, float]:
+def measured_step(args: EasyDict, pairs: bool) -> tuple[float, float, float]:
     """Seconds of one training step: median, least and most of as many as it takes to know them; on
     a CPU of at most eight samples, scaled up. `pairs`: samples of two views."""
-    args = argparse.Namespace(**vars(args), plain=False)
+    args = EasyDict(args, plain=False)
     without_weights(args)
     device = choose_device(args.device)
     args.precision = choose_precision(args.precision, device)
@@ -311,7 +315,7 @@ def measured_step(args: argparse.Namespace, pairs: bool) -> tuple[float, float, 
 
 
 @torch.no_grad()
-def bench_encode(args: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Row]:
+def bench_encode(args: EasyDict, device: torch.device, clock: Clock) -> Iterator[Row]:
     """Encoding for evaluation, without gradients."""
     model = build_training_model(args, [], num_classes=0).to(device).eval()
     count = min(args.test_batch_size, 64 if device.type == "cpu" else args.test_batch_size)
@@ -419,8 +423,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--plain", action="store_true", default=False,
         help="the step without this project's savings: float32, a call per view, 77 tokens "
         "everywhere, FIRM in loops")  # fmt: skip
-    add("--json", default="", metavar="FILE", help="write the figures there too")
-    add("--compare", nargs=2, default=None, metavar="FILE", help="only print the ratios of two files")  # fmt: skip  # noqa: E501
+    add("--json", default="", type=expand, metavar="FILE", help="write the figures there too")
+    add("--compare", nargs=2, default=None, type=expand, metavar="FILE", help="only print the ratios of two files")  # fmt: skip  # noqa: E501
 
 
 def main() -> None:

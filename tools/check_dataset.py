@@ -21,6 +21,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import open_clip
 from prettytable import PrettyTable
 from torch.utils.data import DataLoader, Dataset
@@ -32,7 +36,7 @@ from datasets.records import Data, Image
 from datasets.transforms import read_image
 from utils.attributes import read_attributes
 from utils.command_line import parse_some
-from utils.devices import cores
+from utils.devices import allow_open_files, cores
 from utils.errors import UserError, run_main
 
 SHOWN = 5  # examples of each finding
@@ -255,6 +259,7 @@ def main() -> None:
         )
 
     args = parse_some(names, __doc__.split("\n")[0], extra)
+    allow_open_files(args.num_workers)
     data = read_dataset(args)
     parts, report = parts_of(data), Report()
     print(f"{data.name} in {args.root_dir}\n{overview(parts)}")

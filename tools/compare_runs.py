@@ -27,11 +27,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import torch
 from prettytable import PrettyTable
 
 from processor.queries import CHECKPOINTS, read_queries, stem
 from utils.errors import UserError, run_main
+from utils.files import path_option
 from utils.metrics import FIGURES, Ranked
 from utils.options import INDIFFERENT, OPTIONS, SAME_FIGURES, read_yaml
 from utils.runs import CONFIG
@@ -257,9 +262,15 @@ def shown(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("runs", nargs="*", type=Path, metavar="RUN", help="folders of two runs, a and b")
+    add("runs", nargs="*", type=path_option, metavar="RUN", help="folders of two runs, a and b")
     for side in ("a", "b"):
-        add(f"--{side}", nargs="+", type=Path, metavar="RUN", help=f"runs of {side}, a seed each")
+        add(
+            f"--{side}",
+            nargs="+",
+            type=path_option,
+            metavar="RUN",
+            help=f"runs of {side}, a seed each",
+        )
     add("--split", default="test", help="as test.py names it (default: test)")
     add("--gallery", default="aerial", help="as test.py names it (default: aerial)")
     add(

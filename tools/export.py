@@ -11,21 +11,25 @@ told.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import yaml
+from easydict import EasyDict
 
 from model.build import PREFIX, build_evaluation_model
 from model.weights import OPENAI_MODELS, BackboneSizes
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.errors import UserError, run_main
-from utils.files import write_atomically
+from utils.files import expand, write_atomically
 from utils.options import INDIFFERENT, OPTIONS, SCRATCH_ONLY
 
 # What the family's models are made of; the rest of ours (AEA's queue) it keeps outside the model.
@@ -67,7 +71,11 @@ _TupleDumper.add_representer(
 def main() -> None:
     def extra(parser) -> None:
         parser.add_argument(
-            "--output", required=True, metavar="FOLDER", help="receives best.pth and configs.yaml"
+            "--output",
+            required=True,
+            metavar="FOLDER",
+            type=expand,
+            help="receives best.pth and configs.yaml",
         )
         parser.add_argument(
             "--half", action="store_true", default=False, help="write half-precision weights"
@@ -134,7 +142,7 @@ def check_openai(sizes: BackboneSizes, what: str) -> None:
         )
 
 
-def differences(args: argparse.Namespace, sizes: BackboneSizes) -> list[str]:
+def differences(args: EasyDict, sizes: BackboneSizes) -> list[str]:
     """What the original cannot do as this run does, in words."""
     told = []
     if args.text_length < sizes.context_length:
@@ -148,7 +156,7 @@ def differences(args: argparse.Namespace, sizes: BackboneSizes) -> list[str]:
     if sizes.is_resnet and args.pretrain_choice not in OPENAI_MODELS:
         told.append("the original builds a ResNet only from OpenAI's weights, by their name")
     names = set(OPTIONS) - set(FAMILY_OPTIONS) - ELSEWHERE
-    other = [f"--{n} {v}" for n, v in vars(args).items() if n in names and v != OPTIONS[n].default]
+    other = [f"--{n} {v}" for n, v in args.items() if n in names and v != OPTIONS[n].default]
     if args.val_dataset not in ("test", "val"):
         other.append(f"--val_dataset {args.val_dataset}")
     return told + ([f"the original has no {', '.join(other)}"] if other else [])

@@ -23,6 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,7 +40,7 @@ from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
 from utils.devices import choose_device, choose_precision
 from utils.errors import UserError, run_main
-from utils.files import write_atomically
+from utils.files import expand, path_option, write_atomically
 from utils.metrics import FIGURES
 from utils.options import OPTIONS
 
@@ -307,15 +311,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", default="report.html", type=Path, help="the HTML file")
-    parser.add_argument("--root_dir", default="", help="the data set's folder, if it has moved")
+    parser.add_argument("runs", nargs="+", type=path_option, metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", default="report.html", type=path_option, help="the HTML file")
+    parser.add_argument(
+        "--root_dir", default="", type=expand, help="the data set's folder, if it has moved"
+    )
     parser.add_argument("--queries", default=8, type=int, help="captions per sheet; 0 for none")
     parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
     given = parser.parse_args()
     runs = [read_run(f, COLOURS[i % len(COLOURS)]) for i, f in enumerate(given.runs)]
     page = report(runs, given)
-    write_atomically(given.output, lambda file: file.write(page.encode()))
+    write_atomically(given.output, lambda file: file.write(page.encode("utf-8", "replace")))
     print(f"wrote {given.output}, {len(page) / 2**20:.1f} MiB")
 
 

@@ -35,7 +35,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import yaml
+from easydict import EasyDict
 from prettytable import PrettyTable, TableStyle
 from tqdm import tqdm
 
@@ -47,7 +52,7 @@ from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_given
 from utils.documents import load_yaml
 from utils.errors import UserError, run_main, suggest
-from utils.files import lock, write_atomically
+from utils.files import expand, lock, write_atomically
 from utils.metrics import FIGURES
 from utils.options import (
     INDIFFERENT,
@@ -87,7 +92,7 @@ class Job:
 
     row: str
     seed: int
-    args: argparse.Namespace
+    args: EasyDict
     folder: Path
     error: str = ""
     again: bool = False  # what the folder holds does not count
@@ -140,7 +145,7 @@ def read_table(name: str) -> Table:
     for row in content["rows"]:
         if not isinstance(row, dict) or "name" not in row or set(row) - ROW_KEYS:
             raise UserError(f"{path}: a row needs a name, and may have {', '.join(ROW_KEYS)}")
-        values = read_preset(path.parent / row.get("base", content["base"]))
+        values = read_preset(path.parent / expand(row.get("base", content["base"])))
         for key, value in {**content.get("options", {}), **row.get("options", {})}.items():
             if key not in OPTIONS:
                 raise UserError(f"{path}, row {row['name']}: unknown option '{key}'")
@@ -150,7 +155,7 @@ def read_table(name: str) -> Table:
 
 
 def make_jobs(
-    table: Table, given: argparse.Namespace, options: dict[str, Any]
+    table: Table, given: EasyDict, options: dict[str, Any]
 ) -> tuple[list[Job], dict[str, str]]:
     """All jobs of a table, and the rows that cannot run with the reason. `options`: of all rows."""
     jobs, left_out = [], {}
@@ -173,13 +178,13 @@ def make_jobs(
     return jobs, left_out
 
 
-def job_folder(place: Path, args: argparse.Namespace, content: list[Any]) -> Path:
+def job_folder(place: Path, args: EasyDict, content: list[Any]) -> Path:
     """`place` and a hash of the options and of the rest that a job's figures depend on.
 
     Options at their defaults do not count, so that a job survives new ones. Where a default has
     changed since, the folder's options are others, and the job gets a folder by all of them.
     """
-    every = {k: v for k, v in vars(args).items() if k not in (*INDIFFERENT, *SAME_FIGURES)}
+    every = {k: v for k, v in args.items() if k not in (*INDIFFERENT, *SAME_FIGURES)}
     told = {k: v for k, v in every.items() if v != OPTIONS[k].default}
     for options in (told, every):
         text = json.dumps([options, *content], sort_keys=True)
@@ -335,7 +340,7 @@ class Runner:
         line = ""
         with open(console, "a", encoding="utf-8") as log:
             child = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=environment, text=True,
+                [sys.executable, *command], cwd=ROOT, env=environment, text=True, errors="replace",
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)
@@ -499,13 +504,18 @@ def ranged(hours: list[float]) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(sorted(p.stem for p in TABLES.glob("*.yaml")))
     add = parser.add_argument_group("Tables").add_argument
-    add("--table", required=True, help=f"{names}, or a YAML file")
-    add("--root_dir", required=True, help="folder that holds the data set")
+    add("--table", required=True, type=expand, help=f"{names}, or a YAML file")
+    add("--root_dir", required=True, type=expand, help="folder that holds the data set")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3],
         help="one job of every row for each (default: 1 2 3)")  # fmt: skip
-    add("--output_dir", default="logs/reproduce",
+    add("--output_dir", default="logs/reproduce", type=expand,
         help="receives all jobs (default: logs/reproduce)")  # fmt: skip
-    add("--mllm4text", default="", help="checkpoint of MLLM4Text-ReID, for the rows from it")
+    add(
+        "--mllm4text",
+        default="",
+        type=expand,
+        help="checkpoint of MLLM4Text-ReID, for the rows from it",
+    )
     add("--gpus", nargs="+", default=[], help="spread the jobs over these GPUs, one each")
     add("--strict", action="store_true", default=False,
         help="train again what other code than the present has done")  # fmt: skip
@@ -521,7 +531,7 @@ def main() -> None:
         add_options,
         defaults=False,
     )
-    given = argparse.Namespace(**own)
+    given = EasyDict(own)
     table = read_table(given.table)
     changed = [f"{name} {options[name]}" for name in OTHER_JOBS if name in options]
     if changed:  # the title must not promise what was not run

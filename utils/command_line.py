@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
-from utils.files import lock
+from easydict import EasyDict
+
+from utils.errors import UserError, rank
+from utils.files import expand, lock
 from utils.options import (
     GROUPS,
     INDIFFERENT,
@@ -44,7 +47,7 @@ def parse_options(
     argv: Sequence[str] | None = None,
     description: str = "",
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
+) -> EasyDict:
     """All options of a training, from the command line, a preset and the defaults.
 
     `extra` adds a tool's own options, which come back with the others.
@@ -54,7 +57,7 @@ def parse_options(
     """
     parser = _build_parser(OPTIONS.values(), description)
     parser.add_argument(
-        "--config_file", metavar="YAML", help="preset; the command line overrides it"
+        "--config_file", metavar="YAML", type=expand, help="preset; the command line overrides it"
     )
     extra(parser)
     given = vars(parser.parse_args(argv))
@@ -66,12 +69,10 @@ def parse_options(
     else:
         args = resolve(values)
     check_training(args)
-    return argparse.Namespace(**vars(args), **own)
+    return EasyDict(args, **own)
 
 
-def _resumed(
-    values: dict[str, Any], given: dict[str, Any], preset: Path | None
-) -> argparse.Namespace:
+def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None) -> EasyDict:
     """The options of a run that goes on; `resume` is "no" if `auto` finds none.
 
     Without a preset they are the run's own, which the command line overrides.
@@ -96,11 +97,13 @@ def _resumed(
         dataset = value("dataset_name") if mode == "auto" else values.get("dataset_name", "*")
         found = folders(value("output_dir"), dataset)
         found = [folder for folder in found if _is_named(folder, value("name"))]
-        last = next((folder / LAST for folder in found if (folder / LAST).is_file()), None)
+        last = next((folder / LAST for folder in found if os.path.isfile(folder / LAST)), None)
+        for folder in found if last is None else ():
+            check(os.access(folder, os.X_OK), f"{folder}: {os.strerror(errno.EACCES)} (--resume)")
     if last is None:
         where = Path(value("output_dir"), dataset.strip("*"))
         check(mode == "auto", f"--resume: {where}/ has no run '{value('name')}' with a {LAST}")
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one asks
+        if rank() == 0:  # of several processes, one asks
             for folder in found:  # which may be under way, and not have saved yet
                 os.close(lock(folder))
         return resolve({**values, "resume": "no"})
@@ -116,12 +119,12 @@ def _resumed(
         kept = {name: value for name, value in kept.items() if name in INDIFFERENT}
     values = {**kept, **values}
     args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
-    then = vars(resolve(read_preset(recorded))) if recorded.is_file() else {}
+    then = resolve(read_preset(recorded)) if recorded.is_file() else {}
     if args.precision == "auto":  # what that meant where the run began
         args.precision = then.get("precision", "auto")
     if mode == "auto" and then:
         free = set(INDIFFERENT) - {"attributes_file", "finetune"} | {"num_epoch"}
-        changed = differences(vars(args), then, free)
+        changed = differences(args, then, free)
         if changed:
             raise UserError(
                 f"--resume auto: {last.parent} runs with other options: {', '.join(changed)}. "
@@ -135,13 +138,13 @@ def _resumed(
     return args
 
 
-def changed_options(args: argparse.Namespace, config: Path) -> list[str]:
+def changed_options(args: EasyDict, config: Path) -> list[str]:
     """What a resumed run changes of the options that its configs.yaml has, as lines to log."""
     if not config.is_file():
         return [f"{config}: missing, so nobody can tell which options have changed"]
-    then = vars(resolve(read_preset(config)))
+    then = resolve(read_preset(config))
     ignored = ("resume", "resume_ckpt_file", "output_dir")
-    return [f"changed: {change}" for change in differences(vars(args), then, ignored)]
+    return [f"changed: {change}" for change in differences(args, then, ignored)]
 
 
 def _is_named(folder: Path, name: str) -> bool:
@@ -156,7 +159,7 @@ def parse_test_options(
     argv: Sequence[str] | None = None,
     description: str = "",
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> tuple[argparse.Namespace, Path, list[str]]:
+) -> tuple[EasyDict, Path, list[str]]:
     """Options of an evaluation: the run's configs.yaml, a few of them overridden.
 
     `extra` adds a tool's own options, which come back with the others.
@@ -166,10 +169,17 @@ def parse_test_options(
     """
     parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
     parser.add_argument(
-        "--config_file", metavar="YAML", required=True, help="configs.yaml of the run to evaluate"
+        "--config_file",
+        metavar="YAML",
+        type=expand,
+        required=True,
+        help="configs.yaml of the run to evaluate",
     )
     parser.add_argument(
-        "--checkpoint", metavar="PTH", help="checkpoint (default: best.pth beside --config_file)"
+        "--checkpoint",
+        metavar="PTH",
+        type=expand,
+        help="checkpoint (default: best.pth beside --config_file)",
     )
     extra(parser)
     given = vars(parser.parse_args(argv))
@@ -184,7 +194,7 @@ def parse_test_options(
         for name, value in recorded.items()
         if name in OPTIONS
     }
-    args = argparse.Namespace(**vars(resolve({**recorded, **given})), **own)
+    args = EasyDict(resolve({**recorded, **given}), **own)
     return args, checkpoint, notes
 
 
@@ -192,10 +202,10 @@ def parse_some(
     names: Sequence[str],
     description: str,
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
-) -> argparse.Namespace:
+) -> EasyDict:
     """For tools: the named options and those that `extra` adds; all others at their defaults."""
     given, own = parse_given(names, description, extra)
-    return argparse.Namespace(**vars(resolve(given)), **own)
+    return EasyDict(resolve(given), **own)
 
 
 def parse_given(

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
 
+OPEN_FILES, FEWEST_FILES = 4096, 256
+
 
 def cores() -> int:
     """Processor cores that this process may use, which a scheduler may have made fewer."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def allow_open_files(num_workers: int) -> None:
+    """Let this process open as many files at once as it may. Raises UserError if that is too few
+    for loader processes, which hand over batches as open files: they would wait for ever."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < OPEN_FILES:
+        soft = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if num_workers and soft < FEWEST_FILES:
+        raise UserError(
+            f"this shell allows {soft} open files at once (ulimit -n), and loader processes need "
+            f"{FEWEST_FILES}: allow more, or give --num_workers 0"
+        )
 
 
 def choose_device(name: str) -> torch.device:

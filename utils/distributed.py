@@ -26,6 +26,8 @@ from utils.errors import UserError
 
 # How long a process waits for the others outside of a step: the first may resize 100,000 images.
 PATIENCE = timedelta(hours=6)
+# What torchrun tells each process that it starts, in numbers.
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,19 @@ def start(device_name: str) -> tuple[World, torch.device]:
     """Join the processes that torchrun started, if it did: this process's place and device.
 
     NCCL carries tensors between GPUs, gloo between CPUs. Raises UserError if this machine has fewer
-    GPUs than processes.
+    GPUs than processes, or if something else than torchrun speaks of several.
     """
     device = choose_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    if os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
         return ALONE, device
-    local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    found = {name: os.environ.get(name, "") for name in TORCHRUN}
+    wrong = [f"{name}={value}" for name, value in found.items() if not value.strip().isdecimal()]
+    if wrong:
+        raise UserError(
+            f"WORLD_SIZE={found['WORLD_SIZE']} says that this is one of several processes, but "
+            f"{' '.join(wrong)} is no number: start them with torchrun, or unset WORLD_SIZE"
+        )
+    size, _, local_rank, local_size = map(int, found.values())
     if device.type == "cuda":
         if local_size > torch.cuda.device_count():
             raise UserError(

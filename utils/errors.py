@@ -6,6 +6,7 @@ import difflib
 import errno
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,7 +18,12 @@ from utils.logger import note_in_file, say
 
 FAILED, STOPPED, KILLED = 2, 75, 130  # 75: "try again later" (sysexits.h)
 LONGEST = 2000  # characters of a message
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+# Of the system's errors those that are no fault of the program: its disk, rights, limits.
+MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM,
+    errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+TOO_MANY_FILES = os.strerror(errno.EMFILE)
 
 
 class UserError(Exception):
@@ -52,40 +58,70 @@ def words_of(error: UserError) -> str:
     return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
 
 
+def rank() -> int:
+    """This process's number among those of a training; RANK means nothing where it is alone."""
+    alone = os.environ.get("WORLD_SIZE", "1").strip() in ("", "1")
+    text = os.environ.get("RANK", "").strip()
+    return int(text) if text.isdecimal() and not alone else 0
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point: a UserError becomes one line on stderr and exit status 2."""
     for name in ("stdout", "stderr"):  # closed by who started us (>&-)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        # What a console has no letter for is shown by its number, and is no error.
+        with suppress(AttributeError):  # not a console but some object
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        _leave(f"error: {words_of(error)}", FAILED)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        _leave(f"error: {error.filename or 'the disk'}: {error.strerror}", FAILED)
-    except RuntimeError as error:
+        _leave(f"error: {words_of(error)}{_more_files(error)}", FAILED)
+    except (OSError, RuntimeError) as error:
+        if hint := _more_files(error):  # of this process, or of a loader's, as text
+            _leave(f"error: {TOO_MANY_FILES}{hint}", FAILED)
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            _leave(f"error: {error.filename or 'the disk'}: {error.strerror}", FAILED)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, outside of steps, which say more
             _leave(f"error: {' '.join(str(error).split())}", FAILED)
         if "RANK" not in os.environ or " by peer" not in str(error):  # closed, or reset
             raise
         _leave("error: another process has ended", FAILED, cause=False)
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8":
+            raise
+        _leave(
+            f"error: {ascii(error.object)}: names of files are in {encoding} here, which lacks "
+            "some of these letters; set PYTHONUTF8=1",
+            FAILED,
+        )
     except Stopped as stopped:
         _leave(str(stopped), STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", KILLED)
 
 
+def _more_files(error: Exception) -> str:
+    """What to do about too many open files, if an error speaks of them."""
+    if TOO_MANY_FILES not in str(error):
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f": {limit} at once are allowed here (ulimit -n); allow more (ulimit -n 4096), or give "
+        "--num_workers 0"
+    )
+
+
 def _leave(message: str, status: int, cause: bool = True) -> None:
     """With several processes each may have met the same error: the first tells it, and torchrun
     ends the others before they repeat it, as it does those that only noticed (no `cause`)."""
-    rank = int(os.environ.get("RANK", 0))
-    if (rank or not cause) and status == FAILED:
+    number = rank()
+    if (number or not cause) and status == FAILED:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-        message = f"rank {rank}: {message}"
-    if rank == 0 or status == FAILED:
+        message = f"rank {number}: {message}"
+    if number == 0 or status == FAILED:
         note_in_file(message)
         say(message, sys.stderr)
     # torchrun's own report ends with what stands in a file of its choice.

@@ -14,6 +14,20 @@ from typing import BinaryIO
 from utils.errors import UserError
 
 
+def expand(path: str) -> str:
+    """A path that was typed or stands in a preset, with `~` and `~user` as a shell has them: shells
+    leave them alone in `--root_dir=~/data`. Raises UserError if nobody says where home is."""
+    found = os.path.expanduser(path)
+    if found.split(os.sep)[0] == "~":
+        raise UserError(f"{path}: no home folder is known here; set HOME, or write the path out")
+    return found
+
+
+def path_option(text: str) -> Path:
+    """For argparse: the path that was typed."""
+    return Path(expand(text))
+
+
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], before: Callable[[], object] = lambda: None
 ) -> None:
@@ -46,6 +60,12 @@ def write_atomically(
                 text = reason.strerror or reason
                 raise UserError(f"{path}: could not be written: {text}") from error
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Before hours are spent on what is to be written there. Raises UserError."""
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {os.strerror(errno.EACCES)}; results are written into it")
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from utils.errors import Stopped
+from utils.errors import Stopped, rank
 
 WATCH_SECONDS = 5
 # What schedulers, people, and terminals that close send.
@@ -50,7 +50,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.name and os.environ.get("RANK", "0") == "0":
+        if not self.name and rank() == 0:
             with suppress(OSError):  # not print, which may have been what it interrupted
                 os.write(2, b"\nfinishing this step, then saving; Ctrl-C leaves at once\n")
         self.name = self.name or signal.Signals(number).name

@@ -73,7 +73,9 @@ def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
         console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
     logger.addHandler(console)
     if log_file is not None:
-        handler = (_FileForLast if rank else _File)(log_file, encoding="utf-8", delay=bool(rank))
+        handler = (_FileForLast if rank else _File)(
+            log_file, encoding="utf-8", errors="backslashreplace", delay=bool(rank)
+        )
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger

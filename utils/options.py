@@ -7,7 +7,6 @@ back as `--config_file` it gives the same run.
 
 from __future__ import annotations
 
-import argparse
 import re
 import reprlib
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from easydict import EasyDict
 
 from utils.documents import load_yaml
 from utils.errors import UserError, suggest
-from utils.files import write_atomically
+from utils.files import expand, write_atomically
 
 LARGEST = 2**31 - 1  # no option needs a larger number
 
@@ -73,6 +73,8 @@ class Option:
             typed = self.type(value)
         except (TypeError, ValueError, OverflowError):
             raise wrong from None
+        if self.name in PATHS:
+            typed = expand(typed)
         if self.pattern and not re.fullmatch(self.pattern, typed):
             raise UserError(f"{where}: {self.name} cannot be {typed!r}; {self.help}")
         if self.type is int and isinstance(value, float) and value != typed:
@@ -393,14 +395,19 @@ INDIFFERENT = (
     "finetune", "attributes_file", "resume", "resume_ckpt_file", "test_batch_size", "save_period",
     "keep_last", "max_nonfinite", "on_bad_image",
 )  # fmt: skip
+# What may name a place on this machine.
+PATHS = (
+    "output_dir", "resume_ckpt_file", "finetune", "root_dir", "image_cache", "pretrain_choice",
+    "attributes_file",
+)  # fmt: skip
 
 # Other ways to the same figures, but for rounding, in less memory or time.
 SAME_FIGURES = ("accum_steps", "grad_checkpointing", "compile")
 
 
-def resolve(values: dict[str, Any]) -> argparse.Namespace:
+def resolve(values: dict[str, Any]) -> EasyDict:
     """Fill in the defaults and check the options against each other. Raises UserError."""
-    args = argparse.Namespace(**{o.name: values.get(o.name, o.default) for o in OPTIONS.values()})
+    args = EasyDict({o.name: values.get(o.name, o.default) for o in OPTIONS.values()})
     args.loss_names = "".join(args.loss_names.split())
     if args.pretrain_choice != "scratch":
         for name in SCRATCH_ONLY:
@@ -454,7 +461,7 @@ def resolve(values: dict[str, Any]) -> argparse.Namespace:
     return args
 
 
-def check_training(args: argparse.Namespace) -> None:
+def check_training(args: EasyDict) -> None:
     """What only a training can get wrong. Raises UserError."""
     if args.precision == "half" and args.optimizer != "SGD":
         # Where Adam's second moment is below fp16's least number, it is 0, and a step is
@@ -484,17 +491,17 @@ def _read_preset(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     inherited = {}
     if base is not None:
-        inherited = _read_preset(path.parent / str(base), (*derived, path.resolve()))
+        inherited = _read_preset(path.parent / expand(str(base)), (*derived, path.resolve()))
     for key in values:
         if key not in OPTIONS:
             raise UserError(f"{path}: unknown option '{key}'.{suggest(str(key), OPTIONS)}")
     return inherited | {key: OPTIONS[key].coerce(v, str(path)) for key, v in values.items()}
 
 
-def write_config(path: Path, args: argparse.Namespace) -> None:
+def write_config(path: Path, args: EasyDict) -> None:
     """Write all options to a YAML file that `--config_file` reads back."""
     fresh = {"resume": "no", "resume_ckpt_file": ""}  # the file describes the run, not a call
-    text = yaml.safe_dump({**vars(args), **fresh}, sort_keys=False, default_flow_style=None)
+    text = yaml.safe_dump({**args, **fresh}, sort_keys=False, default_flow_style=None)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

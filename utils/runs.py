@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import errno
 import glob
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from easydict import EasyDict
 
 from utils.distributed import World
 from utils.errors import UserError
@@ -36,7 +38,7 @@ def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
     raise UserError(f"--output_dir {output_dir}: no free folder name for {stem}")
 
 
-def open_run(args: argparse.Namespace, world: World) -> Path:
+def open_run(args: EasyDict, world: World) -> Path:
     """The run's folder, new or that of the run to go on with; the leader locks it, and removes what
     a killed process left half written."""
     resumed = args.resume != "no"
@@ -53,8 +55,11 @@ def folders(output_dir: str, dataset_name: str) -> list[Path]:
 
     def saved(folder: Path) -> int:
         last = folder / LAST
-        return last.stat().st_mtime_ns if last.is_file() else 0
+        return last.stat().st_mtime_ns if os.path.isfile(last) else 0  # not of another user's
 
+    for place in (output_dir, os.path.join(output_dir, dataset_name)):
+        if os.path.isdir(place) and not os.access(place, os.R_OK | os.X_OK):
+            raise UserError(f"{place}: {os.strerror(errno.EACCES)} (--output_dir)")
     name = dataset_name if dataset_name == "*" else glob.escape(dataset_name)
     found = map(Path, glob.glob(os.path.join(glob.escape(output_dir), name, "*")))
     return sorted((path for path in found if path.is_dir()), key=saved, reverse=True)

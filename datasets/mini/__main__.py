@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from utils.devices import cores
+from utils.errors import UserError, run_main
+from utils.files import path_option
 
 from .build import LAYOUTS, VALS, render
 from .figure import draw_figure
@@ -19,7 +21,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--layout", choices=LAYOUTS, default="TBAGPR", help="files as this data set has them")
-    add("--out", type=Path, default=Path("data/mini-LAYOUT"), help="folder of the data set")
+    add("--out", type=path_option, default=Path("data/mini-LAYOUT"), help="folder of the data set")
     add("--seed", type=int, default=0, help="another seed gives other people")
     add("--train_ids", type=int, default=2400, help="identities to train on, over both sources")
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
@@ -29,18 +31,21 @@ def main() -> None:
     add("--pairs", type=int, default=2, help="aerial-ground pairs of images per identity")
     add("--workers", type=int, default=min(8, cores()), help="processes that draw")
     add("--force", action="store_true", help="replace what is at the folder already")
-    add("--figure", type=Path, help="only draw this picture of test people of the set at --out")
+    add("--figure", type=path_option, help="only draw a picture of test people of the set at --out")
     args = parser.parse_args()
     args.out = Path(str(args.out).replace("LAYOUT", args.layout))
     if args.figure:
-        draw_figure(args.out, args.figure)
+        try:
+            draw_figure(args.out, args.figure)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{args.out}: no people to draw: {error}") from None
         print(f"wrote {args.figure}")
         return
     options = {k: v for k, v in vars(args).items() if k not in ("out", "figure")}
     try:
         written = render(args.out, progress=True, **options)
     except (FileExistsError, ValueError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        raise UserError(str(error)) from None
     count = sum(1 for _ in args.out.rglob("*.jpg"))
     people = args.train_ids + args.test_ids + (args.val_ids if args.val == VALS[0] else 0)
     state = "wrote" if written else "already complete:"
@@ -48,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

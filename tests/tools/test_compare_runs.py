@@ -32,7 +32,7 @@ def make(folder, result, stem="test", chosen_on="heldout", overlap=None, test="a
         "data": {"name": "AGDataAttr", "fingerprint": {"train": "cc", "test": test}},
     }
     (folder / f"{stem}_results.json").write_text(json.dumps(results))
-    (folder / "configs.yaml").write_text(yaml.safe_dump(dict(vars(options(**more)))))
+    (folder / "configs.yaml").write_text(yaml.safe_dump(dict(options(**more))))
     return folder
 
 

@@ -1,10 +1,13 @@
+import pickle
+
 import pytest
 import yaml
+from easydict import EasyDict
 
 from tests.helpers import ROOT
 from utils.command_line import parse_options, parse_test_options
 from utils.errors import UserError
-from utils.options import OPTIONS, options_table, read_preset, write_config
+from utils.options import OPTIONS, PATHS, options_table, read_preset, write_config
 
 
 def preset(tmp_path, text):
@@ -191,3 +194,39 @@ def test_an_epsilon_that_half_precision_cannot_hold_is_refused_for_training(
     write_config(tmp_path / "configs.yaml", parse_options([*words, "--precision", "bf16"]))
     given = ["--config_file", str(tmp_path / "configs.yaml"), "--precision", "half"]
     assert parse_test_options(given)[0].precision == "half"
+
+
+def test_options_are_an_easydict_that_is_written_as_a_plain_mapping(tmp_path):
+    args = parse_options(["--img_size", "128", "48"])
+    assert type(args) is EasyDict and args.img_size == args["img_size"] == [128, 48]
+    args.seed = 3  # as code that holds them sets an option
+    write_config(tmp_path / "configs.yaml", args)
+    plain = {name: args[name] for name in OPTIONS}
+    expected = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+    assert (tmp_path / "configs.yaml").read_text() == expected
+    again = pickle.loads(pickle.dumps(args))  # to loader processes, and to those of torchrun
+    assert again == args and again.seed == again["seed"] == 3 and again.milestones == [20, 50]
+
+
+def test_no_option_hides_what_a_dict_does():
+    assert not set(OPTIONS) & set(dir(EasyDict))
+
+
+def test_home_is_found_in_every_path_option_of_the_command_line_and_of_presets(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in PATHS:
+        assert OPTIONS[name].coerce("~/x", "command line") == str(tmp_path / "x")
+        assert OPTIONS[name].coerce("a~/~x", "command line") == "a~/~x"
+    (tmp_path / "base.yaml").write_text("root_dir: ~/data\nseed: 7\n")
+    (tmp_path / "own.yaml").write_text("base: ~/base.yaml\n")
+    args = parse_options(["--config_file", "~/own.yaml", "--output_dir", "~"])
+    assert (args.root_dir, args.seed) == (str(tmp_path / "data"), 7)
+    assert args.output_dir == str(tmp_path)
+
+
+def test_a_home_that_nobody_knows_is_told(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME and passwd entry
+    with pytest.raises(UserError, match="~/data: no home folder is known here; set HOME"):
+        parse_options(["--root_dir", "~/data"])
