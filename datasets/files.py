@@ -178,7 +178,7 @@ class Said:
 
 
 def same_content(paths: Sequence[str]) -> list[int]:
-    """A number for every file, equal where the bytes are equal.
+    """A number for every file, equal where the bytes are equal: 0, 1, ... as they are first met.
 
     Only files of equal size are read. One that cannot be read is like no other.
     """

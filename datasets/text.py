@@ -115,7 +115,7 @@ def delete_words(ids_L: Tensor, generator: torch.Generator) -> Tensor:
     nth_L = ends_L.cumsum(0) - ends_L.long()  # the word that a token belongs to
     chance_L = torch.rand(len(ids_L), generator=generator)[nth_L]
     kept_L = ~word_L | (chance_L >= DELETE_RATE)
-    if not (kept_L & word_L).any():
+    if word_L.any() and not (kept_L & word_L).any():
         kept_L |= chance_L == chance_L[word_L].max()
     return _without(ids_L, ~kept_L)
 

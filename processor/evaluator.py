@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.build import caption_batches, image_loader
+from datasets.files import same_content
 from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
@@ -56,9 +57,16 @@ class Evaluator:
         self.attribute_names = data.attribute_names
         self.views = {view: self.split.galleries[view] for view in views or data.views}
         self.images = {view: gallery.images for view, gallery in self.views.items()}
-        self.loaders = {
-            view: image_loader(x, args, device, world) for view, x in self.images.items()
-        }
+        # A picture that stands in a gallery more than once is encoded once: so it has one feature,
+        # whatever kernels make of its place in a batch.
+        self.rows, self.loaders = {}, {}
+        for view, images in self.images.items():
+            paths = [image.path for image in images]
+            rows = world.from_leader(same_content(paths) if world.leads else None)
+            self.rows[view] = torch.tensor(rows, dtype=torch.long, device=device)
+            first = dict(zip(reversed(rows), reversed(images), strict=True))
+            distinct = [first[row] for row in range(len(first))]
+            self.loaders[view] = image_loader(distinct, args, device, world)
         self.files = [loader.dataset for loader in self.loaders.values()]
         self.captions = list(caption_batches(self.split.captions, args, world))
 
@@ -84,13 +92,14 @@ class Evaluator:
         """
         was_training = model.training
         model.eval()
-        lists = {"captions": self.split.captions, **self.images}
-        steps = sum(self._shared(len(x))[0] for x in lists.values())
+        lengths = {view: len(loader.dataset) for view, loader in self.loaders.items()}
+        lengths["captions"] = len(self.split.captions)
+        steps = sum(self._shared(length)[0] for length in lengths.values())
         hidden = None if self.world.leads else True
         bar = tqdm(total=steps, desc=f"encode {self.name}", leave=False, disable=hidden)
 
         def run(name: str, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
-            most, counts = self._shared(len(lists[name]))
+            most, counts = self._shared(lengths[name])
             rows, waiting = [], iter(batches)
             for _ in range(most):
                 batch = next(waiting, None)
@@ -114,7 +123,10 @@ class Evaluator:
         with bar:
             features = Features(
                 run("captions", model.encode_text, self.captions),
-                {view: run(view, encode_bytes, loader) for view, loader in self.loaders.items()},
+                {
+                    view: run(view, encode_bytes, loader)[self.rows[view]]
+                    for view, loader in self.loaders.items()
+                },
             )
         model.train(was_training)
         return features

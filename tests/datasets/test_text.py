@@ -109,6 +109,9 @@ def test_deleting_takes_whole_words_and_leaves_one():
     assert gone / total == pytest.approx(0.05, abs=0.015)
     single = tokenize(["windbreaker"], 77)[0]
     assert all(torch.equal(delete_words(single, seeded(seed)), single) for seed in range(60))
+    none = tokenize(["jekyll"], 8)[0]  # CLIP's token of it is the mask, so no word
+    for change in (delete_words, mask_or_remove_tokens, lambda *given: mask_tokens(*given)[0]):
+        assert torch.equal(change(none, seeded(0)), none)
 
 
 @pytest.mark.parametrize(
