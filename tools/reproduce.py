@@ -250,7 +250,10 @@ def note_code(jobs: list[Job], now: dict[str, str], strict: bool) -> str:
 def file_hash(path: Path) -> str:
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while part := file.read(2**20):  # hashlib.file_digest is not in Python 3.10
+                digest.update(part)
+            return digest.hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (--mllm4text)") from None
 
