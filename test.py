@@ -12,7 +12,6 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
-import json
 from dataclasses import asdict
 
 import numpy as np
@@ -27,14 +26,14 @@ from processor.evaluator import (
     intervals,
 )
 from processor.guards import explained
-from processor.queries import per_query, write_queries
-from processor.summary import data_of, protocol_of, warn
+from processor.queries import per_query, write_results
+from processor.summary import data_of, protocol_of, repeats, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
 from utils.devices import allow_open_files, choose_precision
 from utils.errors import UserError, run_main
-from utils.files import check_writable, write_atomically
+from utils.files import check_writable
 from utils.logger import setup_logger
 
 
@@ -51,14 +50,12 @@ def main() -> None:
     args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
     model = build_evaluation_model(args, checkpoint, str(path)).to(device)
-    for note in model.base_model.notes:
-        log.info(note)
     data, lost = read_for_test(args)
     protocol = protocol_of(checkpoint, args.val_dataset, data, world)
     content, told = data_of(checkpoint, data)
     warn(log, data)
     log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")
-    for note in (f"this checkpoint is {protocol}", *lost, *told):
+    for note in (*model.base_model.notes, f"this checkpoint is {protocol}", *lost, *told):
         log.info(note)
 
     queries: dict[str, np.ndarray] = {}
@@ -81,12 +78,7 @@ def main() -> None:
             heading = f"95 % intervals, {args.bootstrap} draws of identities"
             log.info(f"\n{heading}\n{interval_table(found)}")
         if best.get("split") == name:
-            now = next(iter(figures.values())).percentages()
-            same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in now.items())
-            then = " ".join(f"{k} {best[k]:.2f}" for k in now)
-            log.info(
-                f"training at epoch {best['epoch']}: {then}: {'equal' if same else 'DIFFERENT'}"
-            )
+            log.info(repeats(best, next(iter(figures.values()))))
         if data.attribute_names and hasattr(model, "atr_matching_head"):
             accuracy = evaluator.attribute_accuracy(model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
@@ -94,11 +86,7 @@ def main() -> None:
     distributed.finish()
     if not world.leads:
         return
-    stem = "test" if path.stem == "best" else path.stem
-    target = path.parent / f"{stem}_results.json"
-    write_atomically(target, lambda file: file.write(json.dumps(results, indent=2).encode()))
-    write_queries(path.parent / f"{stem}_queries.npz", queries)
-    log.info(f"\nwritten to {target} and, caption by caption, to {stem}_queries.npz beside it")
+    log.info(f"\n{write_results(path, results, queries)}")
 
 
 def add_options(parser) -> None:

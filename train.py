@@ -80,16 +80,10 @@ def main() -> None:
         fingerprint(data),
     )  # fmt: skip
     if found:
-        for note in changed_options(args, run_dir / CONFIG):
-            log.info(note)
-        for note in resume(trainer, args.resume_ckpt_file, *found):
+        notes = changed_options(args, run_dir / CONFIG)
+        for note in (*notes, *resume(trainer, args.resume_ckpt_file, *found)):
             log.info(note)
         del found  # or its tensors would stay in memory
-        complete = trainer.epoch == args.num_epoch
-        log.info(
-            f"resumed after {trainer.epoch} epochs and {trainer.step} steps"
-            + (": the run is complete, a larger --num_epoch goes on" if complete else "")
-        )
     if world.leads:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()

@@ -8,9 +8,11 @@ of images in the gallery. Other checkpoints' archives have their names: best_tes
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +48,15 @@ def per_query(split: str, galleries: dict[str, Ranked]) -> dict[str, np.ndarray]
     return arrays
 
 
-def write_queries(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write the archive, whole or not at all."""
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, np.ndarray]) -> str:
+    """Write the figures as JSON and the archive beside a checkpoint, each whole or not at all.
+    Returns what to tell."""
+    name = stem(checkpoint.name)
+    target = checkpoint.parent / f"{name}_results.json"
+    write_atomically(target, lambda file: file.write(json.dumps(results, indent=2).encode()))
+    archive = checkpoint.parent / f"{name}_queries.npz"
+    write_atomically(archive, lambda file: np.savez_compressed(file, **queries))
+    return f"written to {target} and, caption by caption, to {archive.name} beside it"
 
 
 def read_queries(path: Path, split: str, gallery: str) -> Ranked:

@@ -109,7 +109,10 @@ def resume(
     _load(trainer, state, path)
     own = _best_files(trainer) if trainer.world.leads else None
     told, trainer.best = trainer.world.from_leader(own)
-    return notes + told
+    complete = trainer.epoch == trainer.args.num_epoch
+    more = ": the run is complete, a larger --num_epoch goes on" if complete else ""
+    done = f"resumed after {trainer.epoch} epochs and {trainer.step} steps{more}"
+    return [*notes, *told, done]
 
 
 def _check_data(trainer: Trainer, state: dict[str, Any], path: str | Path) -> list[str]:

@@ -18,7 +18,7 @@ from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from processor.evaluator import Evaluator
 from utils.distributed import World
-from utils.metrics import FIGURES
+from utils.metrics import FIGURES, Retrieval
 from utils.runs import LAST_EPOCH
 
 
@@ -124,6 +124,14 @@ def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], lis
     if changed is not None:
         told = [f"{split} is not what it was in training: {how}" for split, how in changed.items()]
     return {**here, "changed": changed}, told
+
+
+def repeats(best: dict[str, Any], now: Retrieval) -> str:
+    """Whether an evaluation gives the figures that training had at the best epoch."""
+    figures = now.percentages()
+    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in figures.items())
+    then = " ".join(f"{k} {best[k]:.2f}" for k in figures)
+    return f"training at epoch {best['epoch']}: {then}: {'equal' if same else 'DIFFERENT'}"
 
 
 def warn(log: logging.Logger, data: Data) -> None:

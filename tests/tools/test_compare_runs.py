@@ -6,7 +6,7 @@ import torch
 import yaml
 
 import tools.compare_runs as tool
-from processor.queries import per_query, read_queries, write_queries
+from processor.queries import per_query, read_queries, write_results
 from tests.helpers import options, run
 from utils.errors import UserError
 from utils.metrics import Ranked
@@ -25,13 +25,13 @@ def ranked(seed, better=0.0, gallery=100):
 def make(folder, result, stem="test", chosen_on="heldout", overlap=None, test="aa", **more):
     """An evaluated run's folder; all but its name as train.py and test.py leave it."""
     folder.mkdir(exist_ok=True)
-    write_queries(folder / f"{stem}_queries.npz", per_query("test", {"aerial": result}))
     results = {
         "epoch": 7,
         "protocol": {"chosen_on": chosen_on, "overlap": overlap, "text": ""},
         "data": {"name": "AGDataAttr", "fingerprint": {"train": "cc", "test": test}},
     }
-    (folder / f"{stem}_results.json").write_text(json.dumps(results))
+    checkpoint = folder / ("best.pth" if stem == "test" else f"{stem}.pth")
+    write_results(checkpoint, results, per_query("test", {"aerial": result}))
     (folder / "configs.yaml").write_text(yaml.safe_dump(dict(options(**more))))
     return folder
 
