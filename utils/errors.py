@@ -71,7 +71,7 @@ def run_main(main: Callable[[], None]) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         # What a console has no letter for is shown by its number, and is no error.
-        with suppress(AttributeError):  # not a console but some object
+        with suppress(AttributeError, OSError):  # not a console but some object; or it is gone
             getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         main()

@@ -333,6 +333,7 @@ def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(tmp_path, monkeyp
     def stop(*_, **__):
         raise Stopped("SIGTERM: stopped; there was nothing to save")
 
+    torch.save({"model": {}}, tmp_path / "last.pth")
     monkeypatch.setattr(torch, "load", stop)
     with pytest.raises(Stopped):
         read_state(tmp_path / "last.pth", keep=2)
