@@ -120,7 +120,7 @@ def find_weights(choice: str) -> Path:
     named = parse_choice(choice)
     if not named.file:
         return _fetch(choice, named.model, named.tag)
-    path = Path(named.file).expanduser()
+    path = Path(expand(named.file))
     if path.is_file():
         return path
     if named.model:
