@@ -72,7 +72,7 @@ class Protocol:
             return "the last epoch's: no split chooses it"
         if self.chosen_on == "test":
             return "chosen by R@1 on the test split: this is the paper's protocol"
-        out = ", whose people leave training," if self.chosen_on == HELDOUT else ""
+        out = " (people who have left training)" if self.chosen_on == HELDOUT else ""
         chosen = f"chosen by R@1 on the {self.chosen_on} split{out}"
         if self.overlap is None:
             return f"{chosen} which is not here to be compared with test"
