@@ -75,10 +75,10 @@ class Protocol:
         out = " (people who have left training)" if self.chosen_on == HELDOUT else ""
         chosen = f"chosen by R@1 on the {self.chosen_on} split{out}"
         if self.overlap is None:
-            return f"{chosen} which is not here to be compared with test"
+            return f"{chosen}, which is not here to be compared with test"
         if self.overlap:
-            return f"{chosen} and so not without test: {self.overlap}"
-        return f"{chosen} which shares no image with test"
+            return f"{chosen}, which is not disjoint from test: {self.overlap}"
+        return f"{chosen}, which shares no image with test"
 
     def role(self, split: str) -> str:
         """The part of an evaluated split, to follow "which"."""
