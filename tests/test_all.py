@@ -116,7 +116,10 @@ def test_a_val_that_is_not_disjoint_from_test_is_told_with_counts(
     folder = train(monkeypatch, like_real, tmp_path, val_dataset="val", num_epoch=1, warmup_epochs=0)  # fmt: skip
     told = "val shares 8 of its 16 images and 4 of its 4 people with test"
     log = (folder / "train_log.txt").read_text()
-    assert f"best.pth is chosen by R@1 on the val split, which is not disjoint from test: {told}" in log
+    assert (
+        f"best.pth is chosen by R@1 on the val split, which is not disjoint from test: {told}"
+        in log
+    )
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
     assert f"test split, which had a part in choosing this checkpoint: {told}" in shown
