@@ -51,7 +51,7 @@ def main() -> None:
     checkpoint = load_checkpoint(path)
     model = build_evaluation_model(args, checkpoint, str(path)).to(device)
     data, lost = read_for_test(args)
-    protocol = protocol_of(checkpoint, args.val_dataset, data, world)
+    protocol = protocol_of(checkpoint, args, data, world)
     content, told = data_of(checkpoint, data)
     warn(log, data)
     log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")

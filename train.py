@@ -12,8 +12,6 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
-import shlex
-
 import torch
 
 from datasets.build import read_dataset, selecting_splits, train_loader
@@ -22,7 +20,7 @@ from model.build import build_training_model, check_batch_norm, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.resume import read_state, resume
-from processor.summary import best_table, describe
+from processor.summary import best_table, describe, evaluate_with
 from processor.trainer import Trainer
 from solver.build import build_optimizer, build_scheduler
 from utils import distributed
@@ -89,7 +87,7 @@ def main() -> None:
     best = trainer.train()
 
     log.info(best_table(best))
-    log.info(f"evaluate it with: python test.py --config_file {shlex.quote(str(run_dir / CONFIG))}")
+    log.info(evaluate_with(run_dir / CONFIG, [trainer.best_file(split) for split in best]))
     distributed.finish()
 
 

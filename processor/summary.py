@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ def describe(
     log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples{sizes}")
     warn(log, data)
     for i, split in enumerate(selecting_splits(args.val_dataset) or (LAST_EPOCH,)):
-        protocol = Protocol(data, split, world)
+        protocol = Protocol(data, split, world, args.finetune)
         log.info(f"{f'best_{split}.pth' if i else 'best.pth'} is {protocol}")
         if protocol.overlap and split != HELDOUT:
             log.info("--val_dataset heldout chooses on people who leave training instead")
@@ -58,16 +60,23 @@ class Protocol:
     Args:
         chosen_on: the split that chooses it, or `LAST_EPOCH`.
         world: the leader looks at the files, for all processes.
+        finetune: the checkpoint that the run began with, if there was one.
     """
 
-    def __init__(self, data: Data, chosen_on: str, world: World) -> None:
-        self.chosen_on = chosen_on
+    def __init__(self, data: Data, chosen_on: str, world: World, finetune: str = "") -> None:
+        self.chosen_on, self.finetune = chosen_on, finetune
         self.overlap: Overlap | None = None  # where another split than test chooses
         if chosen_on != "test" and chosen_on in data.splits:
             self.overlap = world.from_leader(overlap(data, chosen_on) if world.leads else None)
 
     def __str__(self) -> str:
         """To follow "best.pth is"."""
+        if not self.finetune:
+            return self._chosen()
+        began = f"the run began with {self.finetune}, and what trained and chose that counts too"
+        return f"{self._chosen()}; {began}"
+
+    def _chosen(self) -> str:
         if self.chosen_on == LAST_EPOCH:
             return "the last epoch's: no split chooses it"
         if self.chosen_on == "test":
@@ -78,7 +87,7 @@ class Protocol:
             return f"{chosen}, which is not here to be compared with test"
         if self.overlap:
             return f"{chosen}, which is not disjoint from test: {self.overlap}"
-        return f"{chosen}, which shares no image with test"
+        return f"{chosen}, which shares no image and no known person with test"
 
     def role(self, split: str) -> str:
         """The part of an evaluated split, to follow "which"."""
@@ -93,7 +102,10 @@ class Protocol:
             )
         if self.overlap:
             return f"had a part in choosing this checkpoint: {self.overlap}"
-        return f"had no part in choosing this checkpoint: {self.chosen_on} shares no image with it"
+        return (
+            f"had no part in choosing this checkpoint: {self.chosen_on} shares no image and no "
+            "known person with it"
+        )
 
     def results(self) -> dict[str, Any]:
         """For test_results.json."""
@@ -104,15 +116,15 @@ class Protocol:
         return {"chosen_on": self.chosen_on, "overlap": shared, "text": text}
 
 
-def protocol_of(checkpoint: dict[str, Any], val_dataset: str, data: Data, world: World) -> Protocol:
+def protocol_of(checkpoint: dict[str, Any], args: EasyDict, data: Data, world: World) -> Protocol:
     """Of a checkpoint that is evaluated: what it says itself, else by the run's options. No split
     chooses the last.pth of a run."""
     best, chosen_on = checkpoint.get("best"), LAST_EPOCH
     if isinstance(best, dict) and isinstance(best.get("split"), str):
         chosen_on = best["split"]
     elif "sampler" not in checkpoint:  # which goes on with a run
-        chosen_on = next(iter(selecting_splits(val_dataset)), LAST_EPOCH)
-    return Protocol(data, chosen_on, world)
+        chosen_on = next(iter(selecting_splits(args.val_dataset)), LAST_EPOCH)
+    return Protocol(data, chosen_on, world, args.finetune)
 
 
 def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], list[str]]:
@@ -138,6 +150,16 @@ def warn(log: logging.Logger, data: Data) -> None:
     """Log what its reader found odd: a line for each kind."""
     for text in data.warnings:
         log.info(f"warning: {text}")
+
+
+def evaluate_with(config: Path, checkpoints: Sequence[Path]) -> str:
+    """The commands that evaluate a run's best checkpoints, a line each."""
+    lines = []
+    for path in checkpoints:
+        other = "" if path.name == "best.pth" else f" --checkpoint {shlex.quote(str(path))}"
+        command = f"python test.py --config_file {shlex.quote(str(config))}{other}"
+        lines.append(f"evaluate {path.name} with: {command}")
+    return "\n".join(lines)
 
 
 def best_table(best: dict[str, dict[str, Any]]) -> str:

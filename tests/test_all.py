@@ -101,7 +101,7 @@ def test_the_clean_protocol_reports_both_splits(mini_root, tmp_path, monkeypatch
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
     assert "val split, which chose this checkpoint" in shown and ": equal" in shown
-    told = "test split, which had no part in choosing this checkpoint: val shares no image with it"
+    told = "test split, which had no part in choosing this checkpoint: val shares no image and no known person with it"
     assert told in shown
     results = json.loads((folder / "test_results.json").read_text())
     assert results["protocol"]["overlap"] == {"images": 0, "people": 0}
@@ -305,6 +305,7 @@ def test_finetuning_starts_from_weights_of_this_family(
     folder = train(monkeypatch, mini_root, tmp_path / "logs", finetune=tmp_path / "mllm4text.pth",
                    num_epoch=2, lr=1e-9, **{**none, "pretrain_choice": clip_file})  # fmt: skip
     log = (folder / "train_log.txt").read_text()
+    assert f"the run began with {tmp_path / 'mllm4text.pth'}, and what trained and chose" in log
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
     assert f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1

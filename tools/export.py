@@ -120,7 +120,9 @@ def main() -> None:
             f"pretrain_choice is {options['pretrain_choice']}, the backbone's weights, which the "
             "original builds its model from; change it in configs.yaml if you move the folder"
         )
-    content = {"model": kept, "input": backbone.input, "epoch": checkpoint.get("epoch", 0)}
+    # The original reads the weights alone; test.py here also what chose them.
+    said = {"best": checkpoint["best"]} if "best" in checkpoint else {}
+    content = {"model": kept, "input": backbone.input, "epoch": checkpoint.get("epoch", 0), **said}
     save_checkpoint(folder / "best.pth", content)
     text = yaml.dump(options, Dumper=_TupleDumper, sort_keys=False)
     write_atomically(folder / "configs.yaml", lambda file: file.write(text.encode()))

@@ -7,6 +7,7 @@ back as `--config_file` it gives the same run.
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from dataclasses import dataclass
@@ -467,11 +468,13 @@ def check_training(args: EasyDict) -> None:
         # Where Adam's second moment is below fp16's least number, it is 0, and a step is
         # lr * gradient / eps instead of about lr: at this limit a hundred times lr.
         lost = (2.0**-25 / max(1 - args.beta, 2.0**-24)) ** 0.5
+        digit = 10.0 ** math.floor(math.log10(lost / 100))
+        least = math.ceil(lost / 100 / digit) * digit
         check(
             args.adam_eps >= lost / 100,
             f"--adam_eps {args.adam_eps:g} is too small for --precision half: fp16 holds nothing "
             f"below 6e-8, so squares of gradients below {lost:.1g} are lost and only eps divides "
-            f"the step; the weights would jump or become NaN. Give {lost / 100:.0e} or more (the "
+            f"the step; the weights would jump or become NaN. Give {least:.0e} or more (the "
             "original has 1e-3), or --precision bf16 or fp32",
         )
 

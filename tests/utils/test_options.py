@@ -186,7 +186,7 @@ def test_an_epsilon_that_half_precision_cannot_hold_is_refused_for_training(
     optimizer, eps, tmp_path
 ):
     words = ["--precision", "half", "--optimizer", optimizer, "--adam_eps", str(eps)]
-    with pytest.raises(UserError, match="too small for --precision half: .* Give 5e-05 or more"):
+    with pytest.raises(UserError, match="too small for --precision half: .* Give 6e-05 or more"):
         parse_options(words)
     for change in (["--adam_eps", "6e-5"], ["--optimizer", "SGD"], ["--precision", "fp16"]):
         parse_options([*words, *change])
