@@ -269,7 +269,7 @@ def _read_attributes(path: Path, said: Said) -> dict[str, tuple[int, ...]]:
                 )
         labels[key] = tuple(values)
         said.agree(("the label of image", key), labels[key], f"{path}, entry {i}")
-        said.once(f"images of {path.name}", key, f"{path.name}, entry {i}")
+        said.once(f"labels in {path.name}", key, f"{path.name}, entry {i}")
     return {composed(key): value for key, value in labels.items()} | labels
 
 

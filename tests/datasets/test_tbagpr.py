@@ -159,7 +159,7 @@ def test_what_stands_twice_is_read_with_a_warning_for_each_kind(mini_copy):
 
     edit(mini_copy, TEST, double)
     first, second, third, fourth = read_tbagpr(mini_copy).warnings
-    assert first.startswith("said twice: 1 images of attrs.json (attrs.json, entry")
+    assert first.startswith("said twice: 1 labels in attrs.json (attrs.json, entry")
     assert second == f"said twice: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
     assert third.startswith("said twice: 1 images of test, which count again (AG-ReID")
     assert fourth.startswith("said twice: 1 captions of test, which count again (AG-ReID")
