@@ -3,7 +3,7 @@
 - Which systems this runs on: told in a line, in place of an ImportError from some module below.
 - How threads wait. Those of a CPU's matrix products wait for each other many times a step, by
   default in a busy loop that takes the cores from whoever has work: beside other work a run then
-  takes many times as long. Passive waiting costs a tenth alone (docs/performance.md). The
+  takes many times as long. Passive waiting costs some 13 % alone (docs/performance.md). The
   OpenMP library reads this once, while torch loads it; processes that are started inherit it.
 - A name for a user whom the machine does not know, as in containers: torch asks for one.
 """
