@@ -19,7 +19,7 @@ from datasets.transforms import normalise
 from model.build import AEAFIRM
 from utils.devices import autocast, full
 from utils.distributed import ALONE, World, shares
-from utils.errors import UserError, words_of
+from utils.errors import UserError
 from utils.metrics import FIGURES, Ranked, Retrieval, rank
 from utils.uncertainty import bootstrap
 
@@ -80,9 +80,7 @@ class Evaluator:
                     for _ in loader:
                         bar.update()
                 except UserError as error:
-                    raise UserError(
-                        f"{words_of(error)} Gallery images are never skipped."
-                    ) from None
+                    raise UserError(f"{error} Gallery images are never skipped.") from None
 
     @torch.no_grad()
     def encode(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Features:

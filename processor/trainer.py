@@ -35,7 +35,7 @@ from processor.resume import best_of, seed_generators, state_of
 from utils.checkpoint import save_checkpoint
 from utils.devices import autocast
 from utils.distributed import ALONE, Votes, World
-from utils.errors import Stopped, UserError, words_of
+from utils.errors import Stopped, UserError
 from utils.interrupt import StopRequest
 from utils.logger import note_in_file
 from utils.runs import LAST, LAST_EPOCH
@@ -119,7 +119,7 @@ class Trainer:
                 try:
                     self._epoch(bar)
                 except UserError as error:
-                    raise UserError(words_of(error) + self._rescue()) from None
+                    raise UserError(f"{error}{self._rescue()}") from None
         return self.best
 
     @contextmanager

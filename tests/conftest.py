@@ -15,6 +15,7 @@ import torch
 from tests.helpers import golden_clip
 
 TALLY = collections.Counter()
+ATTEMPTS: list[list[str]] = []  # rows of the table of docs/reliability.md
 
 # Where a shell starts the tests in the background, they are told to ignore these.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,24 +28,46 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter):
+    if ATTEMPTS:
+        terminalreporter.write_line("| | what was made | before | now |\n|---|---|---|---|")
+    for row in sorted(ATTEMPTS):
+        terminalreporter.write_line(f"| {' | '.join(row)} |")
     for name, count in TALLY.items():
         terminalreporter.write_line(f"{count:6d} {name}")
 
 
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # one of several processes (pytest -n)
-        session.config.workeroutput["tally"] = dict(TALLY)
+        session.config.workeroutput |= {"tally": dict(TALLY), "attempts": ATTEMPTS}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    TALLY.update(getattr(node, "workeroutput", {}).get("tally", {}))
+    found = getattr(node, "workeroutput", {})
+    TALLY.update(found.get("tally", {}))
+    ATTEMPTS.extend(found.get("attempts", []))
 
 
 @pytest.fixture(scope="session")
 def tally():
     """Counts that the summary shows."""
     return TALLY
+
+
+@pytest.fixture
+def attempt(request, tmp_path):
+    """For a test of what a stranger may hand over: note in the table of attempts, when it holds.
+
+    attempt("2", "train_log.txt links elsewhere", "written through the link", str(error.value))
+    """
+    rows: list[list[str]] = []
+
+    def note(kind: str, made: str, before: str, now: object) -> None:
+        now = " ".join(str(now).replace(str(tmp_path), "...").split()).replace("|", r"\|")
+        rows.append([kind, made, before, now if len(now) <= 300 else f"{now[:300]} ..."])
+
+    yield note
+    ATTEMPTS.extend(rows)
 
 
 @pytest.fixture(scope="session", autouse=True)

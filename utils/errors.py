@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.logger import note_in_file, say
+from utils.text import visible
 
 FAILED, STOPPED, KILLED = 2, 75, 130  # 75: "try again later" (sysexits.h)
 LONGEST = 2000  # characters of a message
@@ -27,13 +28,18 @@ TOO_MANY_FILES = os.strerror(errno.EMFILE)
 
 
 class UserError(Exception):
-    """Bad input, told in one message that names the file, the entry and the mend.
+    """Bad input, told in one line that names the file, the entry and the mend.
 
     Entry points print it without a traceback and leave with status 2. Anything else that is
     raised is a fault of the program and keeps its traceback.
     """
 
     def __init__(self, message: str) -> None:
+        # A loader process's error comes as its traceback, whose last line is the message.
+        if message.startswith(f"Caught {type(self).__name__} in DataLoader worker process "):
+            name = f"{type(self).__module__}.{type(self).__qualname__}: "
+            message = message.rstrip("\n").rsplit("\n", 1)[-1].removeprefix(name)
+        message = visible(message)
         if len(message) > LONGEST:  # it quotes something large
             message = f"{message[: LONGEST // 2]} [...] {message[-LONGEST // 2 :]}"
         super().__init__(message)
@@ -51,11 +57,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
-
-
-def words_of(error: UserError) -> str:
-    """Its message. A loader process sends its error on with a traceback in front."""
-    return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
 
 
 def rank() -> int:
@@ -76,7 +77,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _leave(f"error: {words_of(error)}{_more_files(error)}", FAILED)
+        _leave(f"error: {error}{_more_files(error)}", FAILED)
     except (OSError, RuntimeError) as error:
         if hint := _more_files(error):  # of this process, or of a loader's, as text
             _leave(f"error: {TOO_MANY_FILES}{hint}", FAILED)

@@ -1,17 +1,33 @@
-"""Files that are never half written, and folders that one process works in at a time."""
+"""Files that are never half written, and folders that one process works in at a time.
+
+What stands in a folder may be a stranger's. So only regular files are read (a pipe keeps its reader
+waiting for ever), and what is written goes into files of our own: never through a link.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
+import logging
 import os
+import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from utils.errors import UserError
+from utils.logger import LOGGER_NAME, say
+from utils.text import visible
+
+# What file systems answer that do not know how to sync a folder, or to change a file's rights.
+UNKNOWN_HERE = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM,
+    errno.EACCES,
+}  # fmt: skip
 
 
 def expand(path: str) -> str:
@@ -26,6 +42,52 @@ def expand(path: str) -> str:
 def path_option(text: str) -> Path:
     """For argparse: the path that was typed."""
     return Path(expand(text))
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file to read it. Raises OSError, also for a pipe, a device or a folder."""
+    file = open(  # noqa: SIM115  the caller closes it
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a regular file. Raises OSError as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def append(path: Path) -> TextIO:
+    """A text file to add lines to; it is made if there is none. Raises UserError if it cannot be
+    opened, or is a link or no regular file. One that another folder shares (`cp -al`) is parted
+    from it first."""
+    descriptor = _open_own(path, os.O_WRONLY | os.O_APPEND)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        with open_file(path) as old:
+            write_atomically(path, lambda new: shutil.copyfileobj(old, new))
+        descriptor = _open_own(path, os.O_WRONLY | os.O_APPEND)
+    return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file that this program makes, and nobody else."""
+    more = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags | more, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise UserError(f"{path}: {error.strerror}; a run writes into it") from None
+    raise UserError(
+        f"{path}: a link, a folder or a pipe; a run writes only into files of its own: remove it"
+    )
 
 
 def write_atomically(
@@ -46,11 +108,12 @@ def write_atomically(
             temporary = file.name
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # NamedTemporaryFile makes files private
+            _tolerant(path.parent, "synced to disk", lambda: os.fsync(file.fileno()))
+            rights = 0o666 & ~_umask()  # NamedTemporaryFile makes files private
+            _tolerant(path.parent, "given rights", lambda: os.fchmod(file.fileno(), rights))
         before()
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _tolerant(path.parent, "synced to disk", lambda: _sync_folder(path.parent))
     except BaseException as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
@@ -75,25 +138,49 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def lock(folder: Path, inherited: bool = False) -> int:
+def lock(folder: Path, inherited: bool = False, name: str = "lock", wait: bool = False) -> int:
     """A lock on a folder, as a file descriptor, until the process ends; if `inherited`, until all
     its children have ended too. A file system that has no locks is warned of. Raises UserError if
-    another process has it, or if the folder is not writable."""
-    try:
-        descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; a run writes into it") from None
+    another process has it, or if the folder is not writable.
+
+    Args:
+        name: of the file that is locked; another one is another lock.
+        wait: for the process that has it, instead of raising.
+    """
+    descriptor = _open_own(folder / name, os.O_RDWR)
     try:
         take = fcntl.flock if inherited else fcntl.lockf
-        take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            text = f"{folder}: cannot be locked ({error.strerror}): start no second run in it"
-            print(text, file=sys.stderr)
+            _warn_once(f"{folder}: cannot be locked ({error.strerror}): start no second run in it")
             return descriptor
+        shared = os.fstat(descriptor).st_nlink > 1
         os.close(descriptor)
-        raise UserError(f"{folder}: another process is at work here; run it again later") from None
+        where = "in a copy of it that shares its files (cp -al)" if shared else "here"
+        raise UserError(
+            f"{folder}: another process is at work {where}; run it again later"
+        ) from None
     return descriptor
+
+
+def _tolerant(folder: Path, what: str, action: Callable[[], object]) -> None:
+    """Do what some file systems cannot: where this one cannot, it is said once."""
+    try:
+        action()
+    except OSError as error:
+        if error.errno not in UNKNOWN_HERE:
+            raise
+        _warn_once(f"{folder}: files there cannot be {what} ({error.strerror}); going on without")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log = logging.getLogger(LOGGER_NAME)
+    if log.handlers:
+        log.warning(text)
+    else:  # there is no log yet
+        say(visible(text), sys.stderr)
 
 
 def _umask() -> int:

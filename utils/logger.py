@@ -10,8 +10,18 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from utils.text import Lines, visible
+
 LOGGER_NAME = "aea_firm"
 LAST_WORDS = logging.CRITICAL
+
+
+class _Plain(logging.Formatter):
+    """Of a message one line, whatever stands in it, unless it is `Lines`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = visible(record.message, lines=isinstance(record.msg, Lines))
+        return super().formatMessage(record)
 
 
 class _AboveBars(logging.Handler):
@@ -23,6 +33,11 @@ class _AboveBars(logging.Handler):
 
 class _File(logging.FileHandler):
     """A full disk delays lines of the log, and ends no run."""
+
+    def _open(self) -> TextIO:
+        from utils.files import append  # which logs, too
+
+        return append(Path(self.baseFilename))
 
     def handleError(self, record: logging.LogRecord) -> None:
         say(f"{self.baseFilename}: {sys.exc_info()[1]}")
@@ -37,13 +52,14 @@ class _FileForLast(_File):
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line at once, on stdout if no `file` is given.
+    """Print a text at once, on stdout if no `file` is given; control characters but line breaks are
+    shown by their numbers.
 
     A console that is gone or full gets no more lines, and ends no run.
     """
     file = file or sys.stdout
     try:
-        tqdm.write(text, file=file)
+        tqdm.write(visible(text, lines=True), file=file)
         file.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
@@ -59,6 +75,7 @@ def note_in_file(message: str) -> None:
 
 def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
     """The project's logger: plain lines on the console, the same with the time in `log_file`.
+    Raises UserError if that cannot be opened, or is a link.
 
     Of several processes (`rank`) the others than the first write warnings alone, to the console.
     """
@@ -69,13 +86,10 @@ def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
         logger.removeHandler(handler)
         handler.close()
     console = _AboveBars()
-    if rank:
-        console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+    console.setFormatter(_Plain(f"rank {rank}: %(message)s" if rank else None))
     logger.addHandler(console)
     if log_file is not None:
-        handler = (_FileForLast if rank else _File)(
-            log_file, encoding="utf-8", errors="backslashreplace", delay=bool(rank)
-        )
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler = (_FileForLast if rank else _File)(log_file, delay=bool(rank))
+        handler.setFormatter(_Plain("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger

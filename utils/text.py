@@ -1,4 +1,4 @@
-"""Whether a text says anything: one check for captions and sentences, wherever they come from."""
+"""Text that is not ours: whether a sentence says anything, and how a terminal or log shows it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,28 @@ import re
 # characters, "&nbsp;"), or stand for a token that is no word ("<end_of_text>").
 PLAIN = re.compile(r"[ -%'-;=-~]*")
 START = 49406  # the first of CLIP's two special tokens
+# What moves a terminal's cursor, turns its direction, breaks a line, or cannot be written as UTF-8.
+HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Lines(str):
+    """A message of several lines, which the log keeps: a table, a list. Its line breaks are made
+    here, and what stands in it and comes from elsewhere has gone through `visible`."""
+
+
+def visible(text: object, lines: bool = False) -> str:
+    """`text` on one line, for a terminal or a log: control characters, line breaks, marks that turn
+    the direction of writing and halves of characters as `\\x1b`, `\\n`, `\\u202e`.
+
+    Args:
+        lines: keep line breaks.
+    """
+
+    def shown(found: re.Match) -> str:
+        letter = found.group()
+        return letter if lines and letter == "\n" else letter.encode("unicode_escape").decode()
+
+    return HIDDEN.sub(shown, str(text))
 
 
 def fault(text: object) -> str:
