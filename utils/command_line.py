@@ -28,6 +28,7 @@ from utils.options import (
 )
 from utils.runs import CONFIG, LAST, differences, folders, is_named, refuse_if_at_work
 
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What test.py may be given; it takes the rest from the run's configs.yaml.
 TEST_OPTIONS = (
     "root_dir", "device", "precision", "test_batch_size", "num_workers", "image_cache",
@@ -214,8 +215,8 @@ def parse_test_options(
         if name in OPTIONS
     }
     for name in TYPED_ONLY:
-        value = recorded.pop(name, OPTIONS[name].default)
-        if value != OPTIONS[name].default and name not in given:
+        value, default = recorded.pop(name, ""), OPTIONS[name].default
+        if value not in ("", default, os.path.join(PROJECT, default)) and name not in given:
             notes.append(_not_taken(config_file, name, value))
     args = EasyDict(resolve({**recorded, **given}), **own)
     return args, checkpoint, notes
