@@ -9,7 +9,7 @@ import re
 PLAIN = re.compile(r"[ -%'-;=-~]*")
 START = 49406  # the first of CLIP's two special tokens
 # What moves a terminal's cursor, turns its direction, breaks a line, or cannot be written as UTF-8.
-HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Lines(str):
