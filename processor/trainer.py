@@ -38,7 +38,7 @@ from utils.distributed import ALONE, Votes, World
 from utils.errors import Stopped, UserError
 from utils.interrupt import StopRequest
 from utils.logger import note_in_file
-from utils.runs import LAST, LAST_EPOCH
+from utils.runs import EVENTS, LAST, LAST_EPOCH
 
 
 class Trainer:
@@ -127,7 +127,10 @@ class Trainer:
         """TensorBoard's writer, of the leader. A full disk ends the curves, not the run."""
         if self.world.leads:
             threading.excepthook = _excepthook
-            self.writer = SummaryWriter(self.run_dir, purge_step=self.epoch + 1)
+            starts = EVENTS.format(1 + sum(1 for _ in self.run_dir.glob("events.out.*")))
+            self.writer = SummaryWriter(
+                self.run_dir, purge_step=self.epoch + 1, filename_suffix=starts
+            )
         try:
             yield
         finally:

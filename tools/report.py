@@ -14,7 +14,7 @@ import argparse
 import base64
 import html
 import io
-import json
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -30,22 +30,27 @@ import utils  # noqa: F401  before torch is loaded
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from datasets.build import read_for_test
 from datasets.transforms import read_image
 from model.build import build_evaluation_model
 from processor.evaluator import Evaluator
-from processor.queries import read_queries
+from processor.queries import check_figures, read_queries, read_results
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
 from utils.devices import choose_device, choose_precision
 from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
+from utils.logger import say
 from utils.metrics import FIGURES
 from utils.options import OPTIONS
+from utils.runs import EVENTS
+from utils.text import visible
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 THUMBNAIL = 120  # pixels high
+DIGITS = len(EVENTS.format(0)) - 1  # of the number at the end of a file of curves
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --hit: #16a34a; --miss: #dc2626; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
@@ -80,25 +85,51 @@ class Run:
 def read_run(folder: Path, colour: str) -> Run:
     """Raises UserError if the folder is no evaluated run."""
     path = folder / "test_results.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; evaluate the run first (test.py)")
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no results of test.py: {error}") from None
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    scalars = {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
-    return Run(folder, folder.name, results, scalars, colour)
+    results = read_results(path, folder / "test_queries.npz")
+    check_figures(results, path)
+    return Run(folder, folder.name, results, read_scalars(folder), colour)
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(epoch, value) of every curve that TensorBoard has of a run, by epoch.
+
+    A run that went on has a file of each start. TensorBoard orders them by the clock, which may
+    have been put back; here by the number at the end of their names, which the trainer counts up.
+    From the first epoch of a file on, what older ones say does not count.
+    """
+
+    def started(path: Path) -> tuple[int, str]:
+        number = path.suffix.removeprefix(".")
+        return int(number) if number.isdecimal() and len(number) == DIGITS else 0, path.name
+
+    curves: dict[str, dict[int, float]] = {}
+    files = (path for path in folder.glob("events.out.tfevents.*") if path.is_file())
+    for path in sorted(files, key=started):
+        events = EventAccumulator(
+            str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False
+        )
+        try:
+            events.Reload()
+            found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        except Exception as error:  # what reads a stranger's file may raise anything
+            raise UserError(f"{path}: no events of TensorBoard: {error}") from None
+        first = min((event.step for curve in found.values() for event in curve), default=math.inf)
+        for tag in (*curves, *found):
+            before = {s: value for s, value in curves.get(tag, {}).items() if s < first}
+            curves[tag] = before | {e.step: e.value for e in found.get(tag, ())}
+    return {tag: sorted(points.items()) for tag, points in curves.items()}
+
+
+def escaped(text: object) -> str:
+    """For HTML, with control characters and halves of characters shown by their numbers."""
+    return html.escape(visible(text))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """An HTML table whose cells are escaped."""
 
     def cells(values: Sequence[object], tag: str) -> str:
-        return "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values)
+        return "".join(f"<{tag}>{escaped(v)}</{tag}>" for v in values)
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
@@ -113,13 +144,17 @@ def round_values(low: float, high: float) -> list[float]:
 
 
 def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xlabel: str) -> str:
-    """An SVG line chart. lines: name -> (colour, points); empty if there is nothing to draw."""
-    points = [p for _, line in lines.values() for p in line]
-    if not points:
+    """An SVG line chart. lines: name -> (colour, points); empty if there is nothing to draw. Points
+    that are NaN or infinite leave a gap."""
+    if not any(line for _, line in lines.values()):
         return ""
+    points = [p for _, line in lines.values() for p in line if math.isfinite(p[1])]
+    if not points:
+        text = f"{escaped(title)}</figcaption>no finite value"
+        return f"<figure><figcaption>{text}</figure>"
     width, height, left, bottom, top = 320, 200, 46, 30, 8
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+    x1, y1 = (x1 if x1 > x0 else x0 + 1), max(y1, y0 + max(1e-6 * abs(y0), 1e-9))
 
     def place(x: float, y: float) -> str:
         u = left + (x - x0) / (x1 - x0) * (width - left - 8)
@@ -137,21 +172,24 @@ def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xl
         f'<text x="{(left + width) / 2:.0f}" y="{height - 2}" text-anchor="middle">{xlabel}</text>'
     )
     for name, (colour, line) in lines.items():
-        path = " ".join(place(x, y) for x, y in line)
-        label = html.escape(name)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2">'
-            f"<title>{label}</title></polyline>"
-        )
+        label = escaped(name)
+        gaps = itertools.groupby(line, key=lambda point: math.isfinite(point[1]))
+        for stretch in [list(found) for finite, found in gaps if finite]:
+            path = " ".join(place(x, y) for x, y in stretch)
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2">'
+                f"<title>{label}</title></polyline>"
+            )
+        line = [point for point in line if math.isfinite(point[1])]
         parts += [f'<circle cx="{place(x, y).split(",")[0]}" cy="{place(x, y).split(",")[1]}" '
                   f'r="2.5" fill="{colour}"><title>{label}: {y:.4g} at {x:g}</title></circle>'
                   for x, y in (line if len(line) <= 60 else ())]  # fmt: skip
     keys = " ".join(
-        f'<span class="key" style="background:{colour}"></span>{html.escape(name)}'
+        f'<span class="key" style="background:{colour}"></span>{escaped(name)}'
         for name, (colour, _) in lines.items()
     )
     return (
-        f"<figure><figcaption>{html.escape(title)}</figcaption>"
+        f"<figure><figcaption>{escaped(title)}</figcaption>"
         f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>{keys}</figure>'
     )
 
@@ -189,7 +227,7 @@ def protocols(runs: Sequence[Run]) -> str:
         text = run.results.get("protocol", {}).get("text", "How it was chosen was not recorded.")
         changed = run.results.get("data", {}).get("changed") or {}
         told = [f"{split} is not what it was in training: {how}." for split, how in changed.items()]
-        lines.append(f"<li>{html.escape(' '.join([f'{run.name}: {text}', *told]))}</li>")
+        lines.append(f"<li>{escaped(' '.join([f'{run.name}: {text}', *told]))}</li>")
     return f"<ul>{''.join(lines)}</ul>"
 
 
@@ -201,7 +239,7 @@ def figures_table(runs: Sequence[Run]) -> str:
             for gallery, r in content["galleries"].items():
                 values = [f"{r[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP")]
                 rows.append(
-                    [run.name, run.results["epoch"], split, gallery, r["queries"], r["gallery"]]
+                    [run.name, run.results.get("epoch"), split, gallery, r["queries"], r["gallery"]]
                     + values
                 )
     head = ["run", "epoch", "split", "gallery", "captions", "images", *FIGURES]
@@ -226,13 +264,22 @@ def thumbnail(path: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def best_images(
+    caption_CD: Tensor, image_GD: Tensor, most: int = 10
+) -> tuple[list[list[float]], list[list[int]]]:
+    """Of every caption the cosines of its best images, best first, and their positions."""
+    similarity_CG = F.normalize(caption_CD, dim=1) @ F.normalize(image_GD, dim=1).T
+    found = similarity_CG.topk(min(most, len(image_GD)), dim=1)
+    return found.values.tolist(), found.indices.tolist()
+
+
 @torch.no_grad()
 def sheets(run: Run, given: argparse.Namespace) -> str:
     """For each view: captions with their ten best images, the worst failures and random ones."""
     words = ["--config_file", str(run.folder / "configs.yaml"), "--device", given.device]
     words += ["--root_dir", given.root_dir] if given.root_dir else []
+    words += ["--attributes_file", given.attributes_file] if given.attributes_file else []
     args, path, _ = parse_test_options([*words, "--num_workers", "0"])
-    args.image_cache = ""
     device = choose_device(args.device)
     args.precision = choose_precision(args.precision, device)
     model = build_evaluation_model(args, load_checkpoint(path), str(path)).to(device)
@@ -250,29 +297,34 @@ def sheets(run: Run, given: argparse.Namespace) -> str:
     for name, (image_GD, images, gallery_pids) in views.items():
         if name not in run.results["splits"]["test"]["galleries"]:
             continue  # no caption has a match there
-        similarity = F.normalize(features.captions, dim=1) @ F.normalize(image_GD, dim=1).T
-        best_QK = similarity.topk(min(10, len(images)), dim=1).indices.cpu()
         ranked = read_queries(run.folder / "test_queries.npz", "test", name)
         first = ranked.rows_Q3[:, 0].nan_to_num(0)
         worst = first.argsort(descending=True)[: given.queries].tolist()
         order = torch.randperm(len(first), generator=torch.Generator().manual_seed(0)).tolist()
+        if len(first) != len(split.captions):
+            raise UserError(
+                f"{run.folder}: {name} has {len(first)} captions in test_queries.npz, and "
+                f"{len(split.captions)} in {args.root_dir}; evaluate the run again (test.py)"
+            )
         for title, chosen in (("worst", worst), ("random", order[: given.queries])):
             rows = []
-            for q in chosen:
+            # Only those that are shown are compared: memory grows with them, not with the test set.
+            found_CK = best_images(features.captions[chosen], image_GD)
+            for q, *best_K in zip(chosen, *found_CK, strict=True):
                 shown = "".join(
                     f'<img class="{"hit" if gallery_pids[g] == caption_pids[q] else "miss"}" '
-                    f'alt="rank {k}" title="rank {k}, similarity {similarity[q, g]:.3f}" '
+                    f'alt="rank {k}" title="rank {k}, similarity {similarity:.3f}" '
                     f'src="{thumbnail(images[g].path)}">'
-                    for k, g in enumerate(best_QK[q].tolist(), 1)
+                    for k, (similarity, g) in enumerate(zip(*best_K, strict=True), 1)
                 )
                 rank = f"first match at rank {int(first[q])}" if first[q] else "no match in gallery"
                 rows.append(
-                    f'<div class="query">{html.escape(split.captions[q])} <small>({rank} of '
+                    f'<div class="query">{escaped(split.captions[q])} <small>({rank} of '
                     f'{len(images)})</small><div class="row">{shown}</div></div>'
                 )
             opened = " open" if not parts else ""
             parts.append(
-                f"<details{opened}><summary>{html.escape(name)}: {len(rows)} {title} captions"
+                f"<details{opened}><summary>{escaped(name)}: {len(rows)} {title} captions"
                 f"</summary>{''.join(rows)}</details>"
             )
     return "".join(parts)
@@ -295,15 +347,15 @@ def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
         "<h2>Training</h2>", curves(runs),
     ]  # fmt: skip
     for run in runs:
-        parts += [f"<h2>{html.escape(run.name)}</h2>", attributes_table(run), options_table(run)]
+        parts += [f"<h2>{escaped(run.name)}</h2>", attributes_table(run), options_table(run)]
         if given.queries:
             parts += ["<h3>Captions and their ten best images</h3>", sheets(run, given)]
     title = " and ".join(run.name for run in runs)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
+        f"<title>{escaped(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escaped(title)}</h1>{''.join(parts)}</body></html>"
     )
 
 
@@ -316,13 +368,16 @@ def main() -> None:
     parser.add_argument(
         "--root_dir", default="", type=expand, help="the data set's folder, if it has moved"
     )
+    parser.add_argument(
+        "--attributes_file", default="", type=expand, help=OPTIONS["attributes_file"].help
+    )
     parser.add_argument("--queries", default=8, type=int, help="captions per sheet; 0 for none")
     parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
     given = parser.parse_args()
     runs = [read_run(f, COLOURS[i % len(COLOURS)]) for i, f in enumerate(given.runs)]
     page = report(runs, given)
-    write_atomically(given.output, lambda file: file.write(page.encode("utf-8", "replace")))
-    print(f"wrote {given.output}, {len(page) / 2**20:.1f} MiB")
+    write_atomically(given.output, lambda file: file.write(page.encode()))
+    say(f"wrote {given.output}, {len(page) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

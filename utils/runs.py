@@ -19,6 +19,8 @@ from utils.files import lock, remove_unfinished
 from utils.options import read_preset
 
 LAST, CONFIG = "last.pth", "configs.yaml"
+# Behind the name of a file of curves: the number of the start that it is of.
+EVENTS = ".{:05d}"
 LAST_EPOCH = "last"  # stands for the split that chose a checkpoint, if none did
 
 

@@ -83,7 +83,7 @@ def test_results_and_report_show_every_gallery_as_long_as_it_is(evaluated):
     with np.load(evaluated / "test_queries.npz") as queries:
         captions = galleries["aerial"]["queries"] + galleries["aerial"]["unmatched"]
         assert len(queries["test/ground/first"]) == captions
-    given = Namespace(device="cpu", root_dir="", queries=2)
+    given = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
     page = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
     # Worst and random, two captions each: ten images of 12, all 4, ten of 16.
     assert page.count("<img") == 2 * 2 * (10 + 4 + 10)
@@ -102,7 +102,7 @@ def test_the_check_counts_and_reads_every_view(uneven_root, monkeypatch, capsys)
 def test_a_view_without_images_is_left_out_everywhere(evaluated):
     results = json.loads((evaluated / "test_results.json").read_text())
     assert list(results["splits"]["test"]["galleries"])[:2] == ["aerial", "aerial + ground"]
-    given = Namespace(device="cpu", root_dir="", queries=2)
+    given = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
     page = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
     assert page.count("<img") == 2 * 2 * (10 + 10)
 
