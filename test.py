@@ -27,7 +27,7 @@ from processor.evaluator import (
 )
 from processor.guards import explained
 from processor.queries import per_query, write_results
-from processor.summary import data_of, protocol_of, repeats, warn
+from processor.summary import data_of, protocol_of, repeats, told_by, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
@@ -35,6 +35,7 @@ from utils.devices import allow_open_files, choose_precision
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.logger import setup_logger
+from utils.text import Lines, visible
 
 
 def main() -> None:
@@ -54,14 +55,14 @@ def main() -> None:
     protocol = protocol_of(checkpoint, args, data, world)
     content, told = data_of(checkpoint, data)
     warn(log, data)
-    log.info(f"{path}: epoch {checkpoint.get('epoch')}; {device.type}, {args.precision}")
+    epoch, best = told_by(checkpoint)
+    log.info(f"{path}: epoch {epoch}; {device.type}, {args.precision}")
     for note in (*model.base_model.notes, f"this checkpoint is {protocol}", *lost, *told):
         log.info(note)
 
     queries: dict[str, np.ndarray] = {}
-    results = {"checkpoint": str(path), "epoch": checkpoint.get("epoch"), "splits": {}}
+    results = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
     results |= {"protocol": protocol.results(), "data": content}
-    best = checkpoint.get("best", {})
     # The split that chose the checkpoint comes too, so that its figures can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
         evaluator = Evaluator(data, name, args, device, world=world)
@@ -71,22 +72,23 @@ def main() -> None:
         figures = {k: ranked.summary() for k, ranked in galleries.items()}
         results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
         queries |= per_query(name, galleries)
-        log.info(f"\n{name} split, which {protocol.role(name)}\n{gallery_table(figures)}")
+        heading = visible(f"{name} split, which {protocol.role(name)}")
+        log.info(Lines(f"\n{heading}\n{gallery_table(figures)}"))
         if args.bootstrap:
             found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
             results["splits"][name]["intervals"] = found
             heading = f"95 % intervals, {args.bootstrap} draws of identities"
-            log.info(f"\n{heading}\n{interval_table(found)}")
+            log.info(Lines(f"\n{heading}\n{interval_table(found)}"))
         if best.get("split") == name:
             log.info(repeats(best, next(iter(figures.values()))))
         if data.attribute_names and hasattr(model, "atr_matching_head"):
             accuracy = evaluator.attribute_accuracy(model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
-            log.info(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}")
+            log.info(Lines(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()
     if not world.leads:
         return
-    log.info(f"\n{write_results(path, results, queries)}")
+    log.info(write_results(path, results, queries))
 
 
 def add_options(parser) -> None:

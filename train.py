@@ -33,6 +33,7 @@ from utils.interrupt import leave_at_once
 from utils.logger import setup_logger
 from utils.options import write_config
 from utils.runs import CONFIG, open_run
+from utils.text import Lines
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
         model = build_training_model(args, losses, data.num_identities, world).to(device)
     last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
     check_batch_norm(model, args, last_batch * len(data.views))
-    resumed, notes = args.resume != "no", model.base_model.notes
+    resumed, notes = bool(args.resume_ckpt_file), model.base_model.notes
     if args.finetune and not resumed:
         notes = [*notes, load_fitting(model, load_checkpoint(args.finetune), args.finetune)]
     run_dir = open_run(args, world)
@@ -86,8 +87,9 @@ def main() -> None:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()
 
-    log.info(best_table(best))
-    log.info(evaluate_with(run_dir / CONFIG, [trainer.best_file(split) for split in best]))
+    log.info(Lines(best_table(best)))
+    files = [trainer.best_file(split) for split in best]
+    log.info(Lines(evaluate_with(run_dir / CONFIG, files, args)))
     distributed.finish()
 
 

@@ -125,6 +125,8 @@ class Guard:
             shown = {k: v if abs(v) < float("inf") else str(v) for k, v in figures.items()}
             content = {"place": step.place, "figures": shown, "samples": samples}
             try:
+                if file.parent.is_symlink():
+                    raise UserError(f"{file.parent}: a link; a run writes only into its own folder")
                 write_atomically(file, lambda f: f.write(json.dumps(content, indent=1).encode()))
                 text += f"; its {len(samples)} samples are listed in {file}"
             except UserError as error:  # a full disk may cost the list, not the run

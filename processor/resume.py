@@ -17,6 +17,7 @@ import torch
 from datasets.fingerprint import changes
 from datasets.heldout import HELDOUT
 from model.build import check_input
+from processor.summary import told_by
 from utils.checkpoint import (
     Lost,
     digest,
@@ -27,6 +28,7 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.errors import UserError
+from utils.metrics import FIGURES
 from utils.runs import LAST_EPOCH
 
 if TYPE_CHECKING:
@@ -148,19 +150,20 @@ def _best_files(trainer: Trainer) -> tuple[list[str], dict[str, dict[str, Any]]]
         expected = chosen(split, best[split]) if split in best else None
         with suppress(Lost):
             found = load_checkpoint(file)
-        if found.get("best") == expected:
+        epoch, its = told_by(found)
+        if its == expected if expected else "best" not in found:
             continue
         here = bool(expected) and (expected["epoch"], 0) == (trainer.epoch, trainer.step)
         if trainer.epoch == trainer.args.num_epoch and not here:  # nothing more will be saved
             continue
         what = f"{file.name} is missing or damaged"
-        if here and found.get("epoch", trainer.epoch) < trainer.epoch:
-            what = f"{file.name} is of epoch {found['epoch']}, which this one was to replace"
+        if here and (trainer.epoch if epoch is None else epoch) < trainer.epoch:
+            what = f"{file.name} is of epoch {epoch}, which this one was to replace"
         elif file.exists():
             names = (file.with_suffix(f".aside{n}.pth") for n in itertools.count(1))
             aside = next(name for name in names if not name.exists())
             os.replace(file, aside)
-            of = f"of epoch {found['epoch']}" if "epoch" in found else "damaged"
+            of = "damaged" if epoch is None else f"of epoch {epoch}"
             what = f"{file.name} is {of}, and not this run's; now {aside.name}"
         if here:
             save_checkpoint(file, best_of(trainer, split))
@@ -186,8 +189,13 @@ def _load(trainer: Trainer, state: dict[str, Any], path: str) -> None:
         if not state["sampler"]["step"] == state["step"] <= len(sampler):
             raise ValueError(f"step {state['step']} of an epoch of {len(sampler)}")
         for split, found in state["best"].items():
-            figures = {"R@1": 0} if split == LAST_EPOCH else found["figures"][split]
-            float(figures["R@1"] + found["epoch"])
+            if type(found["epoch"]) is not int or type(split) is not str:
+                raise ValueError("its best epochs are no numbers")
+            if split != LAST_EPOCH and split not in found["figures"]:
+                raise ValueError(f"its best epoch by {split} has no figures")
+            for figures in found["figures"].values():
+                if [type(figures[name]) for name in FIGURES] != [float] * len(FIGURES):
+                    raise ValueError("its best figures are no numbers")
         trainer.scheduler.last_epoch = state["epoch"]
         for group, base, factor in zip(
             trainer.optimizer.param_groups,

@@ -19,9 +19,11 @@ from datasets.heldout import HELDOUT
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from processor.evaluator import Evaluator
+from utils.command_line import typed_again
 from utils.distributed import World
 from utils.metrics import FIGURES, Retrieval
 from utils.runs import LAST_EPOCH
+from utils.text import visible
 
 
 def describe(
@@ -119,8 +121,8 @@ class Protocol:
 def protocol_of(checkpoint: dict[str, Any], args: EasyDict, data: Data, world: World) -> Protocol:
     """Of a checkpoint that is evaluated: what it says itself, else by the run's options. No split
     chooses the last.pth of a run."""
-    best, chosen_on = checkpoint.get("best"), LAST_EPOCH
-    if isinstance(best, dict) and isinstance(best.get("split"), str):
+    best, chosen_on = told_by(checkpoint)[1], LAST_EPOCH
+    if best:
         chosen_on = best["split"]
     elif "sampler" not in checkpoint:  # which goes on with a run
         chosen_on = next(iter(selecting_splits(args.val_dataset)), LAST_EPOCH)
@@ -138,6 +140,19 @@ def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], lis
     return {**here, "changed": changed}, told
 
 
+def told_by(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    """The epoch of a checkpoint, and what chose it: `split`, `epoch` and, unless the last epoch was
+    taken, figures in percent. None and empty where it says nothing, or what other code means."""
+    epoch, best = checkpoint.get("epoch"), checkpoint.get("best")
+    plain = isinstance(best, dict) and all(
+        type(value) is (str if key == "split" else int if key == "epoch" else float)
+        for key, value in best.items()
+    )
+    whole = plain and {"epoch", "split"} <= set(best)
+    whole = whole and (best["split"] == LAST_EPOCH or set(FIGURES) <= set(best))
+    return (epoch if type(epoch) is int else None), (best if whole else {})
+
+
 def repeats(best: dict[str, Any], now: Retrieval) -> str:
     """Whether an evaluation gives the figures that training had at the best epoch."""
     figures = now.percentages()
@@ -152,13 +167,14 @@ def warn(log: logging.Logger, data: Data) -> None:
         log.info(f"warning: {text}")
 
 
-def evaluate_with(config: Path, checkpoints: Sequence[Path]) -> str:
+def evaluate_with(config: Path, checkpoints: Sequence[Path], args: EasyDict) -> str:
     """The commands that evaluate a run's best checkpoints, a line each."""
     lines = []
     for path in checkpoints:
-        other = "" if path.name == "best.pth" else f" --checkpoint {shlex.quote(str(path))}"
-        command = f"python test.py --config_file {shlex.quote(str(config))}{other}"
-        lines.append(f"evaluate {path.name} with: {command}")
+        command = ["python", "test.py", "--config_file", str(config)]
+        command += [] if path.name == "best.pth" else ["--checkpoint", str(path)]
+        command += typed_again(args)
+        lines.append(visible(f"evaluate {path.name} with: {shlex.join(command)}"))
     return "\n".join(lines)
 
 

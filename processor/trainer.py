@@ -387,9 +387,11 @@ class Trainer:
 
     def _saved(self) -> str:
         program = "python" if self.world.size == 1 else "torchrun ..."
+        words = ["--resume", "--resume_ckpt_file", str(self.run_dir / LAST)]
+        words += ["--image_cache", self.args.image_cache] if self.args.image_cache else []
         return (
             f"saved at epoch {self.epoch + 1}, step {self.step}; go on with: {program} train.py "
-            f"--resume --resume_ckpt_file {shlex.quote(str(self.run_dir / LAST))}"
+            f"{shlex.join(words)}"
         )
 
     def save(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -45,9 +46,12 @@ from processor.trainer import Trainer
 from solver.build import build_optimizer
 from utils.command_line import parse_options
 from utils.devices import autocast, choose_device, choose_precision
+from utils.documents import load_json
 from utils.errors import UserError, run_main
-from utils.files import expand, write_atomically
+from utils.files import expand, read_file, write_atomically
+from utils.logger import say
 from utils.metrics import query_metrics, retrieval
+from utils.text import visible
 
 PARTS = ("data", "step", "encode", "rank")
 GALLERIES = (3_200, 20_000, 100_000)
@@ -396,16 +400,20 @@ def compare(paths: list[str]) -> str:
     files = []
     for path in paths:
         try:
-            files.append({r["what"]: r for r in json.loads(Path(path).read_text())["rows"]})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            rows = load_json(read_file(path))["rows"]
+            files.append({visible(row["what"]): float(row["median_ms"]) for row in rows})
+            if not all(0 < value < math.inf for value in files[-1].values()):
+                raise ValueError("a median that is no time")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise UserError(f"{path}: no result of tools/bench.py: {error}") from None
     old, new = files
-    table = PrettyTable(["what", f"{paths[0]}, ms", f"{paths[1]}, ms", "times faster"])
+    one, other = map(visible, paths)
+    table = PrettyTable(["what", f"{one}, ms", f"{other}, ms", "times faster"])
     table.align = "r"
     table.align["what"] = "l"
     for name in old:
         if name in new:
-            a, b = old[name]["median_ms"], new[name]["median_ms"]
+            a, b = old[name], new[name]
             table.add_row([name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"])
     return table.get_string()
 
@@ -430,7 +438,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     args = parse_options(None, __doc__.split("\n")[0], add_options)
     if args.compare:
-        print(compare(args.compare))
+        say(compare(args.compare))
         return
     without_weights(args)
     device = choose_device(args.device)
@@ -442,7 +450,7 @@ def main() -> None:
         f"{machine(device)}; {args.precision}{', plain' if args.plain else ''}; "
         f"batch {args.batch_size} pairs of {args.img_size[0]}x{args.img_size[1]}, {args.loss_names}"
     )
-    print(about)
+    say(about)
     rows: list[Row] = []
     benches = {
         "data": lambda: bench_data(args, device),
@@ -452,7 +460,7 @@ def main() -> None:
     }
     for name in args.what:
         rows += benches[name]()
-    print(table_of(rows))
+    say(table_of(rows))
     if args.json:
         text = json.dumps({"about": about, "rows": rows}, indent=2)
         write_atomically(Path(args.json), lambda file: file.write(text.encode()))

@@ -26,11 +26,14 @@ from easydict import EasyDict
 
 from model.build import PREFIX, build_evaluation_model
 from model.weights import OPENAI_MODELS, BackboneSizes
+from processor.summary import told_by
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.errors import UserError, run_main
 from utils.files import expand, write_atomically
+from utils.logger import say
 from utils.options import INDIFFERENT, OPTIONS, SCRATCH_ONLY
+from utils.text import visible
 
 # What the family's models are made of; the rest of ours (AEA's queue) it keeps outside the model.
 FAMILY = re.compile(
@@ -81,11 +84,15 @@ def main() -> None:
             "--half", action="store_true", default=False, help="write half-precision weights"
         )
 
-    args, path, _ = parse_test_options(None, __doc__.split("\n")[0], extra)
+    args, path, told = parse_test_options(None, __doc__.split("\n")[0], extra)
     checkpoint = load_checkpoint(path)
     # Building it checks that the checkpoint is whole.
     backbone = build_evaluation_model(args, checkpoint, str(path)).base_model
-    sizes, folder, notes = backbone.sizes, Path(args.output), differences(args, backbone.sizes)
+    sizes, folder, notes = (
+        backbone.sizes,
+        Path(args.output),
+        told + differences(args, backbone.sizes),
+    )
     check_openai(sizes, f"{path}: {args.pretrain_choice}")
     kept = {name: v for name, v in checkpoint["model"].items() if FAMILY.match(name)}
     rows = len(kept.get("classifier.weight", range(CLASSES)))
@@ -121,14 +128,15 @@ def main() -> None:
             "original builds its model from; change it in configs.yaml if you move the folder"
         )
     # The original reads the weights alone; test.py here also what chose them.
-    said = {"best": checkpoint["best"]} if "best" in checkpoint else {}
-    content = {"model": kept, "input": backbone.input, "epoch": checkpoint.get("epoch", 0), **said}
+    epoch, best = told_by(checkpoint)
+    said = {"epoch": epoch or 0} | ({"best": best} if best else {})
+    content = {"model": kept, "input": backbone.input, **said}
     save_checkpoint(folder / "best.pth", content)
     text = yaml.dump(options, Dumper=_TupleDumper, sort_keys=False)
     write_atomically(folder / "configs.yaml", lambda file: file.write(text.encode()))
-    print(f"wrote {len(kept)} weights to {folder / 'best.pth'}, options to configs.yaml beside it")
+    say(f"wrote {len(kept)} weights to {folder / 'best.pth'}, options to configs.yaml beside it")
     for note in notes:
-        print(note)
+        say(visible(note))
 
 
 def check_openai(sizes: BackboneSizes, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import os
 import pickle
@@ -12,7 +13,7 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import open_file, write_atomically
 
 HASH = "sha256"  # a checkpoint's entry of its own content
 # Where the codes of others keep a model's weights; what stands first is taken first.
@@ -29,6 +30,7 @@ WRAPPERS = (
     "model", "state_dict", "model_state_dict", "module", "net", "network", "weights", "params",
     "ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model",
 )  # fmt: skip
+MOST_VALUES = 5_000_000  # of a checkpoint; one of 1,000 processes' generators has 1,300,000
 # Parts of a weight's name that come from what wrapped the model: DataParallel, torch.compile, ...
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 CONVERT = (
@@ -68,8 +70,13 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
                 finally:
                     beside.unlink(missing_ok=True)
 
+    def before() -> None:
+        # A kill between this and the new file's place leaves last.pth kept already.
+        if not _same(path, older(path, 1)):
+            rotate()
+
     content = {**content, HASH: digest(content)}
-    write_atomically(path, lambda file: torch.save(content, file), before=rotate)
+    write_atomically(path, lambda file: torch.save(content, file), before=before)
 
 
 def older(path: Path, number: int) -> Path:
@@ -92,13 +99,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     If several have some, `assumed` says which was taken. What a wrapper added to the names
     (`module.`, `_orig_mod.`) is cut; what is no tensor is left out of `model`.
 
-    Only tensors and plain values are accepted (`weights_only`), and a hash in the file must be that
-    of its content. Raises Lost if the file is missing, damaged or without weights, or another
-    UserError.
+    Only dense tensors and plain values are accepted (`weights_only`), no more of them than the file
+    has room for, and a hash in the file must be that of its content. Raises Lost if the file is
+    missing, damaged or without weights, or another UserError.
     """
     path = Path(path)
     content = _read(path)
-    found = list(_weights_in(content))
+    found = list(_weights_in(content, set()))
     if not found:
         raise Lost(f"{path}: no checkpoint: no weights in it; it holds {_described(content)}")
     (place, weights), *others = found
@@ -112,7 +119,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     """A file's content, by the format that its first bytes show."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(9)
             size = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
@@ -125,7 +132,7 @@ def _read(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         except Exception as error:
             raise Lost(f"{path}: not readable as safetensors: {error}") from None
-    return _read_torchscript(path) if _is_torchscript(path) else _load(path)
+    return _read_torchscript(path, size) if _is_torchscript(path) else _load(path, start, size)
 
 
 def _is_pickled(start: bytes) -> bool:
@@ -136,12 +143,16 @@ def _is_weight(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor)
 
 
-def _weights_in(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Where weights stand in a file, as "model.state_dict", and the weights; the first is meant."""
-    if not isinstance(content, dict) or place.count(".") > 3:  # it may hold itself
+def _weights_in(
+    content: Any, seen: set[int], place: str = ""
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Where weights stand in a file, as "model.state_dict", and the weights; the first is meant.
+    `seen`: ids of the dicts that were met, since a file may hold itself."""
+    if not isinstance(content, dict) or place.count(".") > 3 or id(content) in seen:
         return
+    seen.add(id(content))
     for name in WRAPPERS:
-        yield from _weights_in(content.get(name), f"{place}.{name}".lstrip("."))
+        yield from _weights_in(content.get(name), seen, f"{place}.{name}".lstrip("."))
     sizes = {"input_resolution", "context_length", "vocab_size"}  # records of OpenAI's archives
     tensors = {n: v for n, v in content.items() if _is_weight(n, v) and n not in sizes}
     if tensors:
@@ -162,7 +173,7 @@ def _unwrapped(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 def _described(content: Any) -> str:
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
-    entries = [f"{name} ({type(value).__name__})" for name, value in content.items()]
+    entries = [f"{name!s:.60} ({type(value).__name__})" for name, value in content.items()]
     return ", ".join(entries[:12] + ["..."] * (len(entries) > 12)) or "nothing"
 
 
@@ -216,15 +227,80 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
+        shutil.copy2(source, target)
 
 
-def _load(path: Path) -> Any:
+def _same(one: Path, other: Path) -> bool:
+    """Whether `_link` has made one of the other."""
+    try:
+        a, b = one.stat(), other.stat()
+    except OSError:
+        return False
+    if os.path.samestat(a, b):
+        return True
+    alike = (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
+    return alike and filecmp.cmp(one, other, shallow=False)
+
+
+def refuse_swollen(content: Any, size: int) -> None:
+    """Raise ValueError unless `content` is of plain values and dense tensors, and as large as a
+    file of `size` bytes can be.
+
+    What stands in several places counts in each, as copying and hashing meet it; but it is looked
+    at once.
+    """
+    known: dict[int, tuple[int, int] | None] = {}  # by id: values and bytes; None: under way
+
+    def measure(value: Any, place: str) -> tuple[int, int]:
+        if isinstance(value, (str, bytes, bytearray)):
+            return 1, len(value)
+        if not isinstance(value, (Tensor, dict, list, tuple, set, frozenset)):
+            return 1, 8
+        if id(value) in known:
+            if known[id(value)] is None:
+                raise ValueError(f"{place} holds itself")
+            return known[id(value)]
+        known[id(value)] = None
+        if isinstance(value, Tensor):
+            if wrong := _not_plain(value):
+                raise ValueError(f"{place or 'it'} is {wrong}")
+            values, count = 1, value.numel() * value.element_size()
+        else:
+            values, count = 1, 8
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            for name, part in parts:
+                inner = place or f"'{name!s:.60}'"
+                for found in (measure(name, inner), measure(part, inner)):
+                    values, count = values + found[0], count + found[1]
+        if values > MOST_VALUES or count > 4 * size + 2**20:
+            raise ValueError(
+                f"{place or 'it'} swells to {values} values of {count} bytes, from {size} bytes"
+            )
+        known[id(value)] = values, count
+        return values, count
+
+    measure(content, "")
+
+
+def _not_plain(tensor: Tensor) -> str:
+    """What is odd about a tensor, or nothing."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return "a sparse, quantized or nested tensor; save a dense one"
+    if tensor.device.type != "cpu":
+        return f"a tensor on {tensor.device} without values"
+    return ""
+
+
+def _load(path: Path, start: bytes, size: int) -> Any:
     """A file of `torch.save`, whose hash, if it has one, is that of its content."""
     try:
+        if start[:2] == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                _refuse_compressed(archive.infolist(), size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's other protocols; an error says enough
             content = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_swollen(content, size)
         damaged = False
         if isinstance(content, dict) and HASH in content:  # other code's have none
             damaged = content.pop(HASH) != digest(content)
@@ -235,8 +311,6 @@ def _load(path: Path) -> Any:
     except MemoryError:
         raise UserError(f"{path}: too large for this machine's memory, or damaged") from None
     except pickle.UnpicklingError as error:
-        with open(path, "rb") as file:
-            start = file.read(2)
         if not _is_pickled(start):
             raise Lost(f"{path}: no checkpoint: not a file of torch.save") from None
         # torch's own words advise to load it unsafely; of them only the culprit is of use.
@@ -256,6 +330,17 @@ def _load(path: Path) -> Any:
     return content
 
 
+def _refuse_compressed(records: Iterable[zipfile.ZipInfo], size: int) -> None:
+    """Raise ValueError if records of an archive of `size` bytes are more than it has bytes of. What
+    torch saves is not compressed."""
+    records = list(records)
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"its record {record.filename} is compressed")
+    if sum(record.file_size for record in records) > size:
+        raise ValueError("its records are larger than the file")
+
+
 def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -264,7 +349,7 @@ def _is_torchscript(path: Path) -> bool:
         return False
 
 
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
+def _read_torchscript(path: Path, size: int) -> dict[str, Tensor]:
     """The parameters of a TorchScript archive, read as data.
 
     `torch.jit.load` would build the archive's program; only its tensors are wanted. The pickle
@@ -274,21 +359,39 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             record = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+            folder = record.removesuffix("data.pkl")  # the code beside it may be compressed
+            used = [
+                r for r in archive.infolist() if r.filename.startswith((record, f"{folder}data/"))
+            ]
+            _refuse_compressed(used, size)
             with archive.open(record) as file:
-                root = _ModuleUnpickler(file, archive, record.removesuffix(".pkl")).load()
+                root = _ModuleUnpickler(file, archive, f"{folder}data").load()
+        weights = _parameters(root)
+        refuse_swollen(weights, size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:
         raise UserError(f"{path}: damaged TorchScript archive ({error})") from None
-    weights: dict[str, Tensor] = {}
+    return weights
 
-    def walk(module: Any, prefix: str) -> None:
+
+def _parameters(root: Any) -> dict[str, Tensor]:
+    """The tensors of a TorchScript module and of those in it, each module once, by their names."""
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+
+    def walk(module: types.SimpleNamespace, prefix: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
-                weights[prefix + name] = value.detach()
+                weights[f"{prefix}{name}"] = value.detach()
             elif isinstance(value, types.SimpleNamespace):
                 walk(value, f"{prefix}{name}.")
 
+    if not isinstance(root, types.SimpleNamespace):
+        raise ValueError(f"at its root is a {type(root).__name__}, no module")
     walk(root, "")
     return weights
 
@@ -327,6 +430,7 @@ class _ModuleUnpickler(pickle.Unpickler):
     def __init__(self, file, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
         self._archive, self._folder = archive, folder
+        self._records: dict[str, bytearray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "__torch__":
@@ -340,4 +444,6 @@ class _ModuleUnpickler(pickle.Unpickler):
 
     def persistent_load(self, saved: tuple) -> Tensor:
         _, dtype, key, _, _ = saved
-        return torch.frombuffer(bytearray(self._archive.read(f"{self._folder}/{key}")), dtype=dtype)
+        if key not in self._records:
+            self._records[key] = bytearray(self._archive.read(f"{self._folder}/{key}"))
+        return torch.frombuffer(self._records[key], dtype=dtype)

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from easydict import EasyDict
 
 from utils.errors import UserError, rank
-from utils.files import expand, lock
+from utils.files import expand
 from utils.options import (
     GROUPS,
     INDIFFERENT,
@@ -25,10 +26,17 @@ from utils.options import (
     read_yaml,
     resolve,
 )
-from utils.runs import CONFIG, LAST, differences, folders
+from utils.runs import CONFIG, LAST, differences, folders, is_named, refuse_if_at_work
 
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What test.py may be given; it takes the rest from the run's configs.yaml.
-TEST_OPTIONS = ("root_dir", "device", "precision", "test_batch_size", "num_workers")
+TEST_OPTIONS = (
+    "root_dir", "device", "precision", "test_batch_size", "num_workers", "image_cache",
+    "attributes_file",
+)  # fmt: skip
+# Of those the ones that it never takes from there: a run may come from another machine, where they
+# mean other places, or from a stranger.
+TYPED_ONLY = ("image_cache", "attributes_file")
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
 # What other code of this family keeps in its configs.yaml besides options.
 _BOOKKEEPING = {
@@ -73,7 +81,7 @@ def parse_options(
 
 
 def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None) -> EasyDict:
-    """The options of a run that goes on; `resume` is "no" if `auto` finds none.
+    """The options of a run that goes on; without `resume_ckpt_file` if `auto` finds none.
 
     Without a preset they are the run's own, which the command line overrides.
     """
@@ -96,7 +104,7 @@ def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None)
         # Where there must be a run, its own options say of which data set.
         dataset = value("dataset_name") if mode == "auto" else values.get("dataset_name", "*")
         found = folders(value("output_dir"), dataset)
-        found = [folder for folder in found if _is_named(folder, value("name"))]
+        found = [folder for folder in found if is_named(folder, value("name"))]
         last = next((folder / LAST for folder in found if os.path.isfile(folder / LAST)), None)
         for folder in found if last is None else ():
             check(os.access(folder, os.X_OK), f"{folder}: {os.strerror(errno.EACCES)} (--resume)")
@@ -104,9 +112,8 @@ def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None)
         where = Path(value("output_dir"), dataset.strip("*"))
         check(mode == "auto", f"--resume: {where}/ has no run '{value('name')}' with a {LAST}")
         if rank() == 0:  # of several processes, one asks
-            for folder in found:  # which may be under way, and not have saved yet
-                os.close(lock(folder))
-        return resolve({**values, "resume": "no"})
+            refuse_if_at_work(found)
+        return resolve(values)
     recorded = last.parent / CONFIG
     told = bool(preset) or bool(set(given) - {"resume", "resume_ckpt_file", "num_epoch"})
     check(
@@ -115,6 +122,9 @@ def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None)
         f"--resume --resume_ckpt_file {last} go on, or remove the folder",
     )
     kept = read_preset(recorded) if recorded.is_file() else {}
+    kept.pop("image_cache", None)  # see TYPED_ONLY; its attributes must stay what they were
+    if own and "image_cache" not in given:
+        values.pop("image_cache", None)
     if preset is not None:  # what makes no other experiment stays, unless it is told
         kept = {name: value for name, value in kept.items() if name in INDIFFERENT}
     values = {**kept, **values}
@@ -138,21 +148,30 @@ def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None)
     return args
 
 
+def typed_again(args: EasyDict) -> list[str]:
+    """Words for a command that takes this run's configs.yaml: the options in `TYPED_ONLY`."""
+    changed = [name for name in TYPED_ONLY if args[name] != OPTIONS[name].default]
+    return [word for name in changed for word in (f"--{name}", args[name])]
+
+
 def changed_options(args: EasyDict, config: Path) -> list[str]:
     """What a resumed run changes of the options that its configs.yaml has, as lines to log."""
     if not config.is_file():
         return [f"{config}: missing, so nobody can tell which options have changed"]
     then = resolve(read_preset(config))
-    ignored = ("resume", "resume_ckpt_file", "output_dir")
-    return [f"changed: {change}" for change in differences(args, then, ignored)]
+    ignored = ("resume", "resume_ckpt_file", "output_dir", "image_cache")
+    told = [f"changed: {change}" for change in differences(args, then, ignored)]
+    if then.image_cache and not args.image_cache:
+        told.append(_not_taken(config, "image_cache", then.image_cache))
+    return told
 
 
-def _is_named(folder: Path, name: str) -> bool:
-    """Whether a run is of that name; if its options cannot be read, by its folder's name."""
-    try:
-        return read_preset(folder / CONFIG).get("name") == name
-    except UserError:
-        return bool(re.fullmatch(rf"\d{{8}}_\d{{6}}_{re.escape(name)}(_\d+)?", folder.name))
+def _not_taken(config: Path, name: str, value: str) -> str:
+    """What to tell of an option in `TYPED_ONLY` that a run's configs.yaml has."""
+    return (
+        f"{config}: its {name} is not taken on trust, since a run may come from another machine; "
+        f"to use it: --{name} {shlex.quote(value)}"
+    )
 
 
 def parse_test_options(
@@ -164,8 +183,9 @@ def parse_test_options(
 
     `extra` adds a tool's own options, which come back with the others.
 
-    Returns (options, checkpoint path, notes): notes are lines to log about keys that other code
-    of this family wrote to its configs.yaml and that mean nothing here.
+    Returns (options, checkpoint path, notes): notes are lines to log about what of configs.yaml is
+    not used: keys that other code of this family wrote and that mean nothing here, and the options
+    in `TYPED_ONLY`.
     """
     parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
     parser.add_argument(
@@ -194,6 +214,10 @@ def parse_test_options(
         for name, value in recorded.items()
         if name in OPTIONS
     }
+    for name in TYPED_ONLY:
+        value, default = recorded.pop(name, ""), OPTIONS[name].default
+        if value not in ("", default, os.path.join(PROJECT, default)) and name not in given:
+            notes.append(_not_taken(config_file, name, value))
     args = EasyDict(resolve({**recorded, **given}), **own)
     return args, checkpoint, notes
 

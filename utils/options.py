@@ -19,7 +19,7 @@ from easydict import EasyDict
 
 from utils.documents import load_yaml
 from utils.errors import UserError, suggest
-from utils.files import expand, write_atomically
+from utils.files import expand, read_file, write_atomically
 
 LARGEST = 2**31 - 1  # no option needs a larger number
 
@@ -115,8 +115,9 @@ GROUPS: dict[str, list[Option]] = {
             "name",
             str,
             "baseline",
-            "name of the run, 1 to 100 characters without a slash; its folder is TIME_NAME",
-            pattern=r"[^/\0]{1,100}",
+            "name of the run, 1 to 100 characters without a slash or control characters; its "
+            "folder is TIME_NAME",
+            pattern=r"[^/\0-\x1f\x7f-\x9f]{1,100}",
         ),
         _o("output_dir", str, "logs", "folder that receives all runs"),
         _o("seed", int, 1, "seed of weights, batches, augmentation and draws", least=0),
@@ -530,7 +531,7 @@ def check(condition: bool, message: str) -> None:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping, read as data. Raises UserError."""
     try:
-        values = load_yaml(Path(path).read_bytes())
+        values = load_yaml(read_file(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --config_file names a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from easydict import EasyDict
 from utils.distributed import World
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
+from utils.options import read_preset
 
 LAST, CONFIG = "last.pth", "configs.yaml"
 LAST_EPOCH = "last"  # stands for the split that chose a checkpoint, if none did
@@ -24,8 +26,8 @@ def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
     """Make `<output_dir>/<dataset_name>/<time>_<name>/`; runs of one second get a number each."""
     parent = Path(output_dir, dataset_name)
     stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
+    make(parent)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         for number in range(1, 1000):
             folder = parent / (stem if number == 1 else f"{stem}_{number}")
             try:
@@ -38,16 +40,47 @@ def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
     raise UserError(f"--output_dir {output_dir}: no free folder name for {stem}")
 
 
+def make(folder: Path) -> None:
+    """Make the folder of a data set's runs. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder.parent}: {error.strerror} ({folder})") from None
+
+
 def open_run(args: EasyDict, world: World) -> Path:
     """The run's folder, new or that of the run to go on with; the leader locks it, and removes what
-    a killed process left half written."""
-    resumed = args.resume != "no"
-    folder = Path(args.resume_ckpt_file).parent if resumed else None
-    if world.leads:
-        folder = folder or new_run_dir(args.output_dir, args.dataset_name, args.name)
+    a killed process left half written. Raises UserError if another process is at work there; with
+    `--resume auto` also if it has begun a run of this name since this process looked for one."""
+    folder = Path(args.resume_ckpt_file).parent if args.resume_ckpt_file else None
+    new = (args.output_dir, args.dataset_name, args.name)
+    if world.leads and folder is None and args.resume == "auto":
+        parent = Path(args.output_dir, args.dataset_name)
+        make(parent)
+        begins = lock(parent, name=f".{args.name}.lock", wait=True)
+        refuse_if_at_work(f for f in folders(*new[:2]) if is_named(f, args.name))
+        folder = new_run_dir(*new)
+        lock(folder)
+        os.close(begins)
+    elif world.leads:
+        folder = folder or new_run_dir(*new)
         lock(folder)
         remove_unfinished(folder)
     return world.from_leader(folder)
+
+
+def refuse_if_at_work(runs: Iterable[Path]) -> None:
+    """Raise UserError if a process is at work in one of these folders."""
+    for folder in runs:
+        os.close(lock(folder))
+
+
+def is_named(folder: Path, name: str) -> bool:
+    """Whether a run is of that name; if its options cannot be read, by its folder's name."""
+    try:
+        return read_preset(folder / CONFIG).get("name") == name
+    except UserError:
+        return bool(re.fullmatch(rf"\d{{8}}_\d{{6}}_{re.escape(name)}(_\d+)?", folder.name))
 
 
 def folders(output_dir: str, dataset_name: str) -> list[Path]:

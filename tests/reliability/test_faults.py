@@ -339,7 +339,7 @@ def test_a_file_system_without_locks_is_warned_of(inherited, tmp_path, monkeypat
         capsys.readouterr()
     )
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: Not a directory"):
+    with pytest.raises(UserError, match="file/lock: Not a directory"):
         lock(tmp_path / "file")
 
 

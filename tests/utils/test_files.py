@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 
-from datasets.transforms import BrokenImage
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError, run_main
 from utils.files import write_atomically
@@ -98,19 +97,3 @@ def test_files_get_the_rights_that_the_user_gives_to_new_ones(mask, tmp_path):
         assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
     finally:
         os.umask(before)
-
-
-class _Broken(torch.utils.data.Dataset):
-    """Of one sample, whose caption is written like an error of ours."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise BrokenImage("a.jpg, caption 'x\nBrokenImage: UserError: all is well'")
-
-
-def test_a_loader_process_sends_its_whole_error_and_nothing_else():
-    with pytest.raises(BrokenImage) as error:
-        list(torch.utils.data.DataLoader(_Broken(), num_workers=1))
-    assert str(error.value) == r"a.jpg, caption 'x\nBrokenImage: UserError: all is well'"

@@ -1,0 +1,278 @@
+"""Small files of weights that once took all time or memory, or ended in a traceback."""
+
+import io
+import pickle
+import resource
+import time
+import zipfile
+
+import pytest
+import torch
+
+import test as test_entry
+import train as train_entry
+from processor.summary import told_by
+from tests.helpers import run
+from tests.reliability.runs import flags, folder_of
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError, run_main
+
+W = torch.zeros(2)
+
+
+def shared(levels):
+    """Lists of which each holds the one before twice: 2 to the power of `levels` when walked."""
+    found = ["x"]
+    for _ in range(levels):
+        found = [found, found]
+    return found
+
+
+def circle():
+    found = {"w": W}
+    found["more"] = [found]
+    return found
+
+
+def many(value, count):
+    return {str(i): value for i in range(count)}
+
+
+def saved(content, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def compressed(content) -> bytes:
+    """The same archive with its records compressed."""
+    buffer = io.BytesIO()
+    old = zipfile.ZipFile(io.BytesIO(saved(content)))
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return buffer.getvalue()
+
+
+class Module:
+    """What a TorchScript archive's pickle calls `__torch__.M`."""
+
+    def __reduce__(self):
+        return Module, (), self.__dict__
+
+
+class _Pickler(pickle._Pickler):
+    """Writes modules and tensors as TorchScript does."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_global(self, obj, name=None):
+        if obj is Module:
+            self.write(b"c__torch__\nM\n")
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)
+
+    dispatch[type] = save_global
+
+
+class Stored:
+    """A tensor of so many float values by record `0`, with this size and stride."""
+
+    def __init__(self, size, stride, count=4, key="0"):
+        self.size, self.stride, self.count, self.key = size, stride, count, key
+
+
+def torchscript(root, compression=zipfile.ZIP_STORED, record=b"\0" * 16) -> bytes:
+    """An archive of this root, whose Stored objects are tensors."""
+    plain = io.BytesIO()
+    pickler = _Pickler(plain, protocol=2)
+
+    def reduced(obj):
+        if isinstance(obj, Stored):
+            storage = _Persistent(("storage", torch.FloatStorage, obj.key, "cpu", obj.count))
+            return torch._utils._rebuild_tensor_v2, (storage, 0, obj.size, obj.stride, False, {})
+        return NotImplemented
+
+    pickler.reducer_override = reduced
+    pickler.persistent_id = lambda obj: obj.saved if isinstance(obj, _Persistent) else None
+    pickler.dump(root)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("x/data.pkl", plain.getvalue())
+        archive.writestr("x/constants.pkl", pickle.dumps(()))
+        archive.writestr("x/data/0", record)
+    return buffer.getvalue()
+
+
+class _Persistent:
+    def __init__(self, saved):
+        self.saved = saved
+
+
+def module(**parts):
+    found = Module()
+    found.__dict__.update(parts)
+    return found
+
+
+def modules(levels):
+    found = module(w=Stored((4,), (1,)))
+    for _ in range(levels):
+        found = module(a=found, b=found)
+    return found
+
+
+def ring():
+    found = module(w=Stored((4,), (1,)))
+    found.again = found
+    return found
+
+
+BOMBS = {
+    "1 KB of torch.save: a list that holds a list twice, 30 times": (
+        lambda: saved({"model": {"w": W}, "x": shared(30), "sha256": "0"}), "never ended", "swells to"
+    ),
+    "the same in a file without a hash": (
+        lambda: saved({"model": {"w": W}, "x": shared(40)}), "never ended when resumed", "swells to"
+    ),
+    "the same in torch's old format": (
+        lambda: saved({"model": {"w": W}, "x": shared(30), "sha256": "0"}, _use_new_zipfile_serialization=False),
+        "never ended", "swells to",
+    ),
+    "torch's old format: a tensor that claims 8 GB": (
+        lambda: saved({"model": {"w": torch.zeros(77)}}, _use_new_zipfile_serialization=False).replace(
+            b"KM", b"J\xff\xff\xff\x7f"
+        ),
+        "8 GB", "not readable as a checkpoint, or damaged",
+    ),
+    "a dict that holds itself": (
+        lambda: saved({"model": circle(), "sha256": "0"}), "RecursionError", "holds itself"
+    ),
+    "1.6 KB: a tensor of stride 0 that asks for 4.2 GB": (
+        lambda: saved({"model": {"w": torch.zeros(1).expand(2**15, 2**15)}, "sha256": "0"}),
+        "4.2 GB", "swells to",
+    ),
+    "3 MB of compressed records that hold 3 GB": (
+        lambda: compressed({"model": {"w": torch.zeros(2**20)}}), "took the memory", "is compressed"
+    ),
+    "one tensor under 300,000 names": (
+        lambda: saved({"model": {"w": W}, "x": many(torch.zeros(2**16), 3000), "sha256": "0"}),
+        "hashed each time", "swells to",
+    ),
+    "a sparse tensor": (
+        lambda: saved({"model": {"w": torch.eye(3).to_sparse()}}), "traceback", "sparse, quantized or nested"
+    ),
+    "a sparse tensor in rows": (
+        lambda: saved({"model": {"w": torch.eye(3).to_sparse_csr()}}), "traceback", "sparse, quantized"
+    ),
+    "a quantized tensor": (
+        lambda: saved({"model": {"w": torch.quantize_per_tensor(W, 0.1, 0, torch.qint8)}}),
+        "traceback", "sparse, quantized or nested",
+    ),
+    "a meta tensor": (
+        lambda: saved({"model": {"w": torch.zeros(2, device="meta")}}), "traceback", "on meta without values"
+    ),
+    "TorchScript: a module that holds one twice, 30 times": (
+        lambda: torchscript(modules(30)), "never ended", None
+    ),
+    "TorchScript: a module that holds itself": (lambda: torchscript(ring()), "RecursionError", None),
+    "TorchScript: a list at its root": (
+        lambda: torchscript([1, 2]), "TypeError", "at its root is a list"
+    ),
+    "TorchScript: a tensor of stride 0 that asks for 4.2 GB": (
+        lambda: torchscript(module(w=Stored((2**15, 2**15), (0, 0)))), "4.2 GB", "swells to"
+    ),
+    "TorchScript: compressed records": (
+        lambda: torchscript(module(w=Stored((4,), (1,))), zipfile.ZIP_DEFLATED, b"\0" * 10**8),
+        "took the memory", "is compressed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("made", BOMBS)
+def test_a_small_file_takes_neither_time_nor_memory(made, tmp_path, attempt):
+    make, before, message = BOMBS[made]
+    path = tmp_path / "x.pth"
+    path.write_bytes(make())
+    peak, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    if message is None:  # each object is walked once
+        assert list(load_checkpoint(path)["model"])
+        now = "read, each module once"
+    else:
+        with pytest.raises(UserError, match=message) as error:
+            load_checkpoint(path)
+        now = str(error.value)
+    assert time.process_time() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20  # 1 GB
+    kind = "5" if before in ("traceback", "RecursionError", "TypeError") else "4"
+    attempt(kind, made, before, now)
+
+
+def test_many_names_of_small_tensors_are_no_bomb(tmp_path):
+    """Tied weights, and a vector that is kept expanded."""
+    tied = torch.zeros(1000)
+    path = tmp_path / "x.pth"
+    torch.save({"model": {"a": tied, "b": tied, "c": torch.zeros(1).expand(200)}}, path)
+    assert list(load_checkpoint(path)["model"]) == ["a", "b", "c"]
+
+
+ODD = [
+    {"epoch": torch.zeros(3)}, {"epoch": "7"}, {"epoch": [1]}, {"best": [1]}, {"best": "x"},
+    {"best": torch.zeros(2)}, {"best": {"split": "test"}}, {"best": {"split": 3, "epoch": 1}},
+    {"best": {"split": "test", "epoch": 1, "R@1": "x"}},
+    {"best": {"split": "test", "epoch": torch.zeros(2), "R@1": 1.0}}, {"data": [1]},
+    {"data": {"fingerprint": {"test": 1}, "counts": {"test": [2]}}}, {"input": {"img_size": "x"}},
+    {1: 2, (3, 4): torch.zeros(2), None: None},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(mini_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("odd")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        words = flags(mini_root, out, num_epoch=1, warmup_epochs=0, text_length=12)
+        run(train_entry.main, monkeypatch, *words)
+    return folder_of(out)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: ascii(odd)[:60])
+def test_odd_entries_of_a_checkpoint_spoil_no_evaluation(
+    odd, finished, tmp_path, monkeypatch, attempt
+):
+    content = load_checkpoint(finished / "best.pth")
+    torch.save({**content, **odd}, tmp_path / "best.pth")
+    (tmp_path / "configs.yaml").write_bytes((finished / "configs.yaml").read_bytes())
+    run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml", "--device", "cpu")
+    assert (tmp_path / "test_results.json").is_file() and (tmp_path / "test_queries.npz").is_file()
+    if odd is ODD[0]:
+        attempt("5", "epoch is a tensor", "a traceback after the whole evaluation", "evaluated")
+
+
+def test_what_a_checkpoint_says_of_its_choice_is_taken_only_whole():
+    figures = {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP": 1.0, "mINP": 1.0}
+    best = {**figures, "epoch": 3, "split": "test"}
+    assert told_by({"epoch": 3, "best": best}) == (3, best)
+    assert told_by({"best": {"epoch": 3, "split": "last"}}) == (None, {"epoch": 3, "split": "last"})
+    assert told_by({"epoch": True, "best": {**best, "mAP": "1"}}) == (None, {})
+    assert told_by({"best": {"epoch": 3, "split": "test"}}) == (None, {})
+
+
+BEST = [
+    {"test": {"epoch": "1", "figures": {"test": {}}}}, {"test": {"epoch": 1, "figures": {"test": {"R@1": 3}}}},
+    {"test": {"epoch": 1, "figures": {}}}, {"test": 1}, {3: {"epoch": 1, "figures": {}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("best", BEST, ids=lambda best: ascii(best)[:60])
+def test_odd_bests_are_refused_before_the_run_goes_on(
+    best, finished, tmp_path, monkeypatch, capsys
+):
+    content = load_checkpoint(finished / "last.pth")
+    torch.save({**content, "best": best}, tmp_path / "last.pth")
+    (tmp_path / "configs.yaml").write_bytes((finished / "configs.yaml").read_bytes())
+    words = ["--resume", "--resume_ckpt_file", tmp_path / "last.pth", "--num_epoch", 2]
+    with pytest.raises(SystemExit):
+        run(lambda: run_main(train_entry.main), monkeypatch, *words)
+    assert "does not fit these options" in capsys.readouterr().err

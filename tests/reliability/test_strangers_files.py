@@ -1,0 +1,378 @@
+"""What a stranger's run folder, name or file system may do to a run. Each test is an attempt that
+once succeeded; `make reliability` prints the table of them."""
+
+import errno
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import test as test_entry
+import train as train_entry
+from datasets.transforms import BrokenImage
+from processor.guards import Guard
+from processor.resume import read_state
+from tests.helpers import options, run
+from tests.reliability.runs import flags, folder_of, start
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.command_line import parse_options, parse_test_options
+from utils.errors import UserError
+from utils.files import append, lock, read_file, write_atomically
+from utils.logger import say, setup_logger
+from utils.options import read_yaml
+from utils.text import Lines, visible
+
+
+@pytest.fixture(scope="module")
+def finished(mini_root, tmp_path_factory):
+    """The folder of a small run."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        words = flags(mini_root, out, num_epoch=1, warmup_epochs=0, text_length=12)
+        run(train_entry.main, monkeypatch, *words)
+    return folder_of(out)
+
+
+@pytest.fixture
+def given(finished, tmp_path):
+    """A copy of that run, as a stranger hands it over."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("last.pth", "best.pth", "configs.yaml"):
+        (folder / name).write_bytes((finished / name).read_bytes())
+    return folder
+
+
+def resumed(folder: Path, monkeypatch, *more) -> None:
+    words = ["--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 2, *more]
+    run(train_entry.main, monkeypatch, *words)
+
+
+# 2: files through links
+
+
+def test_a_log_that_links_to_a_start_up_file_is_not_written_through(
+    given, tmp_path, monkeypatch, attempt
+):
+    profile = tmp_path / "profile"
+    profile.write_text("# mine\n")
+    (given / "train_log.txt").symlink_to(profile)
+    with pytest.raises(UserError, match=r"train_log.txt: a link, .*remove it") as error:
+        resumed(given, monkeypatch)
+    assert profile.read_text() == "# mine\n"
+    made = "a run folder whose train_log.txt links to a shell's start-up file, resumed"
+    attempt("2", made, "the log went there", error.value)
+
+
+def test_a_name_with_a_line_break_is_none_for_a_run(given, monkeypatch, attempt):
+    config = given / "configs.yaml"
+    config.write_text(config.read_text().replace("name: baseline", 'name: "x\\ntouch harm"'))
+    with pytest.raises(UserError, match="name cannot be") as error:
+        resumed(given, monkeypatch)
+    attempt("2", "a run whose name holds a line break and a command", "accepted", error.value)
+
+
+def test_a_logged_text_stays_on_its_line(tmp_path, attempt, capsys):
+    log = setup_logger(tmp_path / "train_log.txt")
+    log.info("run folder: /x/a\ntouch harm \x1b[2J")
+    log.info(Lines("a table\nof two lines"))
+    setup_logger()
+    first, second, third = (tmp_path / "train_log.txt").read_text().splitlines()
+    assert first.endswith(r"  run folder: /x/a\ntouch harm \x1b[2J")
+    assert second.endswith("  a table") and third == "of two lines"
+    assert capsys.readouterr().out.splitlines()[0] == first[21:]
+    attempt("2", "a folder's name with a line break and ESC in the log", "a line of its own", first[21:])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+@pytest.mark.parametrize("name", ["lock", "train_log.txt"])
+def test_what_a_run_writes_into_is_a_plain_file(name, kind, tmp_path, attempt):
+    folder, target = tmp_path / "run", tmp_path / "mine"
+    folder.mkdir()
+    path = folder / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(target)
+        if kind == "link":
+            target.write_text("mine")
+    with pytest.raises(UserError, match="a link, a folder or a pipe") as error:
+        lock(folder) if name == "lock" else append(path)
+    assert target.exists() == (kind == "link")
+    assert kind != "link" or target.read_text() == "mine"
+    if name == "lock":
+        attempt("2", f"{name} is a {kind}", "followed, or a traceback", error.value)
+
+
+def test_a_list_of_samples_is_not_written_through_a_linked_folder(tmp_path, attempt, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run/nonfinite").symlink_to(tmp_path / "mine")
+    args = options(pretrain_choice="scratch")
+    guard = Guard(args, torch.nn.Linear(1, 1), None, tmp_path / "run", setup_logger())
+    figures = {"total": torch.tensor(float("nan"))}
+    guard.watch("epoch 1, step 1", [], figures, torch.tensor(True))
+    assert not list((tmp_path / "mine").iterdir())
+    said = capsys.readouterr().out.splitlines()[0]
+    assert "nonfinite: a link" in said
+    attempt("2", "nonfinite/ links to another folder", "JSON files were put there", said)
+
+
+def test_a_copy_by_hard_links_has_a_log_of_its_own(tmp_path, attempt):
+    (tmp_path / "log").write_text("then\n")
+    os.link(tmp_path / "log", tmp_path / "copy")
+    with append(tmp_path / "copy") as file:
+        file.write("now\n")
+    assert (tmp_path / "log").read_text() == "then\n"
+    assert (tmp_path / "copy").read_text() == "then\nnow\n"
+    attempt("8", "cp -al of a run, and the copy resumed", "both logs grew", "each log has its own lines")  # fmt: skip
+
+
+def test_a_copy_by_hard_links_shares_its_lock_and_says_so(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    holder = os.fork()
+    if not holder:  # locks are of processes
+        lock(tmp_path / "a")
+        os.link(tmp_path / "a/lock", tmp_path / "b/lock")
+        time.sleep(30)
+        os._exit(0)
+    while not (tmp_path / "b/lock").exists():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="in a copy of it that shares its files"):
+        lock(tmp_path / "b")
+    os.kill(holder, 9)
+    os.waitpid(holder, 0)
+
+
+# 3: text that is not ours
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2Jx", r"\x1b[2Jx"),
+        ("a\r\nerror: b", r"a\r\nerror: b"),
+        ("\u202egpj.exe", r"\u202egpj.exe"),
+        ("\x9b31m\u2028\x07\x7f", r"\x9b31m\u2028\x07\x7f"),
+        ("half \udce9", r"half \udce9"),
+        ("Grüße, 人, \U0001f600", "Grüße, 人, \U0001f600"),
+    ],
+)
+def test_what_moves_a_terminal_is_shown_by_its_number(text, shown, attempt, capsys):
+    assert visible(text) == shown == str(UserError(text)) == visible(visible(text))
+    say(text)
+    assert capsys.readouterr().out == visible(text, lines=True) + "\n"
+    if shown != text:
+        attempt("3", f"{ascii(text)} on its way to the terminal", "raw", shown)
+
+
+class _Broken(torch.utils.data.Dataset):
+    """Of one sample, whose caption is written like an error of ours."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise BrokenImage("a.jpg, caption 'x\nBrokenImage: UserError: all is well'")
+
+
+def test_a_caption_like_an_error_of_ours_is_not_the_whole_message(attempt):
+    with pytest.raises(BrokenImage) as error:
+        list(torch.utils.data.DataLoader(_Broken(), num_workers=1))
+    assert str(error.value) == r"a.jpg, caption 'x\nBrokenImage: UserError: all is well'"
+    attempt("3", "a caption with 'UserError: all is well', in a loader process", "error: all is well'", error.value)  # fmt: skip
+
+
+# 4: what never ends
+
+
+def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(tmp_path, attempt):
+    os.mkfifo(tmp_path / "x")
+    for read in (read_file, read_yaml, load_checkpoint, lambda path: read_state(path)):
+        with pytest.raises((UserError, OSError), match="not a regular file") as error:
+            read(tmp_path / "x")
+    attempt("4", "a pipe in place of a preset or checkpoint", "waits for ever", error.value)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (
+            "400 bytes of YAML that merges merges",
+            "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 19)),
+        ),
+        ("a hexadecimal number of 5,000 digits", "lr: 0x" + "f" * 5000),
+        ("a base-60 number of 3,000 parts", "lr: 1" + ":59" * 3000),
+        ("a base-60 fraction of 30,000 parts", "lr: 1" + ":59" * 30000 + ".5"),
+        ("one mapping of 900 keys merged 900 times", "a: &a {" + ", ".join(f"k{i}: 1" for i in range(900)) + "}\nb: {<<: [" + ", ".join(["*a"] * 900) + "]}"),
+        ("300 KB of YAML", "# " + "x" * 300_000),
+    ],
+)  # fmt: skip
+def test_yaml_that_grows_is_refused_at_once(made, text, tmp_path, attempt):
+    (tmp_path / "p.yaml").write_text(text)
+    started = time.process_time()
+    with pytest.raises(UserError, match="p.yaml: not readable as YAML") as error:
+        parse_options(["--config_file", str(tmp_path / "p.yaml")])
+    assert time.process_time() - started < 10
+    attempt("4", made, "minutes, gigabytes or a traceback", error.value)
+
+
+# 6: a run from another machine
+
+
+def test_a_run_from_another_machine_is_evaluated_and_touches_none_of_its_places(
+    given, tmp_path, monkeypatch, capsys, attempt
+):
+    config, theirs = given / "configs.yaml", tmp_path / "theirs"
+    values = yaml.safe_load(config.read_text())
+    values |= {"image_cache": str(theirs / "cache"), "attributes_file": str(theirs / "a.yaml")}
+    config.write_text(yaml.safe_dump(values))
+    run(test_entry.main, monkeypatch, "--config_file", config, "--device", "cpu")
+    said = capsys.readouterr().out
+    assert not theirs.exists() and "test split" in said
+    for name in ("image_cache", "attributes_file"):
+        assert f"its {name} is not taken on trust" in said and f"to use it: --{name}" in said
+    line = next(line for line in said.splitlines() if "not taken on trust" in line)
+    attempt("6", "configs.yaml with an image cache and an attributes file of elsewhere", "folders were made there, or it could not be evaluated", line)  # fmt: skip
+    args, _, _ = parse_test_options(["--config_file", str(config), "--image_cache", "mine"])
+    assert args.image_cache == "mine"
+
+
+def test_resuming_makes_no_image_cache_where_a_config_says(given, tmp_path, monkeypatch, capsys):
+    config, theirs = given / "configs.yaml", tmp_path / "theirs"
+    values = yaml.safe_load(config.read_text()) | {"image_cache": str(theirs)}
+    config.write_text(yaml.safe_dump(values))
+    for more in ([], ["--config_file", str(config)]):
+        ask = [*more, "--resume", "--resume_ckpt_file", str(given / "last.pth")]
+        assert parse_options(ask).image_cache == ""
+        assert parse_options([*ask, "--image_cache", "mine"]).image_cache == "mine"
+    resumed(given, monkeypatch)
+    assert (
+        not theirs.exists() and "its image_cache is not taken on trust" in capsys.readouterr().out
+    )
+
+
+def test_the_command_that_evaluates_a_run_names_its_attributes_and_cache(mini_root, tmp_path, monkeypatch, capsys):  # fmt: skip
+    mine = tmp_path / "mine.yaml"
+    mine.write_bytes(Path(options().attributes_file).read_bytes())
+    more = {"attributes_file": mine, "image_cache": tmp_path / "cache", "num_epoch": 1, "warmup_epochs": 0}  # fmt: skip
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path / "out", **more))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    _, words = last.split(" with: python test.py ")
+    args, _, notes = parse_test_options(words.split())
+    assert (args.attributes_file, args.image_cache) == (str(mine), str(tmp_path / "cache"))
+    assert not notes
+
+
+# 7: other file systems
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"), [("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP), ("fchmod", errno.EPERM)]
+)
+def test_a_file_system_that_cannot_sync_or_change_rights_is_said_once(
+    call, reason, tmp_path, monkeypatch, capsys, attempt
+):
+    def refused(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    setup_logger()
+    monkeypatch.setattr(os, call, refused)
+    for value in (1.0, 2.0):
+        save_checkpoint(tmp_path / "last.pth", {"model": {"w": torch.tensor([value])}})
+    assert load_checkpoint(tmp_path / "last.pth")["model"]["w"].item() == 2
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "files there cannot be" in said and "going on without" in said
+    made = f"{call} answers {errno.errorcode[reason]}"
+    attempt("7", made, "could not be written: the run ends", said)
+
+
+def test_a_disk_that_breaks_while_it_is_synced_is_an_error(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(UserError, match="could not be written: Input/output error"):
+        write_atomically(tmp_path / "x", lambda file: file.write(b"x"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_colleague_may_resume_where_the_umask_says_so(tmp_path, attempt):
+    before = os.umask(0o002)
+    try:
+        os.close(lock(tmp_path))
+        append(tmp_path / "train_log.txt").close()
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.filemode(p.stat().st_mode) for p in tmp_path.iterdir()}
+    assert set(modes.values()) == {"-rw-rw-r--"}
+    attempt("7", "a folder of a group, umask 002", "lock was -rw-r--r--", modes)
+
+
+# 8: kills and races
+
+
+class Killed(BaseException):
+    """In place of a SIGKILL: nothing after it is done."""
+
+
+def test_kills_between_the_kept_save_and_the_new_one_lose_no_kept_save(
+    tmp_path, monkeypatch, attempt
+):
+    path = tmp_path / "last.pth"
+
+    def save(value, killed=False):
+        with monkeypatch.context() as patch:
+            if killed:
+
+                def replace(source, target):
+                    if Path(target) == path:
+                        raise Killed
+                    os.rename(source, target)
+
+                patch.setattr(os, "replace", replace)
+            save_checkpoint(path, {"model": {"w": torch.tensor(value)}}, keep=4)
+
+    for value in (1.0, 2.0, 3.0):
+        save(value)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            save(4.0, killed=True)
+    save(5.0)
+    names = ("last.pth", "last.1.pth", "last.2.pth", "last.3.pth")
+    found = [load_checkpoint(tmp_path / name)["model"]["w"].item() for name in names]
+    assert found[:1] == [5] and found[1:] == [3, 2, 1]
+    attempt("8", "three kills between link and rename, --keep_last 4", "all kept saves were one", f"saves {found}")  # fmt: skip
+
+
+def test_without_hard_links_a_kept_save_is_known_by_its_content(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    test_kills_between_the_kept_save_and_the_new_one_lose_no_kept_save(
+        tmp_path, monkeypatch, lambda *_: None
+    )
+
+
+def test_two_starts_in_the_same_second_are_one_run(mini_root, tmp_path, attempt):
+    words = flags(mini_root, tmp_path / "out", num_epoch=1, warmup_epochs=0, resume="auto")
+    both = [start(words, tmp_path / f"{i}.txt") for i in range(2)]
+    for one in both:
+        one.join()
+    codes = sorted(one.exitcode for one in both)
+    folders = [p for p in (tmp_path / "out/AGDataAttr").iterdir() if p.is_dir()]
+    assert codes == [0, 2] and len(folders) == 1
+    (refused,) = [i for i in range(2) if both[i].exitcode == 2]
+    said = (tmp_path / f"{refused}.txt").read_text()
+    assert "another process is at work here" in said
+    attempt("8", "two --resume auto in the same second", "two runs", said.splitlines()[-1])
