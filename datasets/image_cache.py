@@ -106,7 +106,8 @@ class ImageFiles(Dataset):
         last and some that nobody could foresee."""
         paths, entries = self._distinct()
         last, others = len(paths) - 1, self.cache.others()
-        drawn = random.SystemRandom().sample(range(last), min(COMPARED - 2, last))
+        inner = range(1, last)
+        drawn = random.SystemRandom().sample(inner, min(COMPARED - 2, len(inner)))
         rows = sorted({0, last, *drawn})
         for row in rows:
             cached = _or_none(lambda row=row: self.cache[row])
@@ -206,7 +207,8 @@ class _Cache:
                 raise ValueError("it is of another version of NumPy's format")
             found, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
             if (found, fortran, dtype) != (shape, False, np.uint8):
-                raise ValueError(f"it holds {dtype}{found} instead of uint8{shape}")
+                order = " by columns" if fortran else ""
+                raise ValueError(f"it holds {dtype}{found}{order} instead of uint8{shape}")
             self.start = self.file.tell()
             length = os.fstat(self.file.fileno()).st_size
             if length != (whole := self.start + shape[0] * self.length):

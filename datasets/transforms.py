@@ -37,7 +37,7 @@ ERASING_TRIES = 10  # for a rectangle that fits; after them the image stays whol
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 PILImage.MAX_IMAGE_PIXELS = None  # PIL warns, and refuses in words of its own; here is ours:
 # More is a bomb: a small file that takes all memory or hours. Decoders take up to 16 bytes a pixel.
-MAX_PIXELS = 64_000_000  # a full-frame camera has 61 million at most
+MAX_PIXELS = 61_000_000  # a full-frame camera has 60 million at most
 MAX_SIDE = 30_000  # three times such a camera's; some decoders take much memory for a row or column
 MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits, uncompressed
 # A progressive JPEG's picture is gone over in scans, 10 in the usual encoders' files, each of which

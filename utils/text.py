@@ -62,7 +62,7 @@ def has_lone_surrogate(text: str) -> bool:
 def has_words(text: str) -> bool:
     """Whether CLIP's tokenizer finds anything in it between start and end."""
     if PLAIN.fullmatch(text):
-        return bool(text.strip())
+        return bool(text.strip())  # leading spaces are passed over before it is cut
     return any(token < START for token in tokenizer().encode(text))
 
 
@@ -88,8 +88,11 @@ def tokenizer() -> Any:
 
 
 def _start(text: str) -> str:
-    """The first `READ` characters; if they are not all, up to the last space where there is one: in
-    half of an entity or of a wrongly decoded letter the repair of a whole line may fail."""
-    start = text[:READ]
-    space = start.rfind(" ", READ // 2) if len(text) > READ else -1
+    """The first `READ` characters that are no leading spaces; if they are not all, up to the last
+    space where there is one: in half of an entity or of a wrongly decoded letter the repair of a
+    whole line may fail."""
+    if len(text) <= READ:
+        return text
+    start = text.lstrip()[:READ]
+    space = start.rfind(" ", READ // 2)
     return start if space < 0 else start[:space]
