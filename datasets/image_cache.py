@@ -21,7 +21,7 @@ import logging
 import os
 import pwd
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -103,20 +103,21 @@ class ImageFiles(Dataset):
 
     def _compare(self, path: Path) -> None:
         """Raise UserError unless the cache holds the images that it is named after: the first, the
-        last and some that nobody could foresee."""
+        last and some that nobody could foresee. BrokenImage if one cannot be read any more."""
         paths, entries = self._distinct()
         last, others = len(paths) - 1, self.cache.others()
         inner = range(1, last)
         drawn = random.SystemRandom().sample(inner, min(COMPARED - 2, len(inner)))
         rows = sorted({0, last, *drawn})
         for row in rows:
-            cached = _or_none(lambda row=row: self.cache[row])
-            anew = _or_none(lambda row=row: load_image(paths[row], self.size, entries[row]))
-            if cached is None or anew is None:
-                same = cached is anew  # none can be read
-            else:
-                same = (cached.float() - anew.float()).abs().mean() <= ALIKE
-            if not same:
+            broken = str(row) in self.cache.broken
+            try:
+                anew = load_image(paths[row], self.size, entries[row])
+            except BrokenImage:
+                if not broken:
+                    raise
+                continue
+            if broken or (self.cache[row].float() - anew.float()).abs().mean() > ALIKE:
                 raise UserError(
                     f"{path}: the cache holds for {paths[row]} something else than that file"
                     + (f", and {others}" if others else "")
@@ -224,7 +225,7 @@ class _Cache:
     def __getitem__(self, row: int) -> Tensor:
         if str(row) in self.broken:
             raise BrokenImage(self.broken[str(row)])
-        content, done = bytearray(self.length), 0
+        content, done = np.empty(self.length, np.uint8), 0
         start = self.start + row * self.length
         try:
             while done < self.length:
@@ -235,7 +236,7 @@ class _Cache:
                 done += got
         except (OSError, ValueError) as error:
             self._refuse(error)
-        return torch.frombuffer(content, dtype=torch.uint8).view(self.shape[1:])
+        return torch.from_numpy(content.reshape(self.shape[1:]))
 
     def _refuse(self, error: Exception) -> None:
         raise UserError(f"{self.path}: the cache cannot be read: {error}; delete it") from None
@@ -306,13 +307,6 @@ def _remove_unfinished(path: Path) -> None:
             if left.suffix != ".lock":
                 with suppress(OSError):  # another user's, or a folder
                     left.unlink()
-
-
-def _or_none(read: Callable[[], Tensor]) -> Tensor | None:
-    try:
-        return read()
-    except BrokenImage:
-        return None
 
 
 def _name(uid: int) -> str:

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import random
 import resource
 import signal
@@ -143,6 +144,12 @@ def test_a_cache_that_calls_images_broken_is_compared_too(pictures, tmp_path, at
         beside.write_text(content)
         with pytest.raises(UserError, match="cache cannot be read"):
             cached(pictures, tmp_path / "cache", skip=True)
+
+
+def test_a_cache_goes_to_processes_that_are_not_forked(pictures, tmp_path):
+    images = cached(pictures, tmp_path / "cache")
+    there = pickle.loads(pickle.dumps(images.cache))
+    assert torch.equal(there[7], images[7]) and torch.equal(there[7], load_image(pictures[7], SIZE))
 
 
 def test_the_owner_of_a_shared_cache_is_named(pictures, tmp_path, told, monkeypatch, attempt):
