@@ -17,7 +17,6 @@ are refused. Then each figure of both sides (means over their seeds) and the dif
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -32,14 +31,16 @@ import utils  # noqa: F401  before torch is loaded
 # isort: split
 
 import torch
-from prettytable import PrettyTable
 
-from processor.queries import CHECKPOINTS, read_queries, stem
+from processor.queries import CHECKPOINTS, read_queries, read_results, stem
 from utils.errors import UserError, run_main
 from utils.files import path_option
+from utils.logger import say
 from utils.metrics import FIGURES, Ranked
 from utils.options import INDIFFERENT, OPTIONS, SAME_FIGURES, read_yaml
 from utils.runs import CONFIG
+from utils.tables import console
+from utils.text import visible
 from utils.uncertainty import bootstrap_difference, permutation_p
 
 # Options that make another experiment. Of seeds a side may have several.
@@ -108,23 +109,13 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
                 f"{config} --checkpoint {path / checkpoint}"
             )
     ranked = read_queries(archive, split, gallery)
-    run = Run(path, ranked, options, read_results(archive))
+    figures = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
+    known = figures.suffix == ".json" and figures.is_file()
+    run = Run(path, ranked, options, read_results(figures, archive) if known else {})
     images = run.said("splits", split, "galleries", gallery, "gallery")
     if not ranked.gallery and isinstance(images, int):  # an archive of an older version
         run.ranked = Ranked(ranked.rows_Q3, ranked.pids_Q, images)
     return run
-
-
-def read_results(archive: Path) -> dict[str, Any]:
-    """The figures beside an archive of queries, or nothing."""
-    path = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
-    if path.suffix != ".json" or not path.is_file():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no results of test.py: {error}") from None
-    return results if isinstance(results, dict) else {}
 
 
 def check_same(one: Run, other: Run, split: str) -> None:
@@ -150,13 +141,15 @@ def check_same(one: Run, other: Run, split: str) -> None:
 
 def differences(sides: dict[str, list[Run]]) -> str:
     """A table of what is not the same in all runs."""
-    table = PrettyTable(["what differs", *sides], align="l")
+    rows = []
     facts = {side: [run.facts() for run in runs] for side, runs in sides.items()}
     for name in dict.fromkeys(name for found in facts.values() for one in found for name in one):
         cells = {side: distinct(one.get(name) for one in found) for side, found in facts.items()}
         if len({value for values in cells.values() for value in values}) > 1:
-            table.add_row([name, *(", ".join(values) for values in cells.values())])
-    return table.get_string() if table.rows else "of what is known of the runs nothing differs"
+            rows.append([name, *(", ".join(values) for values in cells.values())])
+    if not rows:
+        return "of what is known of the runs nothing differs"
+    return console(["what differs", *sides], rows, left=1 + len(sides))
 
 
 def distinct(values: Sequence[str | None]) -> list[str]:
@@ -227,25 +220,27 @@ def compare(
     low, high = bootstrap_difference(a_RQM, b_RQM, pids_Q, draws).tolist()
     p = permutation_p(b_RQM.mean(dim=0) - a_RQM.mean(dim=0), pids_Q, draws).tolist()
     covered = "people and seeds" if max(len(a_RQM), len(b_RQM)) > 1 else "people"
-    table = PrettyTable(["figure", "a", "b", "b - a", f"95 % ({covered})", "p (people)"])
-    table.align = "r"
+    rows = []
     for i, figure in enumerate(FIGURES):
         values = [
             [run.ranked.summary().percentages()[figure] for run in side] for side in runs.values()
         ]
         one, two = map(statistics.mean, values)
-        table.add_row(
+        rows.append(
             [figure, *map(shown, values), f"{two - one:+.2f}",
              f"{low[i]:+.2f} to {high[i]:+.2f}", f"{p[i]:.4f}"]
         )  # fmt: skip
-    lines = [f"{n}: {run.path} (seed {run.seed})" for n, side in runs.items() for run in side]
+    lines = [
+        visible(f"{n}: {run.path} (seed {run.seed})") for n, side in runs.items() for run in side
+    ]
     images = f"{every[0].ranked.gallery} images, " if every[0].ranked.gallery else ""
     lines += [
         differences(runs),
-        f"{split}, gallery {gallery}: {len(pids_Q)} captions of {len(pids_Q.unique())} identities, "
+        visible(f"{split}, gallery {gallery}: ")
+        + f"{len(pids_Q)} captions of {len(pids_Q.unique())} identities, "
         f"{images}{draws} draws",
-        table.get_string(),
-        *warnings(runs, split),
+        console(["figure", "a", "b", "b - a", f"95 % ({covered})", "p (people)"], rows, left=0),
+        *map(visible, warnings(runs, split)),
     ]
     for name, side in runs.items():
         if len(side) == 1:
@@ -288,7 +283,7 @@ def main() -> None:
     elif args.runs or not (args.a and args.b):
         raise UserError("give two runs, or --a RUN [RUN ...] --b RUN [RUN ...]")
     sides = {"a": args.a, "b": args.b}
-    print(compare(sides, args.split, args.gallery, args.draws, args.protocol))
+    say(compare(sides, args.split, args.gallery, args.draws, args.protocol))
 
 
 if __name__ == "__main__":

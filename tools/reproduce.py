@@ -15,7 +15,6 @@ printed and written as Markdown, LaTeX and CSV.
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import itertools
 import json
@@ -29,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,19 @@ import utils  # noqa: F401  before torch is loaded
 
 import yaml
 from easydict import EasyDict
-from prettytable import PrettyTable, TableStyle
 from tqdm import tqdm
 
 from datasets.build import read_dataset
-from processor.queries import CHECKPOINTS, stem
+from processor.queries import CHECKPOINTS, check_figures, read_results, stem
+from processor.summary import told_by
 from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
-from utils.command_line import parse_given
-from utils.documents import load_yaml
+from utils.command_line import parse_given, typed_again
+from utils.documents import load_json, load_yaml
 from utils.errors import UserError, run_main, suggest
-from utils.files import expand, lock, write_atomically
+from utils.files import append, expand, lock, open_file, read_file, write_atomically
+from utils.logger import say
 from utils.metrics import FIGURES
 from utils.options import (
     INDIFFERENT,
@@ -64,11 +65,17 @@ from utils.options import (
     write_config,
 )
 from utils.runs import differences
+from utils.tables import as_csv, console, in_latex, in_markdown, latex, markdown
+from utils.text import HIDDEN, visible
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "configs/tables"
 CODE = ("train.py", "test.py", "datasets", "model", "processor", "solver", "utils")
-ROW_KEYS = {"name", "base", "options", "published", "needs", "ablation"}
+TABLE_KEYS = {"title": str, "base": str, "rows": list, "options": dict}
+ROW_KEYS = {
+    "name": str, "base": str, "options": dict, "published": dict, "needs": str, "ablation": bool,
+}  # fmt: skip
+KINDS = {str: "text", list: "a list", dict: "a mapping", bool: "true or false"}
 PROTOCOLS = {
     "paper": "best epoch chosen on test (the paper's protocol)",
     "clean": "best epoch chosen on held-out training identities",
@@ -99,15 +106,33 @@ class Job:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """What a finished job left, or None."""
+        """What a finished job left, or None. Raises UserError if it is damaged."""
         path = self.folder / "done.json"
-        return json.loads(path.read_text()) if path.is_file() and not self.again else None
+        if self.again or not path.is_file():
+            return None
+        found = _read(path, dict)
+        for protocol in (name for name in PROTOCOLS if name in found):
+            try:
+                overlap = (found[protocol].get("protocol") or {}).get("overlap") or {}
+                numbers = [overlap.get(name, 0) for name in ("images", "people")]
+                numbers += [found[protocol][name] for name in FIGURES]
+            except (AttributeError, KeyError):
+                raise _damaged(path) from None
+            if not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
+                raise _damaged(path)
+        return found
 
     @property
     def code(self) -> list[dict[str, str]]:
         """The versions of the code that worked on it, as `code_version` gives them."""
         path = self.folder / "code.json"
-        return json.loads(path.read_text()) if path.is_file() else []
+        found = _read(path, list) if path.is_file() else []
+        for version in found:
+            if not isinstance(version, dict) or not all(
+                isinstance(version.get(key), str) for key in ("commit", "sources")
+            ):
+                raise _damaged(path)
+        return found
 
     @property
     def last(self) -> Path | None:
@@ -116,6 +141,23 @@ class Job:
             return None
         found = sorted(self.folder.glob("logs/*/*/last.pth"), key=lambda p: p.stat().st_mtime_ns)
         return found[-1] if found else None
+
+
+def _read(path: Path, kind: type) -> Any:
+    """What this tool has noted of a job, a `kind`. Raises UserError."""
+    try:
+        found = load_json(read_file(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, kind):
+        raise _damaged(path)
+    return found
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: damaged; delete it, and the job goes on from its last checkpoint")
 
 
 @dataclass
@@ -136,22 +178,61 @@ def read_table(name: str) -> Table:
             f"--table {name}: no such table.{suggest(name, known)} Known: {', '.join(known)}"
         )
     try:
-        content = load_yaml(path.read_bytes())
+        content = load_yaml(read_file(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not {"title", "base", "rows"} <= set(content):
         raise UserError(f"{path}: expected the keys title, base, rows and perhaps options")
-    rows = []
-    for row in content["rows"]:
-        if not isinstance(row, dict) or "name" not in row or set(row) - ROW_KEYS:
-            raise UserError(f"{path}: a row needs a name, and may have {', '.join(ROW_KEYS)}")
+    _check_fields(content, TABLE_KEYS, str(path))
+    if not content["rows"]:
+        raise UserError(f"{path}: it has no rows")
+    rows, slugs = [], {}
+    for number, row in enumerate(content["rows"], 1):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict) or "name" not in row:
+            raise UserError(f"{where}: a row needs a name, and may have {', '.join(ROW_KEYS)}")
+        row = {**row, "name": str(row["name"])} if type(row["name"]) in (int, float) else row
+        _check_fields(row, ROW_KEYS, where)
+        name = row["name"]
+        where = f"{path}, row {name}"
+        if not name.strip() or len(name) > 100 or HIDDEN.search(name):
+            raise UserError(f"{where}: its name must be a line of 1 to 100 characters")
+        if name_of := slugs.get(slug(name)):  # jobs of both would have one folder, or be one row
+            raise UserError(f"{where}: row {name_of} has this name, but for case and signs")
+        slugs[slug(name)] = name
+        if row.get("needs", "finetune") != "finetune":
+            raise UserError(f"{where}: needs is '{row['needs']}'; it can only be finetune")
+        for figure, value in row.get("published", {}).items():
+            if figure not in FIGURES or type(value) not in (int, float) or not 0 <= value <= 100:
+                raise UserError(
+                    f"{where}: published {figure}: {value!r:.60}; expected {', '.join(FIGURES)} in "
+                    "percent"
+                )
         values = read_preset(path.parent / expand(row.get("base", content["base"])))
         for key, value in {**content.get("options", {}), **row.get("options", {})}.items():
             if key not in OPTIONS:
-                raise UserError(f"{path}, row {row['name']}: unknown option '{key}'")
-            values[key] = OPTIONS[key].coerce(value, f"{path}, row {row['name']}")
-        rows.append({**row, "name": str(row["name"]), "values": values})
+                raise UserError(f"{where}: unknown option '{key}'")
+            values[key] = OPTIONS[key].coerce(value, where)
+        rows.append({**row, "values": values})
     return Table(path.stem, content["title"], rows)
+
+
+def _check_fields(found: dict[Any, Any], known: dict[str, type], where: str) -> None:
+    """Raise UserError unless all keys are known and their values of the right type."""
+    for key, value in found.items():
+        if key not in known:
+            raise UserError(f"{where}: '{key}': unknown.{suggest(str(key), known)}")
+        if not isinstance(value, known[key]):
+            kind = KINDS[known[key]]
+            raise UserError(f"{where}: {key} must be {kind}, got {value!r:.60}")
+
+
+def slug(name: str) -> str:
+    """A row's name as a part of a folder's."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return plain or hashlib.sha256(name.encode()).hexdigest()[:8]  # of letters of another script
 
 
 def make_jobs(
@@ -169,10 +250,10 @@ def make_jobs(
         if row.get("needs") == "finetune":
             values["finetune"], weights = given.mllm4text, file_hash(Path(given.mllm4text))
         for seed in given.seeds:
-            slug = re.sub(r"[^a-z0-9]+", "-", row["name"].lower()).strip("-")
-            args = resolve({**values, "seed": seed, "name": f"{slug}-seed{seed}"})
+            name = f"{slug(row['name'])}-seed{seed}"
+            args = resolve({**values, "seed": seed, "name": name})
             sentences = [list(vars(a).values()) for a in read_attributes(args.attributes_file)]
-            place = Path(given.output_dir, table.name, f"{slug}-seed{seed}")
+            place = Path(given.output_dir, table.name, name)
             folder = job_folder(place, args, [data, weights, sentences])
             jobs.append(Job(row["name"], seed, args, folder))
     return jobs, left_out
@@ -196,14 +277,24 @@ def job_folder(place: Path, args: EasyDict, content: list[Any]) -> Path:
 
 
 def fingerprint(root: Path) -> str:
-    """A hash of a data set: the contents of its JSON files, names and sizes of all others."""
+    """A hash of a data set: the contents of its JSON files, names and sizes of all others. Links
+    are followed, as its readers follow them; of a circle each folder counts once."""
     if not root.is_dir():
         raise UserError(f"--root_dir {root}: no such folder")
-    digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        digest.update(f"\n{path.relative_to(root)}\0{path.stat().st_size}".encode())
+    digest, files, seen = hashlib.sha256(), [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()  # so that of a folder with two names the same one counts
+        files += [path for name in names if (path := Path(folder, name)).is_file()]
+    for path in sorted(files):
+        digest.update(b"\n" + os.fsencode(path.relative_to(root)))
+        digest.update(f"\0{path.stat().st_size}".encode())
         if path.suffix == ".json":
-            digest.update(path.read_bytes())
+            digest.update(read_file(path))
     return digest.hexdigest()
 
 
@@ -249,7 +340,7 @@ def note_code(jobs: list[Job], now: dict[str, str], strict: bool) -> str:
 
 def file_hash(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             digest = hashlib.sha256()
             while part := file.read(2**20):  # hashlib.file_digest is not in Python 3.10
                 digest.update(part)
@@ -296,9 +387,11 @@ class Runner:
             for protocol, file in CHECKPOINTS[job.args.val_dataset].items():
                 self._call(
                     job, gpu, "test.py", "--config_file", str(run / "configs.yaml"),
-                    "--checkpoint", str(run / file),
+                    "--checkpoint", str(run / file), *typed_again(job.args),
                 )  # fmt: skip
-                result = json.loads((run / f"{stem(file)}_results.json").read_text())
+                found = run / f"{stem(file)}_results.json"
+                result = read_results(found, run / f"{stem(file)}_queries.npz")
+                check_figures(result, found)
                 first = next(iter(result["splits"]["test"]["galleries"].values()))
                 values = [first[name] for name in ("r1", "r5", "r10", "mAP", "mINP")]
                 figures[protocol] = {
@@ -314,8 +407,8 @@ class Runner:
             )
             scores = ", ".join(f"{p} R@1 {found['R@1']:.2f}" for p, found in figures.items())
             tqdm.write(f"{job.row}, seed {job.seed}: done in {done['seconds']:.0f} s, {scores}")
-        except UserError as error:
-            job.error = str(error)
+        except (UserError, OSError) as error:  # a full disk may end this job, and no other
+            job.error = str(UserError(str(error)))
             if not self.stopping:
                 tqdm.write(f"FAILED {job.row}, seed {job.seed}: {error}")
         finally:
@@ -341,18 +434,24 @@ class Runner:
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
         console = job.folder / "console.txt"
         line = ""
-        with open(console, "a", encoding="utf-8") as log:
+        log = append(console)
+        try:
             child = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=environment, text=True, errors="replace",
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)
             for line in child.stdout:
-                log.write(line)
+                with suppress(OSError):  # a full disk costs these lines
+                    log.write(line)
+                    log.flush()
                 if re.match(r"epoch \d+/\d+  loss", line):
                     self.bar.update()
             code = child.wait()
             self.children.discard(child)
+        finally:
+            with suppress(OSError):
+                log.close()
         if code:
             raise UserError(f"{' '.join(line.split()) or f'exit status {code}'} (see {console})")
 
@@ -384,20 +483,21 @@ def run_jobs(jobs: list[Job], gpus: list[str], code: dict[str, str]) -> None:
 def epochs_done(job: Job) -> int:
     """Epochs in a job's last checkpoint."""
     try:
-        return load_checkpoint(job.last)["epoch"] if job.last else 0
+        return (told_by(load_checkpoint(job.last))[0] or 0) if job.last else 0
     except UserError:
         return 0
 
 
-def tables_of(table: Table, jobs: list[Job], left_out: dict[str, str]) -> Iterator[tuple]:
-    """(heading, PrettyTable) of each protocol: mean and standard deviation over seeds, beside the
+def tables_of(
+    table: Table, jobs: list[Job], left_out: dict[str, str]
+) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(heading, titles, rows) of each protocol: mean and standard deviation over seeds, beside the
     published figures."""
+    titles = ["method", "seeds", *FIGURES, "published R@1", "difference"]
     for protocol in PROTOCOLS:
         if not any(protocol in CHECKPOINTS[job.args.val_dataset] for job in jobs):
             continue
-        shown = PrettyTable(["method", "seeds", *FIGURES, "published R@1", "difference"])
-        shown.align = "r"
-        shown.align["method"] = "l"
+        shown = []
         for row in table.rows:
             found = [j.results[protocol] for j in jobs if j.row == row["name"] and j.results
                      and protocol in j.results]  # fmt: skip
@@ -415,9 +515,9 @@ def tables_of(table: Table, jobs: list[Job], left_out: dict[str, str]) -> Iterat
                 notes.append(f"{len(failed)} failed")
             name += f" ({'; '.join(notes)})" if notes else ""
             seeds = ", ".join(str(j.seed) for j in jobs if j.row == row["name"] and j.results)
-            shown.add_row([name, seeds, *cells, "" if published is None else f"{published:.2f}",
-                           difference])  # fmt: skip
-        yield heading(protocol, jobs), shown
+            of_paper = "" if published is None else f"{published:.2f}"
+            shown.append([name, seeds, *cells, of_paper, difference])
+        yield heading(protocol, jobs), titles, shown
 
 
 def heading(protocol: str, jobs: list[Job]) -> str:
@@ -446,34 +546,30 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder: Path) -> str:
-    """Write table.md, table.tex and table.csv; returns what to print."""
-    markdown, latex, csv, console = [f"# {table.title}\n"], [], [], []
-    for about, shown in tables_of(table, jobs, left_out):
-        console.append(f"{table.title}: {about}\n{shown.get_string()}")
-        latex.append(f"% {about}\n{escaped(shown.get_latex_string())}")
-        csv.append(shown.get_csv_string().replace("\r\n", "\n"))
-        lines = copy.copy(shown)
-        lines.set_style(TableStyle.MARKDOWN)
-        markdown.append(f"{about[0].upper()}{about[1:]}:\n\n{lines}\n")
+def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder: Path) -> None:
+    """Print the table, then write table.md, table.tex and table.csv. Raises UserError if they
+    cannot be written."""
+    found = list(tables_of(table, jobs, left_out))
+    for about, *content in found:
+        say(f"{visible(table.title)}: {about}\n{console(*content)}\n")
     note = "Mean ± standard deviation over seeds, percent. One gallery: the first view's images."
-    markdown.append(note)
-    for name, text in (("md", "\n".join(markdown)), ("tex", "\n".join(latex)),
-                       ("csv", "\n".join(csv))):  # fmt: skip
-        write_atomically(folder / f"table.{name}", lambda f, t=text: f.write((t + "\n").encode()))
-    return "\n\n".join(console)
-
-
-def escaped(latex: str) -> str:
-    """`&` and `\\\\` are the table's own; the rest that LaTeX minds is escaped."""
-    return latex.replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
+    texts = {
+        "md": [
+            f"# {in_markdown(table.title)}\n",
+            *(f"{about[0].upper()}{about[1:]}:\n\n{markdown(*c)}\n" for about, *c in found),
+            note,
+        ],
+        "tex": [f"% {in_latex(about)}\n{latex(*content)}" for about, *content in found],
+        "csv": [as_csv(*content) for _, *content in found],
+    }
+    for name, lines in texts.items():
+        text = "\n".join(lines).rstrip("\n") + "\n"
+        write_atomically(folder / f"table.{name}", lambda f, t=text: f.write(t.encode()))
 
 
 def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
     """What would run, with hours estimated from measured steps of each row, and their range."""
-    table = PrettyTable(["method", "seed", "state", "epochs left", "hours"])
-    table.align = "r"
-    table.align["method"] = table.align["state"] = "l"
+    rows = []
     per_epoch: dict[str, list[float]] = {}  # hours by the median, the least and the most of a step
     total = [0.0] * 3
     for job in tqdm(jobs, desc="measure steps", leave=False, disable=None):
@@ -487,13 +583,12 @@ def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
             per_epoch[job.row] = [steps * seconds / 3600 for seconds in found]
         hours = [left * one for one in per_epoch[job.row]] if left else [0.0] * 3
         total = [a + b for a, b in zip(total, hours, strict=True)]
-        table.add_row([job.row, job.seed, state, left, ranged(hours) if left else ""])
-    for name, reason in left_out.items():
-        table.add_row([name, "", reason, "", ""])
+        rows.append([job.row, state, job.seed, left, ranged(hours) if left else ""])
+    rows += [[name, reason, "", "", ""] for name, reason in left_out.items()]
+    shown = console(["method", "state", "seed", "epochs left", "hours"], rows, left=2)
     return (
-        f"{table.get_string()}\n{ranged(total)} hours of training on this machine, one job at a "
-        "time, by the median step and the range of all that were measured; loading and evaluation "
-        "come on top"
+        f"{shown}\n{ranged(total)} hours of training on this machine, one job at a time, by the "
+        "median step and the range of all that were measured; loading and evaluation come on top"
     )
 
 
@@ -535,6 +630,9 @@ def main() -> None:
         defaults=False,
     )
     given = EasyDict(own)
+    if len(set(given.seeds)) < len(given.seeds):
+        shown = " ".join(map(str, given.seeds))
+        raise UserError(f"--seeds {shown}: a seed twice is no second sample; give each once")
     table = read_table(given.table)
     changed = [f"{name} {options[name]}" for name in OTHER_JOBS if name in options]
     if changed:  # the title must not promise what was not run
@@ -542,15 +640,17 @@ def main() -> None:
     jobs, left_out = make_jobs(table, given, options)
     code = code_version()
     if note := note_code(jobs, code, given.strict):
-        print(note)
+        say(note)
     if given.dry_run:
-        print(plan(jobs, left_out))
+        say(plan(jobs, left_out))
         return
     run_jobs(jobs, given.gpus, code)
-    print(write_tables(table, jobs, left_out, Path(given.output_dir, table.name)))
     failed = [job for job in jobs if job.error]
-    for job in failed:
-        print(f"FAILED {job.row}, seed {job.seed}: {job.error}")
+    try:
+        write_tables(table, jobs, left_out, Path(given.output_dir, table.name))
+    finally:
+        for job in failed:
+            say(f"FAILED {job.row}, seed {job.seed}: {job.error}")
     sys.exit(1 if failed else 0)
 
 

@@ -117,6 +117,7 @@ def _more_files(error: Exception) -> str:
 def _leave(message: str, status: int, cause: bool = True) -> None:
     """With several processes each may have met the same error: the first tells it, and torchrun
     ends the others before they repeat it, as it does those that only noticed (no `cause`)."""
+    message = visible(message)
     number = rank()
     if (number or not cause) and status == FAILED:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -20,7 +20,7 @@ WORD = 256  # characters; a German compound has 80, and of scripts without space
 LONG_WORD = regex.compile(rf"\p{{L}}{{{WORD + 1},}}|[^\s\p{{L}}\p{{N}}]{{{WORD + 1},}}")
 UNBROKEN = re.compile(rf"[^ \t\r\n]{{{WORD + 1}}}")  # what may hold one
 # What moves a terminal's cursor, turns its direction, breaks a line, or cannot be written as UTF-8.
-HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Lines(str):

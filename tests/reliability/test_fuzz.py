@@ -1,7 +1,7 @@
 """Files of strangers: whatever stands in them, the outcome is success or an error of our own.
 
-Never a traceback from the depths, a hang (a deadline is set), or a wrong result: what is read in spite
-of a change is checked. Examples are the same in every run; `--fuzz` gives their number.
+Never a traceback from the depths, more than 10 seconds or 1 GB, or a wrong result: what is read in
+spite of a change is checked. Examples are the same in every run; `--fuzz` gives their number.
 """
 
 import copy
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import zipfile
 from pathlib import Path
 
@@ -21,15 +22,16 @@ from hypothesis import strategies as st
 
 import train as train_entry
 from datasets.build import read_dataset, train_loader
-from datasets.fingerprint import fingerprint
+from datasets.fingerprint import changes, fingerprint
 from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
 from processor.resume import read_state, resume
+from processor.summary import best_table, told_by
 from processor.trainer import Trainer
 from tests.helpers import ROOT, SCRATCH, golden_clip, options, run
 from tests.reliability.runs import flags, folder_of
 from utils.attributes import read_attributes
-from utils.checkpoint import digest, load_checkpoint, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, refuse_swollen, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.errors import UserError
 from utils.options import OPTIONS, write_config
@@ -42,11 +44,13 @@ def many(test):
 
     def fuzzed(pytestconfig, tally, request):
         count = pytestconfig.getoption("fuzz")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         settings(
-            max_examples=count, deadline=20_000, derandomize=True, database=None,
+            max_examples=count, deadline=10_000, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate],  # shrinking would keep hundreds of models in memory
         )(test)(request)  # fmt: skip
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
         tally[f"files of {fuzzed.__doc__} fuzzed"] += count
 
     fuzzed.__name__, fuzzed.__doc__ = test.__name__, test.__doc__
@@ -230,6 +234,23 @@ def test_an_identity_number_that_is_huge_takes_no_memory(mini_copy):
             read_dataset(options(dataset_name="AGDataAttr", root_dir=str(mini_copy)))
 
 
+@st.composite
+def anchored(draw) -> str:
+    """YAML whose values name each other, merge each other, or are long numbers."""
+    lines = ["lr: &a0 {lr: 1}"]
+    for i in range(1, draw(st.integers(2, 30))):
+        one, other = (f"*a{draw(st.integers(max(0, i - 3), i - 1))}" for _ in range(2))
+        long = draw(st.sampled_from([3, 50, 5000]))
+        value = draw(st.sampled_from([
+            f"{{<<: {one}}}", f"{{<<: [{one}, {other}], x: 1}}", f"[{one}, {other}]",
+            f"{{x: {one}, y: {other}}}", "0x" + "f" * long, "1" + ":59" * long, "9" * long,
+            "0b" + "1" * long, "1" + ":59" * long + ".5", "." + "9" * long, "{<<: [1, a], <<: 3}",
+        ]))  # fmt: skip
+        lines.append(f"{draw(keys) or 'x'}: &a{i} {value}")
+    return "\n".join(lines)
+
+
+anchored = anchored()
 PRESETS = [p.read_text() for p in sorted((ROOT / "configs").glob("*.yaml"))]
 keys = st.sampled_from([*OPTIONS, "base", "learning_rate", "", "test"])
 
@@ -239,10 +260,12 @@ keys = st.sampled_from([*OPTIONS, "base", "learning_rate", "", "test"])
 def test_configs(request, data):
     """configs"""
     path = request.getfixturevalue("tmp_path") / "configs.yaml"
-    how = data.draw(st.sampled_from(["options", "options", "text", "bytes"]))
+    how = data.draw(st.sampled_from(["options", "options", "text", "bytes", "anchors"]))
     if how == "options":
         tree = data.draw(st.dictionaries(keys, trees, max_size=4))
         content = yaml.dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+    elif how == "anchors":
+        content = data.draw(anchored).encode()
     elif how == "text":
         content = data.draw(st.text(max_size=60)).encode("utf-8", "surrogatepass")
     else:
@@ -327,7 +350,7 @@ def test_strange_checkpoints(request, data):
     trainer = request.getfixturevalue("trainer")
     state = load_checkpoint(folder / "last.pth")
     small = {k: v for k, v in state.items() if k not in ("model", "optimizer", "generators")}
-    plain = st.one_of(scalars.filter(lambda v: v != "\ud800"), tensors)
+    plain = st.one_of(scalars.filter(lambda v: v != "\ud800"), tensors, odd_tensors, doubled)
     how = data.draw(st.sampled_from(["entry", "inner", "weight", "optimizer", "generators"]))
     if how == "entry":
         name = data.draw(st.sampled_from(sorted(small)))
@@ -350,11 +373,19 @@ def test_strange_checkpoints(request, data):
         part = data.draw(st.sampled_from(["firm", "processes"]))
         state["generators"][part] = data.draw(plain)
     try:
-        save_checkpoint(path, state)
-    except UnicodeError:
+        if data.draw(st.booleans()):
+            refuse_swollen(state, 2**20)  # or its hash would never be done
+            save_checkpoint(path, state)
+        else:
+            torch.save({**state, "sha256": "0"}, path)
+    except Exception:  # what cannot be saved so is no file
         return
     if how != "weight":
-        tolerated(lambda: resume(trainer, path, *read_state(path)))
+        if tolerated(lambda: resume(trainer, path, *read_state(path))) is not None:
+            best_table(trainer.best)
+        found = tolerated(lambda: load_checkpoint(path))
+        if found is not None:
+            json.dumps([*told_by(found), changes(found.get("data"), trainer.data)])
         return
     found = tolerated(lambda: load_checkpoint(path))
     if found is not None:
@@ -363,6 +394,27 @@ def test_strange_checkpoints(request, data):
             tolerated(lambda: build_evaluation_model(trainer.args, found, str(path)))
 
 
+odd_tensors = st.builds(
+    lambda make: make(),
+    st.sampled_from([
+        lambda: torch.eye(3).to_sparse(), lambda: torch.zeros(2, device="meta"),
+        lambda: torch.zeros(1).expand(2**15, 2**15), lambda: torch.zeros(6)[::2],
+        lambda: torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8),
+        lambda: torch.full((2,), float("nan")), lambda: torch.zeros(0), lambda: torch.tensor(True),
+    ]),
+)  # fmt: skip
+
+
+@st.composite
+def doubled(draw):
+    """A value that stands in itself again and again, as a list, tuple or dict."""
+    found = draw(scalars.filter(lambda v: v != "\ud800"))
+    for _ in range(draw(st.integers(1, 40))):
+        found = draw(st.sampled_from([[found, found], (found, found), {"a": found, 1: found}]))
+    return found
+
+
+doubled = doubled()
 tensors = st.builds(
     lambda shape, dtype: torch.ones(shape, dtype=dtype),
     st.lists(st.integers(0, 3), max_size=4),

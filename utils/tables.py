@@ -1,0 +1,69 @@
+"""Tables for the terminal and for papers. Cells may hold what a stranger has written: here is the
+one place that escapes it for each format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+
+from prettytable import PrettyTable, TableStyle
+
+from utils.text import visible
+
+LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
+    "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$",
+})  # fmt: skip
+MARKDOWN = re.compile(r"([\\`*\[\]<>|&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")  # which no spreadsheet takes for a formula
+
+
+def console(head: Sequence[object], rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """A table with a frame; the first `left` columns are aligned left."""
+    return _table(head, rows, visible, left).get_string()
+
+
+def markdown(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table of Markdown, its first column aligned left."""
+    table = _table(head, rows, in_markdown)
+    table.set_style(TableStyle.MARKDOWN)
+    return table.get_string()
+
+
+def latex(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A tabular of LaTeX, its first column aligned left."""
+    return _table(head, rows, in_latex).get_latex_string()
+
+
+def as_csv(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Comma-separated values; lines end with a line feed."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([*map(in_csv, row)] for row in (head, *rows))
+    return text.getvalue()
+
+
+def in_markdown(text: object) -> str:
+    """What Markdown and HTML mind with a back-slash before it."""
+    return MARKDOWN.sub(r"\\\1", visible(text))
+
+
+def in_latex(text: object) -> str:
+    """LaTeX's special characters as what they look like."""
+    return visible(text).translate(LATEX)
+
+
+def in_csv(text: object) -> str:
+    """With an apostrophe before what a spreadsheet takes for a formula."""
+    shown = visible(text)
+    guarded = shown.lstrip().startswith(("=", "+", "-", "@")) and not NUMBER.fullmatch(shown)
+    return f"'{shown}" if guarded else shown
+
+
+def _table(head, rows, escape, left: int = 1) -> PrettyTable:
+    table = PrettyTable([escape(name) for name in head], align="r")
+    table.add_rows([[escape(cell) for cell in row] for row in rows])
+    for name in table.field_names[:left]:
+        table.align[name] = "l"
+    return table
