@@ -485,7 +485,8 @@ def test_long_captions_take_no_time(kind, attempt):
     tokens = int((tokenize([text], 77) != 0).sum())
     taken = time.perf_counter() - began
     assert taken < 1 and is_cut(text) and (wrong or tokens > 2)
-    attempt("4", f"a caption of {kind}", before, f"{taken:.2f} s, and a warning names it")
+    if before != "0 s":
+        attempt("4", f"a caption of {kind}", before, f"{taken:.2f} s, and a warning names it")
 
 
 def ordinary(count: int) -> list[str]:
