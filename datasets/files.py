@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from datasets.records import Image, TrainSample
 from utils.documents import load_json
 from utils.errors import UserError
-from utils.text import fault
+from utils.files import open_file, read_file
+from utils.text import READ, WORD, fault, is_cut
 
 LARGEST_PID = 2**31 - 1
 
@@ -22,9 +23,11 @@ LARGEST_PID = 2**31 - 1
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError naming the file."""
     try:
-        return load_json(Path(path).read_bytes())
+        return load_json(read_file(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise UserError(f"{path}: too large for this machine's memory") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed JSON: {error}") from None
 
@@ -50,10 +53,12 @@ def checked_pid(value: Any, entry: str) -> int:
     return value
 
 
-def checked_caption(value: Any, entry: str) -> str:
-    """A caption: text with a word in it."""
+def checked_caption(value: Any, entry: str, said: Said) -> str:
+    """A caption: text with a word in it; `said` counts those of which the end is never read."""
     if wrong := fault(value):
         raise UserError(f"{entry}: the caption {wrong}")
+    if is_cut(value):
+        said.cut.append(entry)
     return value
 
 
@@ -134,6 +139,7 @@ class Said:
         self._facts: dict[tuple[str, ...], tuple[Any, str]] = {}
         self._seen: dict[tuple, str] = {}
         self._again: dict[str, list[str]] = {}  # by kind: places
+        self.cut: list[str] = []  # where captions stand that are too long to be read whole
 
     def once(self, kind: str, key: Any, entry: str) -> None:
         """Count what is said a second time: a warning."""
@@ -173,8 +179,15 @@ class Said:
             self.agree(("the identity of", path, "in", split), pid, entry)
 
     def warnings(self) -> list[str]:
-        """A line for each kind of repetition, with the count and the first."""
-        return [f"said twice: {len(x)} {kind} ({x[0]})" for kind, x in self._again.items()]
+        """A line for each kind of repetition, and for captions that are cut, with the count and the
+        first."""
+        lines = [f"said twice: {len(x)} {kind} ({x[0]})" for kind, x in self._again.items()]
+        if self.cut:
+            lines.append(
+                f"cut: of {len(self.cut)} captions the first {READ} characters are read, or of "
+                f"their words the first {WORD} ({self.cut[0]})"
+            )
+        return lines
 
 
 def same_content(paths: Sequence[str]) -> list[int]:
@@ -190,9 +203,12 @@ def same_content(paths: Sequence[str]) -> list[int]:
             return -1
 
     def digest(path: str) -> str:
+        found = hashlib.sha256()
         try:
-            with open(path, "rb") as file:
-                return hashlib.sha256(file.read()).hexdigest()
+            with open_file(path) as file:
+                while block := file.read(2**20):
+                    found.update(block)
+            return found.hexdigest()
         except OSError:
             return path
 

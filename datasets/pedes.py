@@ -134,7 +134,7 @@ class _Reader:
         if not isinstance(captions, list) or (not captions and row["split"] == "train"):
             raise UserError(f"{entry}: captions must be a list of texts, got {captions!r:.60}")
         for k, caption in enumerate(captions):
-            checked_caption(caption, f"{entry}, caption {k}")
+            checked_caption(caption, f"{entry}, caption {k}", self.said)
         return row["split"]
 
     def _numbers(self, indices: Sequence[int]) -> dict[int | str, int]:

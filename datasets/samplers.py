@@ -6,6 +6,7 @@ alone: the same for any number of workers and processes, and the same after a re
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -142,8 +143,9 @@ class IdentitySampler(EpochSampler):
         if self.batch_size % num_instance:
             raise ValueError("batch_size must be a multiple of num_instance")
         self.per_batch, self.num_instance = self.batch_size // num_instance, num_instance
+        self.pids = list(pids)
         self.by_pid: dict[int, list[int]] = {}
-        for index, pid in enumerate(pids):
+        for index, pid in enumerate(self.pids):
             self.by_pid.setdefault(pid, []).append(index)
         groups = [-(-len(indices) // num_instance) for indices in self.by_pid.values()]
         # A batch needs distinct identities, so an identity with many groups may not use them all.
@@ -154,21 +156,39 @@ class IdentitySampler(EpochSampler):
         return self._count
 
     def _describe(self) -> str:
-        return f"{super()._describe()}, {self.num_instance} of an identity"
+        # Another text than that of earlier versions, whose epochs had another order.
+        return f"{super()._describe()}, {self.num_instance} of an identity in groups"
 
     def order(self) -> list[int]:
-        groups = {pid: self._deal(indices) for pid, indices in self.by_pid.items()}
+        """In time that grows with the samples alone: all numbers are drawn at once, and identities
+        lie in piles by the number of groups that they have left."""
+        groups, draws = self._deal()
+        piles: dict[int, list[int]] = {}
+        for pid, found in groups.items():
+            piles.setdefault(len(found), []).append(pid)
+        heights = [-height for height in piles]  # of piles that are not empty, highest first
+        heapq.heapify(heights)
         order: list[int] = []
         for _ in range(len(self)):
             # The identities with most groups left go first, ties in random order: this uses as
             # many groups as any order can, and makes the number of batches known beforehand.
-            pids = list(groups)
-            shuffled = [pids[i] for i in self._permutation(len(pids))]
-            chosen = sorted(shuffled, key=lambda pid: -len(groups[pid]))[: self.per_batch]
-            for pid in chosen:
+            lower: list[tuple[int, int]] = []
+            while len(lower) < self.per_batch:
+                height = -heights[0]
+                pile = piles[height]
+                chosen = next(draws) % len(pile)
+                pid, pile[chosen] = pile[chosen], pile[-1]
+                pile.pop()
+                if not pile:
+                    del piles[-heapq.heappop(heights)]
                 order += groups[pid].pop()
-                if not groups[pid]:
-                    del groups[pid]
+                lower.append((height - 1, pid))
+            for height, pid in lower:
+                if height and height not in piles:
+                    piles[height] = []
+                    heapq.heappush(heights, -height)
+                if height:
+                    piles[height].append(pid)
         return order
 
     def _count_batches(self, groups: list[int]) -> int:
@@ -182,17 +202,20 @@ class IdentitySampler(EpochSampler):
                 high = middle - 1
         return low
 
-    def _deal(self, indices: list[int]) -> list[list[int]]:
-        shuffled = [indices[i] for i in self._permutation(len(indices))]
-        short = -len(shuffled) % self.num_instance
-        draws = torch.randint(len(indices), (short,), generator=self.generator).tolist()
-        shuffled += [indices[i] for i in draws]
-        return [
-            shuffled[i : i + self.num_instance] for i in range(0, len(shuffled), self.num_instance)
-        ]
-
-    def _permutation(self, count: int) -> list[int]:
-        return torch.randperm(count, generator=self.generator).tolist()
+    def _deal(self) -> tuple[dict[int, list[list[int]]], Iterator[int]]:
+        """The groups of every identity, and a random number below 2^62 for each that is chosen."""
+        size, shuffled = self.num_instance, {pid: [] for pid in self.by_pid}
+        for index in torch.randperm(len(self.pids), generator=self.generator).tolist():
+            shuffled[self.pids[index]].append(index)
+        short = sum(-len(indices) % size for indices in self.by_pid.values())
+        count = short + self.count // size
+        draws = iter(torch.randint(2**62, (count,), generator=self.generator).tolist())
+        groups = {}
+        for pid, found in shuffled.items():
+            own = self.by_pid[pid]
+            found += [own[next(draws) % len(own)] for _ in range(-len(found) % size)]
+            groups[pid] = [found[i : i + size] for i in range(0, len(found), size)]
+        return groups, draws
 
 
 def evaluation_batches(

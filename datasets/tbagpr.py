@@ -156,7 +156,7 @@ class _Reader:
             pid, _, image, pair, caption = row
             sample = TrainSample(
                 offset + checked_pid(pid, entry),
-                checked_caption(caption, entry),
+                checked_caption(caption, entry, self.said),
                 self._image(source, image, entry),
                 self._image(source, pair, entry),
                 entry,
@@ -199,7 +199,7 @@ class _Reader:
         for i, (pid, caption) in enumerate(rows):
             entry = f"{where}, caption {i}"
             checked = offset + checked_pid(pid, entry)
-            joined.add_caption(checked_caption(caption, entry), checked, index)
+            joined.add_caption(checked_caption(caption, entry, self.said), checked, index)
             self.said.caption(split, (checked, caption), entry)
 
     def _image(self, source: Source, path: Any, entry: str) -> Image:

@@ -9,21 +9,27 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import open_clip
 import torch
 from easydict import EasyDict
 from torch import Tensor
+
+from utils.text import tokenizer
 
 MASK_ID = 49405  # stands for the mask; CLIP's vocabulary has the rare word "jekyll" there
 MASK_RATE = 0.15  # of word tokens, BERT's and IRRA's
 RDE_RATE, RDE_MASK, RDE_RANDOM = 0.2, 0.6, 0.2  # of word tokens; of those: mask, random id
 DELETE_RATE = 0.05  # of words, TBPS-CLIP's
+REMEMBERED = 50_000  # words; a data set of 100,000 captions has a third of them
 
 
 def tokenize(captions: Sequence[str], length: int) -> Tensor:
     """CLIP token ids [captions, length] int32, zeros behind the end; a longer caption keeps its
     first `length - 1` tokens and the end token."""
-    return open_clip.tokenize(list(captions), context_length=length).int()
+    clip = tokenizer()
+    ids = clip(list(captions), context_length=length).int()
+    if len(clip.cache) > REMEMBERED:  # it keeps every word that it has met
+        clip.cache = {word: word for word in ("<start_of_text>", "<end_of_text>")}
+    return ids
 
 
 def trim(ids_BL: Tensor) -> Tensor:
@@ -128,7 +134,7 @@ def _words(ids_L: Tensor) -> Tensor:
 @functools.cache
 def _word_ends() -> Tensor:
     """Which token ids end a word, [vocabulary] bool. CLIP's tokens are parts of words."""
-    decoder = open_clip.tokenizer._tokenizer.decoder
+    decoder = tokenizer().decoder
     return torch.tensor([decoder[i].endswith("</w>") for i in range(len(decoder))])
 
 

@@ -7,9 +7,13 @@ from random numbers that were drawn per sample: the same on any device, for any 
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
+import os
+import re
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from utils.errors import UserError
+from utils.files import open_file
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -31,7 +36,15 @@ ERASING_TRIES = 10  # for a rectangle that fits; after them the image stays whol
 # Others can start programs (EPS), or are no pictures of people.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 PILImage.MAX_IMAGE_PIXELS = None  # PIL warns, and refuses in words of its own; here is ours:
-MAX_PIXELS = 100_000_000  # a few times the largest camera's; more is a decompression bomb
+# More is a bomb: a small file that takes all memory or hours. Decoders take up to 16 bytes a pixel.
+MAX_PIXELS = 61_000_000  # a full-frame camera has 60 million at most
+MAX_SIDE = 30_000  # three times such a camera's; some decoders take much memory for a row or column
+MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits, uncompressed
+# A progressive JPEG's picture is gone over in scans, 10 in the usual encoders' files, each of which
+# takes time, however few its bytes. Over many pixels fewer are allowed.
+MAX_SCANS, MAX_SCANNED = 100, 20 * MAX_PIXELS
+HEADER = 2**16  # bytes, of a PPM
+MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])", re.DOTALL)  # of a JPEG, not in its data
 ORIENTATION, BITS, WHITE_IS = 274, 258, 262  # tags of EXIF and TIFF
 UPRIGHT = {  # what undoes each orientation of EXIF; from 5 on, width and height change places
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
@@ -62,26 +75,68 @@ def read_image(
     """
     advice = "Replace the file" + (", or take its entry out of the JSON" if entry else "")
     try:
-        with PILImage.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:  # before they are decoded
-                raise ValueError(f"{width}x{height} is over the limit of {MAX_PIXELS} pixels")
-            if at_least is not None:
-                image.draft("RGB", at_least if _orientation(image) >= 5 else at_least[::-1])
-            image.load()  # which turns a TIFF upright, and clears its orientation
-            turn = UPRIGHT.get(_orientation(image))
-            upright = to_rgb(image)
-            return upright if turn is None else upright.transpose(turn)
+        # A pipe or device would keep its reader waiting; and a mapped file, as PIL reads some that
+        # it has opened itself, ends the process if it is cut meanwhile.
+        with open_file(path) as file:
+            if (length := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise ValueError(f"its {length} bytes are over the limit of {MAX_BYTES}")
+            scans = _scans(file)
+            with PILImage.open(file, formats=FORMATS) as image:
+                _refuse_bomb(*image.size, scans)  # before it is decoded
+                if at_least is not None:
+                    image.draft("RGB", at_least if _orientation(image) >= 5 else at_least[::-1])
+                image.load()  # which turns a TIFF upright, and clears its orientation
+                turn = UPRIGHT.get(_orientation(image))
+                upright = to_rgb(image)
+            if turn is None:
+                return upright
+            if upright is not image:
+                image.close()  # its pixels, too
+            return upright.transpose(turn)
     except UnidentifiedImageError:
         error = f"it is none of {', '.join(FORMATS)}"
     except MemoryError:
         raise
     except Exception as reason:  # decoders of damaged files raise nearly anything
         error = f"{reason}" or type(reason).__name__
-        if isinstance(reason, OSError) and reason.errno:  # not the picture's fault
-            error, advice = reason.strerror, "Give this user access to it"
+        if isinstance(reason, OSError) and reason.errno:
+            error = reason.strerror
+            if reason.errno in (errno.EACCES, errno.EPERM):  # not the picture's fault
+                advice = "Give this user access to it"
     where = f" ({entry})" if entry else ""
     raise BrokenImage(f"{path}{where}: the image cannot be read: {error}. {advice}.") from None
+
+
+def _scans(file: BinaryIO) -> int:
+    """How many scans a JPEG has, by its markers; 0 for another format. Raises ValueError if it is a
+    PPM whose header is long, since that is read byte by byte."""
+    scans, at, data = 0, 2, file.read(HEADER)
+    if data.startswith(b"\xff\xd8"):
+        data += file.read()
+        while scans <= MAX_SCANS and (found := MARKER.search(data, at)):
+            at, code = found.end(), found[1][0]
+            if code == 0xD9:  # the end
+                break
+            if code not in (0x01, 0xD8):  # which stand alone; of others the length follows
+                at += int.from_bytes(data[at : at + 2], "big")
+            scans += code == 0xDA
+    elif data.startswith(b"P") and len(data) == HEADER:
+        fields = len(re.sub(rb"#[^\r\n]*", b"", data).split())
+        if fields < (3 if data[1:2] in b"14" else 4):  # kind, width, height, and white
+            raise ValueError(f"its header is over the limit of {HEADER} bytes")
+    file.seek(0)
+    return scans
+
+
+def _refuse_bomb(width: int, height: int, scans: int) -> None:
+    """Raise ValueError if it would take too much memory or time to decode."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} is over the limit of {MAX_PIXELS} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width}x{height}: a side is over the limit of {MAX_SIDE} pixels")
+    if scans > min(MAX_SCANS, MAX_SCANNED // max(1, width * height)):
+        count = f"more than {MAX_SCANS}" if scans > MAX_SCANS else scans
+        raise ValueError(f"a JPEG of {width}x{height} in {count} scans; encoders write about 10")
 
 
 def _orientation(image: PILImage.Image) -> int:
@@ -101,10 +156,12 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         tags = getattr(image, "tag_v2", {})  # a TIFF's
-        white = 2 ** tags.get(BITS, (16,))[0] - 1
-        grey = (np.asarray(image).astype(np.int64) * 255 + white // 2) // white
-        grey = 255 - grey if tags.get(WHITE_IS) == 0 else grey
-        image = PILImage.fromarray(grey.clip(0, 255).astype(np.uint8))
+        white, values = 2 ** tags.get(BITS, (16,))[0] - 1, np.asarray(image)
+        scaled = np.empty(values.shape, np.uint8)
+        for row, grey in enumerate(values):  # whole, the wide numbers would take much memory
+            grey = (grey.astype(np.int64) * 255 + white // 2) // white
+            scaled[row] = (255 - grey if tags.get(WHITE_IS) == 0 else grey).clip(0, 255)
+        image = PILImage.fromarray(scaled)
     elif image.mode in ("I", "F"):
         raise ValueError(
             f"its grey values are {'32-bit numbers' if image.mode == 'F' else 'integers'} whose "
@@ -112,7 +169,7 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         )
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # PIL warns of the direct way
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:

@@ -21,6 +21,7 @@ from utils.devices import autocast, full
 from utils.distributed import ALONE, World, shares
 from utils.errors import UserError
 from utils.metrics import FIGURES, Ranked, Retrieval, rank
+from utils.text import visible
 from utils.uncertainty import bootstrap
 
 
@@ -236,5 +237,5 @@ def attribute_table(accuracy: dict[str, dict[str, float]]) -> str:
     table.align = "r"
     table.align["attribute"] = "l"
     for name, row in accuracy.items():
-        table.add_row([name, *(f"{row[view]:.2f}" for view in views)])
+        table.add_row([visible(name), *(f"{row[view]:.2f}" for view in views)])
     return table.get_string()

@@ -25,7 +25,6 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
-import open_clip
 from prettytable import PrettyTable
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -38,6 +37,8 @@ from utils.attributes import read_attributes
 from utils.command_line import parse_some
 from utils.devices import allow_open_files, cores
 from utils.errors import UserError, run_main
+from utils.logger import say
+from utils.text import tokenizer, visible
 
 SHOWN = 5  # examples of each finding
 # What descriptions of people do not contain, but captions written by a program sometimes do.
@@ -75,10 +76,11 @@ class Report:
         return any(fails or strict for fails, _, _ in self.findings)
 
     def __str__(self) -> str:
+        """Several lines, of which what the data set's files say makes none by itself."""
         lines = []
         for fails, title, examples in self.findings:
-            lines.append(f"{'FAIL' if fails else 'warning'}: {title}: {len(examples)}")
-            lines += [f"    {example}" for example in examples[:SHOWN]]
+            lines.append(f"{'FAIL' if fails else 'warning'}: {visible(title)}: {len(examples)}")
+            lines += [f"    {visible(example)}" for example in examples[:SHOWN]]
             if len(examples) > SHOWN:
                 lines.append(f"    ... and {len(examples) - SHOWN} more")
         return "\n".join(lines)
@@ -179,7 +181,7 @@ def check_captions(parts: dict[str, Part], report: Report) -> None:
     owners: dict[str, dict[tuple[str, int], str]] = defaultdict(dict)
     for name, part in parts.items():
         for caption in dict.fromkeys(part.captions):
-            tokens = len(open_clip.tokenizer._tokenizer.encode(caption.text)) + 2
+            tokens = len(tokenizer().encode(caption.text)) + 2
             if tokens > 77:
                 long.append(f"{caption.where}: {tokens} tokens: {caption.text:.60}...")
             reason = suspicious(caption.text)
@@ -240,7 +242,8 @@ def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report)
         for value in range(count):
             title = named.get(attribute, range(count))[value]
             shares = [100 * c[value] / c.total() for c in counts.values()]
-            table.add_row([attribute if not value else "", title, *(f"{s:.1f}" for s in shares)])
+            name = "" if value else visible(attribute)
+            table.add_row([name, visible(title), *(f"{s:.1f}" for s in shares)])
             if not counts["train"][value]:
                 report.add(False, "classes without a training image", [f"{attribute}: {title}"])
     return table.get_string()
@@ -262,11 +265,11 @@ def main() -> None:
     allow_open_files(args.num_workers)
     data = read_dataset(args)
     parts, report = parts_of(data), Report()
-    print(f"{data.name} in {args.root_dir}\n{overview(parts)}")
+    say(f"{data.name} in {visible(args.root_dir)}\n{overview(parts)}")
     if data.attribute_classes:
-        print(f"\n{label_balance(data, parts, args.attributes_file, report)}")
+        say(f"\n{label_balance(data, parts, args.attributes_file, report)}")
     if not data.ids:
-        print(
+        say(
             "\nIdentities are numbered per split here, so that one in two splits is found by its "
             "pictures alone, and by the names of AG-ReID's."
         )
@@ -275,9 +278,9 @@ def main() -> None:
     check_overlap(data, report)
     check_identities(data, report)
     check_captions(parts, report)
-    print(f"\n{report}" if report.findings else "")
+    say(f"\n{report}" if report.findings else "")
     failed = report.failed(args.strict)
-    print("FAIL" if failed else "pass" + (", with warnings" if report.findings else ""))
+    say("FAIL" if failed else "pass" + (", with warnings" if report.findings else ""))
     sys.exit(int(failed))
 
 

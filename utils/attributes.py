@@ -10,7 +10,10 @@ import yaml
 
 from utils.documents import load_yaml
 from utils.errors import UserError
-from utils.text import fault
+from utils.files import read_file
+from utils.text import READ, WORD, fault, is_cut
+
+TOO_LONG = f"has more than {READ} characters, or a word of more than {WORD}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def read_attributes(path: str | Path) -> list[Attribute]:
     own = Path(__file__).parent.parent / path
     try:
         found = path if Path(path).exists() or not own.exists() else own
-        entries = load_yaml(Path(found).read_bytes())
+        entries = load_yaml(read_file(found))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -55,7 +58,7 @@ def read_attributes(path: str | Path) -> list[Attribute]:
             if not isinstance(sentences, list) or not sentences:
                 raise UserError(f"{where}: class {name} has no sentences")
             for sentence in sentences:
-                if wrong := fault(sentence):
+                if wrong := fault(sentence) or (TOO_LONG if is_cut(sentence) else ""):
                     raise UserError(f"{where}: class {name}: the sentence {wrong}")
                 if owners.setdefault(sentence, name) != name:
                     raise UserError(

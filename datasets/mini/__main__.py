@@ -6,6 +6,8 @@ from pathlib import Path
 from utils.devices import cores
 from utils.errors import UserError, run_main
 from utils.files import path_option
+from utils.logger import say
+from utils.text import visible
 
 from .build import LAYOUTS, VALS, render
 from .figure import draw_figure
@@ -37,9 +39,9 @@ def main() -> None:
     if args.figure:
         try:
             draw_figure(args.out, args.figure)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise UserError(f"{args.out}: no people to draw: {error}") from None
-        print(f"wrote {args.figure}")
+        say(f"wrote {visible(args.figure)}")
         return
     options = {k: v for k, v in vars(args).items() if k not in ("out", "figure")}
     try:
@@ -49,7 +51,7 @@ def main() -> None:
     count = sum(1 for _ in args.out.rglob("*.jpg"))
     people = args.train_ids + args.test_ids + (args.val_ids if args.val == VALS[0] else 0)
     state = "wrote" if written else "already complete:"
-    print(f"{state} {args.out}, {count} images of {people} identities, seed {args.seed}")
+    say(f"{state} {visible(args.out)}, {count} images of {people} identities, seed {args.seed}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Rendering the whole data set into a folder, in TBAGPR's layout or another that is read here."""
 
+import io
 import json
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
@@ -13,6 +15,9 @@ from tqdm import tqdm
 
 from datasets.pedes import CUSTOM, PEDES
 from utils.attributes import read_attributes
+from utils.documents import load_json
+from utils.errors import UserError
+from utils.files import read_file
 
 from .captions import caption
 from .people import Person, sample_person
@@ -123,7 +128,9 @@ def _render_identity(
         for view, file in zip(views, files, strict=True):
             if file is not None:
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
-                paint(person, view).save(root / file, quality=quality)
+                jpeg = io.BytesIO()  # PIL's own writer does not say why the disk refused
+                paint(person, view).save(jpeg, "JPEG", quality=quality)
+                (root / file).write_bytes(jpeg.getvalue())
         labels = [_labels(person, view) for view in views]
         records.append(
             {"pid": pid, "paths": paths, "files": files, "captions": captions, "labels": labels}
@@ -254,7 +261,8 @@ def render(
     test, AG-ReID's val shows the people of its test in other images, and one of them is in training
     too. The files depend on these parameters only, not on `workers`. A complete set of the same
     parameters is left alone, and False returned; anything else at `root` raises FileExistsError
-    unless `force`. The set appears at `root` only when complete.
+    unless `force`, which replaces a folder, but no link and no file. The set appears at `root` only
+    when complete. Raises UserError if it cannot be written; then nothing stays.
     """
     root = Path(root)
     parameters = {
@@ -277,20 +285,45 @@ def render(
             raise ValueError(f"val {val}: its people are those of test, so val_ids is test_ids")
     if pairs < 1 or min(train_ids, val_ids, test_ids) < 1:
         raise ValueError("pairs and every number of identities have to be at least 1")
-    if root.exists() and not force:
-        marker = root / MARKER
-        if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == parameters:
+    there = root.exists() or root.is_symlink()
+    if there and (root.is_symlink() or not root.is_dir()) and force:
+        raise FileExistsError(f"{root} is a link or no folder; remove it, or choose another folder")
+    if there and not force:
+        if _is_complete(root, parameters):
             return False
         raise FileExistsError(
             f"{root} exists and is not the complete set of these parameters; "
             "remove it, choose another folder, or replace it with --force"
         )
-    unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    _render_all(unfinished, parameters, workers, progress)
-    _write_json(unfinished / MARKER, parameters)
-    if root.exists():
-        shutil.rmtree(root)
-    unfinished.rename(root)
+    unfinished, replaced = (root.with_name(root.name + end) for end in (".unfinished", ".replaced"))
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _render_all(unfinished, parameters, workers, progress)
+        _write_json(unfinished / MARKER, parameters)
+        if there:  # moved first: half deleted, it could still pass for a complete set
+            shutil.rmtree(replaced, ignore_errors=True)
+            root.rename(replaced)
+        unfinished.rename(root)
+    except OSError as error:
+        raise UserError(
+            f"{root}: could not be rendered: {error.filename or unfinished}: "
+            f"{error.strerror or error}; make room there, or choose another folder"
+        ) from None
+    except BrokenProcessPool:
+        raise UserError(
+            f"{root}: could not be rendered: a process was killed; memory may have run out: give "
+            "fewer --workers"
+        ) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     return True
+
+
+def _is_complete(root: Path, parameters: dict) -> bool:
+    """Whether the set of these parameters stands there, by its marker, which is written last."""
+    try:
+        return load_json(read_file(root / MARKER)) == parameters
+    except (OSError, ValueError, RecursionError):
+        return False

@@ -1,9 +1,11 @@
 """A figure for the documentation: people of the test split with their pictures and captions."""
 
-import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from datasets.files import read_json
+from datasets.transforms import read_image
 
 from .build import JSON_NAME
 from .view import SOURCES
@@ -27,7 +29,7 @@ def _entries(root: Path) -> list[tuple[str, Path, Path, str]]:
     """(source, aerial image, ground image, caption) of test people, sources in turn."""
     found = []
     for name in SOURCES:
-        split = json.loads((root / name / JSON_NAME[name].format("test")).read_text("utf-8"))
+        split = read_json(root / name / JSON_NAME[name].format("test"))
         for i, (pid, aerial, ground) in enumerate(
             zip(split["image_pids"], split["img_paths"], split["pair_img_paths"], strict=True)
         ):
@@ -45,7 +47,7 @@ def draw_figure(root: Path, out: Path, which: tuple[int, ...] = (18, 10, 71, 90)
     title, text = ImageFont.load_default(size=19), ImageFont.load_default(size=16)
     column = (_WIDTH - _MARGIN * (len(which) + 1)) // len(which)
     wrapped = [_wrap(entry[3], text, column) for entry in entries]
-    pictures = [[Image.open(path).convert("RGB") for path in entry[1:3]] for entry in entries]
+    pictures = [[read_image(str(path)) for path in entry[1:3]] for entry in entries]
     widest = max(sum(image.width / image.height for image in pair) for pair in pictures)
     tall = int((column - _GAP) / widest)
     below = _MARGIN + _TITLE + tall + 14

@@ -72,20 +72,6 @@ def test_a_broken_image_stops_the_cache_and_leaves_no_file(mini_copy, tmp_path):
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_a_cache_that_a_killed_process_left_unfinished_is_deleted_one_under_way_is_not(
-    mini_root, tmp_path
-):
-    files(mini_root).use_cache(tmp_path)
-    (path,) = tmp_path.glob("*.npy")
-    path.unlink()
-    abandoned, busy = (tmp_path / f".{path.name}.{end}" for end in ("a", "b"))
-    abandoned.touch()
-    os.utime(abandoned, (1, 1))
-    busy.touch()
-    files(mini_root).use_cache(tmp_path)
-    assert path.exists() and busy.exists() and not abandoned.exists()
-
-
 def test_a_truncated_cache_and_a_folder_that_is_a_file_are_named(mini_root, tmp_path):
     images = files(mini_root)
     images.use_cache(tmp_path / "cache")
