@@ -4,22 +4,28 @@ Never a traceback from the depths, more than 10 seconds or 1 GB, or a wrong resu
 spite of a change is checked. Examples are the same in every run; `--fuzz` gives their number.
 """
 
+import argparse
 import copy
 import io
 import json
 import os
 import pickle
 import resource
+import tempfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils.tensorboard import SummaryWriter
 
+import test as test_entry
 import train as train_entry
 from datasets.build import read_dataset, train_loader
 from datasets.fingerprint import changes, fingerprint
@@ -28,13 +34,19 @@ from model.build import build_evaluation_model, build_training_model, load_fitti
 from processor.resume import read_state, resume
 from processor.summary import best_table, told_by
 from processor.trainer import Trainer
-from tests.helpers import ROOT, SCRATCH, golden_clip, options, run
+from tests.helpers import ROOT, golden_clip, options, run
 from tests.reliability.runs import flags, folder_of
+from tools import report
+from tools.compare_runs import compare
+from tools.reproduce import read_table, write_tables
 from utils.attributes import read_attributes
 from utils.checkpoint import digest, load_checkpoint, refuse_swollen, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.errors import UserError
+from utils.files import lock, remove_unfinished
+from utils.logger import setup_logger
 from utils.options import OPTIONS, write_config
+from utils.text import visible
 
 CPU = torch.device("cpu")
 
@@ -547,4 +559,152 @@ def test_images(request, data):
     assert image is None or image.mode == "RGB"
 
 
-assert SCRATCH  # sizes of the models above
+RUN_FILES = [
+    "configs.yaml", "last.pth", "best.pth", "train_log.txt", "lock", "test_results.json",
+    "test_queries.npz", "nonfinite", "events",
+]  # fmt: skip
+TOLD = ["configs.yaml", "test_results.json", "test_queries.npz", "events"]  # small, and often read
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, mini_root):
+    """The files of an evaluated run, by name."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        words = ["--config_file", trained / "configs.yaml", "--root_dir", mini_root]
+        run(test_entry.main, monkeypatch, *words, "--device", "cpu")
+    return {
+        path.name: path.read_bytes()
+        for path in trained.iterdir()
+        if path.is_file() and path.name not in ("lock", "x.pth")
+    }
+
+
+@many
+@given(data=st.data())
+def test_run_folders(request, data):
+    """run folders, with links, pipes and odd content"""
+    files = request.getfixturevalue("evaluated")
+    with tempfile.TemporaryDirectory() as place:
+        folder, whole, outside = (Path(place, name) for name in ("run", "whole", "outside"))
+        for one in (folder, whole, outside):
+            one.mkdir()
+            for name, content in files.items() if one != outside else ():
+                (one / name).write_bytes(content)
+        for name in data.draw(st.lists(st.sampled_from(RUN_FILES + TOLD), min_size=1, max_size=2)):
+            if name == "events":
+                name = next(file for file in files if file.startswith("events"))
+            _spoil(data.draw, folder / name, outside)
+        before = {path.name: path.read_bytes() for path in outside.iterdir()}
+        _use(folder, whole)
+        assert before == {path.name: path.read_bytes() for path in outside.iterdir()}
+
+
+def _spoil(draw, path: Path, outside: Path) -> None:
+    """Put something else in a file's place."""
+    original = path.read_bytes() if path.is_file() else b""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    how = draw(st.sampled_from(["link", "dangling", "pipe", "folder", "bytes", "tree", "tree"]))
+    if how == "link":
+        (outside / path.name).write_bytes(original)
+        path.symlink_to(outside / path.name)
+    elif how == "dangling":
+        path.symlink_to(outside / f"no {path.name}")
+    elif how == "pipe":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "bytes" or not original:
+        path.write_bytes(damaged(draw, original))
+    elif path.suffix == ".yaml":
+        tree = changed(draw, yaml.safe_load(original))
+        path.write_bytes(yaml.dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(changed(draw, json.loads(original))))
+    elif path.suffix == ".npz":
+        path.write_bytes(_npz(draw, original))
+    elif path.name.startswith("events"):
+        curve = draw(st.lists(st.tuples(st.integers(-1, 5), st.floats()), max_size=6))
+        with SummaryWriter(path.parent, filename_suffix=".more") as writer:
+            for step, value in curve:
+                writer.add_scalar(
+                    draw(st.sampled_from(["loss/total", "lr", "\x1b[2J<b>"])), value, step
+                )
+        path.write_bytes(original)
+    else:
+        path.write_bytes(original)
+
+
+def _npz(draw, original: bytes) -> bytes:
+    """An archive with an array that is another, missing or damaged."""
+    with np.load(io.BytesIO(original)) as archive:
+        arrays = dict(archive)
+    name = draw(st.sampled_from(sorted(arrays)))
+    how = draw(st.sampled_from(["remove", "type", "shape", "empty", "nan", "bytes"]))
+    if how == "remove":
+        del arrays[name]
+    elif how != "bytes":
+        arrays[name] = {
+            "type": lambda: arrays[name].astype(draw(st.sampled_from(["U8", "c16", "bool", "S3"]))),
+            "shape": lambda: np.zeros(draw(st.sampled_from([(), (3,), (2, 2), (0,)]))),
+            "empty": lambda: np.zeros(0), "nan": lambda: np.full(arrays[name].shape, np.nan),
+        }[how]()  # fmt: skip
+    held = io.BytesIO()
+    np.savez_compressed(held, **arrays)
+    return damaged(draw, held.getvalue()) if how == "bytes" else held.getvalue()
+
+
+def _use(folder: Path, whole: Path) -> None:
+    """What people do with a run that they were given."""
+
+    def go_on() -> None:
+        words = ["--resume", "--resume_ckpt_file", str(folder / "last.pth"), "--device", "cpu"]
+        parse_options(words)
+        os.close(lock(folder))
+        remove_unfinished(folder)
+        setup_logger(folder / "train_log.txt").info("goes on")
+        read_state(folder / "last.pth")
+
+    def look() -> None:
+        given = argparse.Namespace(queries=0, root_dir="", device="cpu", attributes_file="")
+        runs = [report.read_run(one, "red") for one in (folder, whole)]
+        report.report(runs, given).encode()
+
+    try:
+        tolerated(go_on)
+    finally:
+        setup_logger()
+    tolerated(lambda: load_checkpoint(parse_test_options(["--config_file", str(folder / "configs.yaml")])[1]))  # fmt: skip
+    tolerated(look)
+    tolerated(lambda: compare({"a": [folder], "b": [whole]}, "test", "aerial", 20))
+    tolerated(lambda: write_config(folder / "configs.yaml", options()))
+
+
+@many
+@given(data=st.data())
+def test_table_files(request, data):
+    """tables of reproduce.py"""
+    path = request.getfixturevalue("tmp_path") / "table.yaml"
+    names = st.sampled_from(sorted((ROOT / "configs/tables").glob("*.yaml")))
+    tree = changed(data.draw, yaml.safe_load(data.draw(names).read_text()))
+    for row in tree.get("rows") or () if isinstance(tree, dict) else ():
+        if isinstance(row, dict) and isinstance(row.get("base"), str):
+            row["base"] = str(ROOT / "configs/tables" / row["base"])
+    if isinstance(tree, dict) and isinstance(tree.get("base"), str):
+        tree["base"] = str(ROOT / "configs/tables" / tree["base"])
+    path.write_bytes(yaml.dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"))
+    table = tolerated(lambda: read_table(str(path)))
+    if table is not None:
+        written = request.getfixturevalue("tmp_path") / "out"
+        write_tables(table, [], {row["name"]: "left out" for row in table.rows}, written)
+        assert len({row["name"] for row in table.rows}) == len(table.rows)
+
+
+@given(text=st.text())
+@settings(derandomize=True, database=None)
+def test_text_of_others_moves_no_terminal(text):
+    shown = visible(text)
+    assert shown == visible(shown) == visible(text, lines=True).replace("\n", r"\n")
+    assert all(letter.isprintable() or unicodedata.category(letter) in ("Cf", "Cn", "Co", "Zs") for letter in shown)  # fmt: skip
+    shown.encode()
