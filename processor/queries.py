@@ -114,6 +114,9 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
     """Raises one of `ARCHIVE_FAULTS`, also if its arrays are larger than any of ours."""
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         size = sum(record.file_size for record in archive.infolist())
+        file.seek(0)
+        if file.read(4) != b"PK\3\4":  # or NumPy would take it for a pickle
+            raise ValueError("it does not begin as an archive")
     if size > LARGEST:
         raise ValueError(f"its arrays have {size} bytes; those of test.py have {LARGEST} at most")
     return np.load(path, allow_pickle=False)

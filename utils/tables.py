@@ -34,7 +34,7 @@ def markdown(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 
 def latex(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A tabular of LaTeX, its first column aligned left."""
-    return _table(head, rows, in_latex).get_latex_string()
+    return _table(head, rows, in_latex).get_latex_string().replace("\r\n", "\n")
 
 
 def as_csv(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

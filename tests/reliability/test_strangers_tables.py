@@ -1,0 +1,402 @@
+"""What may make a table, a page or a comparison wrong in silence, and what a stranger writes into
+them. Each test is an attempt that once succeeded."""
+
+import argparse
+import csv
+import errno
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import writer as tensorboard
+
+from processor import queries
+from processor.queries import per_query, read_queries, read_results, write_results
+from tests.helpers import run
+from tools import compare_runs, report, reproduce
+from utils import files
+from utils.errors import UserError
+from utils.metrics import Ranked
+from utils.runs import EVENTS
+from utils.tables import as_csv, console, latex, markdown
+
+ROWS = [{"name": "sdm", "options": {"loss_names": "sdm"}}, {"name": "itc"}]
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(content=None, **more):
+        (tmp_path / "base.yaml").write_text("num_epoch: 1\nwarmup_epochs: 0\n")
+        whole = {"title": "A table", "base": "base.yaml", "rows": ROWS, **more}
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(whole if content is None else content))
+        return path
+
+    return write
+
+
+# 1: wrong in silence
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"rows": [ROWS[0], {**ROWS[1], "name": "sdm"}]}, "row sdm has this name"),
+        ({"rows": [ROWS[0], {**ROWS[1], "name": "SDM!"}]}, "row sdm has this name, but for case"),
+        ({"rows": None}, "rows must be a list, got None"),
+        ({"rows": []}, "it has no rows"),
+        ({"rows": [3]}, "row 1: a row needs a name"),
+        ({"rows": {"name": "x"}}, "rows must be a list"),
+        ({"options": None}, "options must be a mapping"),
+        ({"options": [1]}, "options must be a mapping"),
+        ({"title": 3}, "title must be text"),
+        ({"base": ["a"]}, "base must be text"),
+        ({"seeds": [1]}, "'seeds': unknown"),
+        ({"rows": [{"name": None}]}, "name must be text"),
+        ({"rows": [{"name": "a\nb"}]}, "its name must be a line of 1 to 100 characters"),
+        ({"rows": [{"name": "\x1b[2J"}]}, "its name must be a line"),
+        ({"rows": [{"name": "x" * 101}]}, "its name must be a line"),
+        ({"rows": [{"name": "x", "options": 7}]}, "options must be a mapping"),
+        ({"rows": [{"name": "x", "published": 7}]}, "published must be a mapping"),
+        ({"rows": [{"name": "x", "published": {"R@1": "39"}}]}, "published R@1: '39'"),
+        ({"rows": [{"name": "x", "published": {"R@2": 39}}]}, "published R@2: 39"),
+        ({"rows": [{"name": "x", "published": {"R@1": 390}}]}, "published R@1: 390"),
+        ({"rows": [{"name": "x", "published": {"R@1": math.nan}}]}, "published R@1: nan"),
+        ({"rows": [{"name": "x", "needs": "luck"}]}, "needs is 'luck'"),
+        ({"rows": [{"name": "x", "ablation": "yes"}]}, "ablation must be true or false"),
+        ({"rows": [{"name": "x", "option": {}}]}, "'option': unknown. Did you mean 'options'"),
+    ],
+)  # fmt: skip
+def test_a_table_is_checked_whole_before_anything_runs(more, message, table, attempt):
+    with pytest.raises(UserError, match="small.yaml") as error:
+        reproduce.read_table(str(table(**more)))
+    assert message in str(error.value)
+    if "has this name" in message:
+        attempt("1", "two rows of one name with different options", "averaged as if they were seeds", error.value)  # fmt: skip
+    if message.startswith(("rows must", "options must be a mapping", "published R@1: '")):
+        attempt("5", f"a table with {json.dumps(more)[:60]}", "traceback", error.value)
+
+
+def test_a_seed_twice_is_no_second_sample(table, mini_root, tmp_path, monkeypatch, attempt):
+    words = ["--table", table(), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
+    with pytest.raises(UserError, match="--seeds 1 1: a seed twice") as error:
+        run(reproduce.main, monkeypatch, *words, "--seeds", 1, 1)
+    assert not (tmp_path / "out").exists()
+    attempt("1", "--seeds 1 1", "a deviation of 0.00", error.value)
+
+
+def test_a_data_set_behind_links_has_its_own_fingerprint(mini_copy, tmp_path, attempt):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "attrs.json").symlink_to(mini_copy / "attrs.json")
+    for name in ("AG-ReID", "G2APS-AG"):
+        (linked / name).symlink_to(mini_copy / name)
+    (mini_copy / "AG-ReID/again").symlink_to(mini_copy)  # a circle
+    before = reproduce.fingerprint(linked)
+    path = mini_copy / "AG-ReID/agtext_train.json"
+    path.write_text(path.read_text().replace(" a ", " the "))
+    assert reproduce.fingerprint(linked) != before
+    attempt("1", "captions changed in a data set of linked folders", "done already", "another fingerprint: other jobs")  # fmt: skip
+
+
+def test_a_fingerprint_without_links_is_what_it_was(tmp_path):
+    """So that finished jobs stay done."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x.json").write_text("[1]")
+    (tmp_path / "a/y.jpg").write_bytes(b"12")
+    expected = reproduce.hashlib.sha256(b"\na/b/x.json\x003[1]\na/y.jpg\x002").hexdigest()
+    assert reproduce.fingerprint(tmp_path) == expected
+
+
+def test_a_stray_name_or_pipe_in_a_data_set_stops_no_table(tmp_path, attempt):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    os.mkfifo(tmp_path / "pipe.json")
+    assert len(reproduce.fingerprint(tmp_path)) == 64
+    attempt("5", "a stray file in root_dir whose name is not UTF-8", "UnicodeEncodeError", "fingerprinted")  # fmt: skip
+
+
+def ranked(seed, count=30):
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(1, 20, (count,), generator=generator).double()
+    return Ranked(torch.stack([first, 1 / first, 1 / first], 1), torch.arange(count) // 3, 40)
+
+
+def evaluated(folder, seed=0):
+    """A run's folder as test.py leaves it."""
+    folder.mkdir(exist_ok=True)
+    figures = {
+        **dict.fromkeys(("r1", "r5", "r10", "mAP", "mINP"), 50.0),
+        "queries": 30,
+        "gallery": 40,
+    }
+    results = {"epoch": 3, "splits": {"test": {"galleries": {"aerial": figures}}}}
+    write_results(folder / "best.pth", results, per_query("test", {"aerial": ranked(seed)}))
+    (folder / "configs.yaml").write_text("name: x\n")
+    return folder
+
+
+def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path, monkeypatch, attempt):
+    folder = evaluated(tmp_path / "a")
+    whole = files.write_atomically
+
+    def killed(path, write, **more):
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        whole(path, write, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("processor.queries.write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(folder, seed=1)
+    other = evaluated(tmp_path / "b")
+    for use in (
+        lambda: report.read_run(folder, "red"),
+        lambda: compare_runs.compare({"a": [folder], "b": [other]}, "test", "aerial", 10),
+    ):
+        with pytest.raises(UserError, match="are of different evaluations.*evaluate the run again") as error:  # fmt: skip
+            use()
+    evaluated(folder, seed=1)
+    report.read_run(folder, "red")
+    attempt("1", "test.py killed between its two files", "figures of two models side by side", error.value)  # fmt: skip
+
+
+def test_curves_are_ordered_by_epoch_though_the_clock_went_back(tmp_path, monkeypatch, attempt):
+    now = [2_000_000.0]
+    monkeypatch.setattr(tensorboard.time, "time", lambda: now[0])
+    import tensorboard.summary.writer.event_file_writer as file_writer
+
+    monkeypatch.setattr(file_writer.time, "time", lambda: now[0])
+
+    def write(number, epochs, value, purge):
+        suffix = EVENTS.format(number)
+        with SummaryWriter(tmp_path, purge_step=purge, filename_suffix=suffix) as curves:
+            for epoch in epochs:
+                now[0] += 1
+                curves.add_scalar("loss/total", value + epoch, epoch)
+
+    write(1, range(1, 7), 100, 1)
+    now[0] = 1_000_000.0  # the machine that goes on has another clock
+    write(2, range(4, 9), 200, 4)
+    now[0] = 1_500_000.0
+    write(3, range(7, 8), 300, 7)  # went back to epoch 6, and has done one more
+    found = report.read_scalars(tmp_path)["loss/total"]
+    assert found == [(1, 101), (2, 102), (3, 103), (4, 204), (5, 205), (6, 206), (7, 307)]
+    attempt("1", "a run that went on under an earlier clock, in the report", "half of its epochs", f"epochs {[step for step, _ in found]}")  # fmt: skip
+
+
+def test_a_run_counts_its_starts(mini_root, tmp_path, monkeypatch):
+    import train as train_entry
+    from tests.reliability.runs import flags, folder_of
+
+    words = flags(mini_root, tmp_path, num_epoch=1, warmup_epochs=0)
+    run(train_entry.main, monkeypatch, *words)
+    folder = folder_of(tmp_path)
+    more = ["--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 2]
+    run(train_entry.main, monkeypatch, *more)
+    assert sorted(path.suffix for path in folder.glob("events.*")) == [".00001", ".00002"]
+    assert [step for step, _ in report.read_scalars(folder)["loss/total"]] == [1, 2]
+
+
+# 3: text that is not ours
+
+EVIL = [
+    r"\input{/etc/passwd}", "50 % of $x_1$ & #2 ~ ^", "a | b", "a\r\n\\end{tabular}", "\x1b[2J",
+    "=cmd|' /C calc'!A0", "+1+2", "-1-2", "@SUM(A1)", "\t=1", "<script>alert(1)</script>", "![x](y)",
+    "half \ud800", "`rm`",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("evil", EVIL, ids=ascii)
+def test_a_cell_stays_a_cell_in_every_format(evil, attempt):
+    head, rows = ["method", "difference"], [[evil, "+0.12"], ["x", "-3.00"]]
+    shown = {f.__name__: f(head, rows) for f in (console, markdown, latex, as_csv)}
+    assert all(text.isprintable() for made in shown.values() for text in made.split("\n"))
+    assert [made.rstrip("\n").count("\n") for made in shown.values()] == [5, 3, 4, 2]
+    (name, difference), (_, other) = list(csv.reader(io.StringIO(shown["as_csv"])))[1:]
+    assert not name.lstrip().startswith(("=", "+", "-", "@")) and (difference, other) == (
+        "+0.12",
+        "-3.00",
+    )
+    for line in shown["latex"].split("\n")[2:4]:
+        plain = line.replace("\\textbackslash{}", "").replace("\\textasciitilde{}", "")
+        plain = plain.replace("\\textasciicircum{}", "").removesuffix(r" \\")
+        for special in r"\&", r"\%", r"\$", r"\#", r"\_", r"\{", r"\}":
+            plain = plain.replace(special, "")
+        assert plain.count("&") == 1 and not set(plain) & set("\\%$#_{}~^")
+    assert not set("<>`|[]") & set(reproduce.re.sub(r"\\.", "", shown["markdown"].split("\n")[2][2:-2]).replace(" | ", ""))  # fmt: skip
+    now = {"=": shown["as_csv"], "\\": shown["latex"], "a": shown["markdown"]}.get(evil[0], "")
+    if now and evil in EVIL[:6]:
+        attempt(
+            "3", f"a row named {ascii(evil)}", "raw", now.split("\n")[1 if evil[0] == "=" else 2]
+        )
+
+
+def test_the_files_of_a_table_hold_no_text_of_its_rows_raw(table, mini_root, tmp_path, monkeypatch, capsys):  # fmt: skip
+    evil = r"=cmd|' /C'!A0 \input{x} <b>"
+    path = table(title=r"A \input{x} | <b>", rows=[{"name": evil, "needs": "finetune"}])
+    words = ["--table", path, "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
+    jobs = [reproduce.Job(evil, 1, argparse.Namespace(val_dataset="test", heldout=0), tmp_path)]
+    reproduce.write_tables(
+        reproduce.read_table(str(path)), jobs, {evil: "left out"}, tmp_path / "out"
+    )
+    capsys.readouterr()
+    text = {p.suffix: p.read_bytes().decode() for p in (tmp_path / "out").iterdir()}
+    assert words and set(text) == {".md", ".tex", ".csv"}
+    assert r"\input" not in text[".tex"].replace(r"\textbackslash{}input", "")
+    assert "<b>" not in text[".md"].replace(r"\<b\>", "") and "\r" not in text[".csv"]
+    assert next(csv.reader(io.StringIO(text[".csv"].split("\n", 1)[1])))[0].startswith("'=cmd")
+
+
+# 5: odd content
+
+
+def npz(**arrays):
+    held = io.BytesIO()
+    np.savez_compressed(held, **{f"test/aerial/{name}": value for name, value in arrays.items()})
+    return held.getvalue()
+
+
+def swollen():
+    """Arrays of 8 MB in 8 KB, for a limit that the test lowers."""
+    return npz(**GOOD | {"pid": np.zeros(2**20, np.int64)})
+
+
+GOOD = {"pid": np.arange(3), "first": np.ones(3), "ap": np.ones(3), "inp": np.ones(3)}
+ARCHIVES = {
+    "empty": lambda: b"",
+    "no captions": lambda: npz(**{name: value[:0] for name, value in GOOD.items()}),
+    "cut": lambda: npz(**GOOD)[:-30],
+    "damaged inside": lambda: npz(**GOOD).replace(b"PK\x03\x04", b"PK\x03\x05", 1),
+    "texts for numbers": lambda: npz(**GOOD | {"ap": np.array(["x"] * 3)}),
+    "objects": lambda: npz(**GOOD | {"pid": np.array([{}, [], 3], dtype=object)}),
+    "complex numbers": lambda: npz(**GOOD | {"ap": np.ones(3, complex)}),
+    "two images counts": lambda: npz(**GOOD, images=np.ones(2)),
+    "other lengths": lambda: npz(**GOOD | {"ap": np.ones(2)}),
+    "rank 0": lambda: npz(**GOOD | {"first": np.zeros(3)}),
+    "a precision of 7": lambda: npz(**GOOD | {"inp": np.full(3, 7.0)}),
+    "more bytes than any of ours": swollen,
+}
+
+
+@pytest.mark.parametrize("made", ARCHIVES)
+def test_an_archive_of_results_that_is_none_is_told(made, tmp_path, attempt, monkeypatch):
+    monkeypatch.setattr(queries, "LARGEST", 2**22)
+    path = tmp_path / "test_queries.npz"
+    path.write_bytes(ARCHIVES[made]())
+    with pytest.raises(UserError, match="test_queries.npz: no results of test.py") as error:
+        read_queries(path, "test", "aerial")
+    attempt("5" if made != "more bytes than any of ours" else "4", f"test_queries.npz: {made}", "traceback, or taken", error.value)  # fmt: skip
+
+
+RESULTS = [
+    "null", "3", "[]", "{}", '{"splits": null}', '{"splits": {"test": []}}',
+    '{"splits": {"test": {"galleries": {}}}}', '{"splits": {"test": {"galleries": {"aerial": 3}}}}',
+    '{"splits": {"test": {"galleries": {"aerial": {"r1": "x"}}}}}', '{"splits": NaN}', "{", "\xff",
+    '{"splits": {}, "splits": {}}', "[" * 9999, '{"protocol": 3, "splits": {"test": {}}}', "9" * 9999,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", RESULTS, ids=lambda text: ascii(text)[:40])
+def test_results_that_are_none_are_told(text, tmp_path):
+    folder = evaluated(tmp_path / "a")
+    (folder / "test_queries.npz").unlink()
+    (folder / "test_results.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"test_results.json: no results of test.py"):
+        report.read_run(folder, "red")
+
+
+def test_a_pipe_in_place_of_results_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "test_results.json")
+    with pytest.raises(UserError, match="not a regular file"):
+        read_results(tmp_path / "test_results.json", tmp_path / "test_queries.npz")
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"paper": 3}', '{"paper": {"R@1": "x"}}', "{", '{"paper": {"protocol": 3}}'])  # fmt: skip
+def test_notes_of_a_job_that_are_damaged_are_told(content, tmp_path):
+    (tmp_path / "done.json").write_text(content)
+    (tmp_path / "code.json").write_text('[{"commit": 3}]')
+    job = reproduce.Job("row", 1, argparse.Namespace(), tmp_path)
+    for ask, name in ((lambda: job.results, "done.json"), (lambda: job.code, "code.json")):
+        with pytest.raises(UserError, match=f"{name}: damaged; delete it"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("curve", "polylines"),
+    [
+        ([(1, 1.0), (2, math.nan), (3, 3.0), (4, 2.0)], 2),
+        ([(1, math.inf), (2, 1.0)], 1),
+        ([(1, math.nan), (2, -math.inf)], 0),
+        ([(1, 3e38), (2, -3e38)], 1),
+        ([(1, 1e-45), (2, 0.0)], 1),
+        ([(1, 3e38)], 1),
+    ],
+)
+def test_a_curve_with_nan_or_infinity_has_a_gap(curve, polylines, tmp_path, attempt):
+    folder = evaluated(tmp_path / "a")
+    with SummaryWriter(folder) as writer:
+        for step, value in curve:
+            writer.add_scalar("loss/total", value, step)
+    given = argparse.Namespace(queries=0, root_dir="", attributes_file="", device="cpu")
+    runs = [report.read_run(folder, "red")]
+    page = report.report(runs, given)
+    drawn = report.curves(runs)
+    assert drawn.count("<polyline") == polylines and "nan" not in drawn
+    assert page.encode() and ("no finite value" in drawn) == (not polylines)
+    if polylines == 2:
+        attempt("5", "a curve of 1, NaN, 3, 2 in the report", "traceback", f"{polylines} lines with a gap")  # fmt: skip
+
+
+def test_halves_of_characters_are_shown_in_a_page(tmp_path, attempt):
+    shown = report.table(["caption"], [["half \ud800 <b> \x1b"]])
+    assert shown.encode() and r"half \ud800 &lt;b&gt; \x1b" in shown
+    attempt("5", "half a character in a caption, in the report", "'?' or UnicodeEncodeError", r"half \ud800")  # fmt: skip
+
+
+# 8 and 9
+
+
+def test_a_full_disk_costs_no_table(tmp_path, monkeypatch, capsys, table, attempt):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    jobs = [reproduce.Job("sdm", 1, argparse.Namespace(val_dataset="test", heldout=0), tmp_path)]
+    with pytest.raises(UserError, match="table.md: could not be written: No space left") as error:
+        reproduce.write_tables(reproduce.read_table(str(table())), jobs, {}, tmp_path / "out")
+    assert "| sdm    |" in capsys.readouterr().out
+    attempt("8", "reproduce.py on a full disk", "the table was lost", f"printed, then: {error.value}")  # fmt: skip
+
+
+def test_a_full_disk_ends_a_job_and_not_the_others(table, mini_root, tmp_path, monkeypatch, capsys):
+    def call(runner, job, *_):
+        if job.row == "sdm":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(job.folder / "x"))
+        raise UserError("the other was tried")
+
+    monkeypatch.setattr(reproduce.Runner, "_call", call)
+    words = ["--table", table(), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        run(reproduce.main, monkeypatch, *words, "--seeds", 1)
+    shown = capsys.readouterr().out
+    assert "FAILED sdm, seed 1: [Errno 28] No space left" in shown
+    assert "FAILED itc, seed 1: the other was tried" in shown
+
+
+def test_a_page_compares_only_the_captions_that_it_shows():
+    generator = torch.Generator().manual_seed(0)
+    captions, images = (torch.randn(n, 16, generator=generator) for n in (200, 50))
+    whole = F.normalize(captions, dim=1) @ F.normalize(images, dim=1).T
+    expected = whole.topk(10, dim=1)
+    chosen = [3, 177, 42]
+    values, positions = report.best_images(captions[chosen], images)
+    assert positions == expected.indices[chosen].tolist()
+    torch.testing.assert_close(torch.tensor(values), expected.values[chosen])
+    assert len(report.best_images(captions[:1], images[:4])[0][0]) == 4
