@@ -17,6 +17,7 @@ are refused. Then each figure of both sides (means over their seeds) and the dif
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
             )
     ranked = read_queries(archive, split, gallery)
     figures = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
-    known = figures.suffix == ".json" and figures.is_file()
+    known = figures.suffix == ".json" and os.path.lexists(figures)
     run = Run(path, ranked, options, read_results(figures, archive) if known else {})
     images = run.said("splits", split, "galleries", gallery, "gallery")
     if not ranked.gallery and isinstance(images, int):  # an archive of an older version
