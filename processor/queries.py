@@ -29,7 +29,7 @@ from utils.files import open_file, read_file, write_atomically
 from utils.metrics import Ranked
 
 COLUMNS = ("first", "ap", "inp")  # of `query_metrics`
-MARK = "evaluation"
+MARK, AGAIN = "evaluation", "evaluate the run again (test.py)"
 MOST = 2**23  # captions of a gallery; its arrays take a quarter of a GB then
 # By --val_dataset: the protocols that a run follows, and the checkpoint of each.
 CHECKPOINTS = {
@@ -113,7 +113,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         raise
     except Exception as error:  # zipfile, its decompressors and NumPy raise all kinds
         told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{path}: no results of test.py: {told}") from None
+        raise UserError(f"{path}: no results of test.py: {told}; {AGAIN}") from None
 
 
 def _array(archive: zipfile.ZipFile, name: str, kinds: str = "iuf") -> np.ndarray:
@@ -146,9 +146,11 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; evaluate the run first (test.py)") from None
     except (OSError, ValueError, RecursionError) as error:
         told = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: no results of test.py: {told}") from None
+        raise UserError(f"{path}: no results of test.py: {told}; {AGAIN}") from None
     if not isinstance(results, dict):
-        raise UserError(f"{path}: no results of test.py: it holds a {type(results).__name__}")
+        raise UserError(
+            f"{path}: no results of test.py: it holds a {type(results).__name__}; {AGAIN}"
+        )
     if os.path.lexists(archive):
         with _opened(archive) as arrays:
             known = f"{MARK}.npy" in arrays.NameToInfo
@@ -156,7 +158,7 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
         if mark != results.get(MARK):
             raise UserError(
                 f"{path} and {archive.name} are of different evaluations, since one was cut off "
-                "between the two; evaluate the run again (test.py)"
+                f"between the two; {AGAIN}"
             )
     return results
 
@@ -164,7 +166,7 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
 def check_figures(results: dict[str, Any], path: Path) -> None:
     """Raise UserError unless all that `read_results` has found is as test.py writes it."""
     if wrong := _wrong(results):
-        raise UserError(f"{path}: no results of test.py: {wrong}; evaluate the run again")
+        raise UserError(f"{path}: no results of test.py: {wrong}; {AGAIN}")
 
 
 def _wrong(results: dict[str, Any]) -> str:

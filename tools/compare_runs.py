@@ -104,7 +104,7 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
                 )
             checkpoint = found[protocol]
         archive = path / f"{stem(checkpoint)}_queries.npz"
-        if not archive.is_file():
+        if not os.path.lexists(archive):
             raise UserError(
                 f"{archive}: no such file; evaluate the run first: python test.py --config_file "
                 f"{config} --checkpoint {path / checkpoint}"
