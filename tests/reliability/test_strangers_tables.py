@@ -2,6 +2,7 @@
 them. Each test is an attempt that once succeeded."""
 
 import argparse
+import contextlib
 import csv
 import errno
 import inspect
@@ -409,6 +410,17 @@ def test_an_archive_of_results_that_is_none_is_told(made, tmp_path, attempt, mon
     with pytest.raises(UserError, match="test_queries.npz: no results of test.py") as error:
         read_queries(path, "test", "aerial")
     attempt("5" if made != "more bytes than any of ours" else "4", f"test_queries.npz: {made}", "traceback, or taken", error.value)  # fmt: skip
+
+
+def test_any_byte_of_an_archive_of_results_may_be_another(tmp_path):
+    path = evaluated(tmp_path / "a") / "test_queries.npz"
+    whole, right = path.read_bytes(), read_queries(path, "test", "aerial")
+    for place in range(0, len(whole), 3):
+        for end in (bytes([whole[place] ^ 0x5A]) + whole[place + 1 :], b""):
+            path.write_bytes(whole[:place] + end)
+            with contextlib.suppress(UserError):
+                found = read_queries(path, "test", "aerial")
+                assert torch.equal(found.rows_Q3, right.rows_Q3)
 
 
 RESULTS = [
