@@ -23,7 +23,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SHARED)
 
 reliability: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 1000 $(SHARED)
+	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 1000 --attempts $(SHARED)
 
 resolve: $(VENV)/installed-dev
 	$(BIN)/python .ci/resolve.py

@@ -149,6 +149,7 @@ def told_by(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
         for key, value in best.items()
     )
     whole = plain and {"epoch", "split"} <= set(best)
+    whole = whole and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
     whole = whole and (best["split"] == LAST_EPOCH or set(FIGURES) <= set(best))
     return (epoch if type(epoch) is int else None), (best if whole else {})
 

@@ -25,13 +25,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="SIGKILLs that a training must survive")
     parser.addoption("--fuzz", type=int, default=100, help="examples of each kind of file")
+    parser.addoption("--attempts", action="store_true", help="print what strangers handed over")
 
 
 def pytest_terminal_summary(terminalreporter):
-    if ATTEMPTS:
+    if terminalreporter.config.getoption("attempts"):
         terminalreporter.write_line("| | what was made | before | now |\n|---|---|---|---|")
-    for row in sorted(ATTEMPTS):
-        terminalreporter.write_line(f"| {' | '.join(row)} |")
+        for row in sorted(ATTEMPTS):
+            terminalreporter.write_line(f"| {' | '.join(row)} |")
+        TALLY["attempts of strangers that are refused or do no harm"] = len(ATTEMPTS)
     for name, count in TALLY.items():
         terminalreporter.write_line(f"{count:6d} {name}")
 

@@ -257,6 +257,7 @@ def test_what_a_checkpoint_says_of_its_choice_is_taken_only_whole():
     assert told_by({"best": {"epoch": 3, "split": "last"}}) == (None, {"epoch": 3, "split": "last"})
     assert told_by({"epoch": True, "best": {**best, "mAP": "1"}}) == (None, {})
     assert told_by({"best": {"epoch": 3, "split": "test"}}) == (None, {})
+    assert told_by({"best": {**best, "split": "\x1b[2J" * 9999}}) == (None, {})
 
 
 BEST = [
