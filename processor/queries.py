@@ -12,9 +12,11 @@ between the two files leaves them of two evaluations, and who reads both must kn
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import zipfile
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from utils.files import open_file, read_file, write_atomically
 from utils.metrics import Ranked
 
 COLUMNS = ("first", "ap", "inp")  # of `query_metrics`
-MARK = "evaluation"
-LARGEST = 2**30  # bytes of an archive's arrays; those of 100,000 captions on 8 galleries have 26 MB
+MARK, AGAIN = "evaluation", "evaluate the run again (test.py)"
+MOST = 2**23  # captions of a gallery; its arrays take a quarter of a GB then
 # By --val_dataset: the protocols that a run follows, and the checkpoint of each.
 CHECKPOINTS = {
     "test": {"paper": "best.pth"},
@@ -56,15 +58,18 @@ def per_query(split: str, galleries: dict[str, Ranked]) -> dict[str, np.ndarray]
 
 
 def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, np.ndarray]) -> str:
-    """Write the figures as JSON and the archive beside a checkpoint, each whole or not at all.
-    Returns what to tell."""
+    """Write the figures as JSON and the archive beside a checkpoint, each whole or not at all, and
+    none if the disk is full. Returns what to tell."""
     name, mark = stem(checkpoint.name), secrets.token_hex(8)
     target = checkpoint.parent / f"{name}_results.json"
     text = json.dumps({MARK: mark, **results}, indent=2)
     archive = checkpoint.parent / f"{name}_queries.npz"
     marked = {**queries, MARK: np.array(mark)}
-    write_atomically(archive, lambda file: np.savez_compressed(file, **marked))
-    write_atomically(target, lambda file: file.write(text.encode()))
+
+    def write_archive() -> None:
+        write_atomically(archive, lambda file: np.savez_compressed(file, **marked))
+
+    write_atomically(target, lambda file: file.write(text.encode()), before=write_archive)
     return f"written to {target} and, caption by caption, to {archive.name} beside it"
 
 
@@ -73,24 +78,19 @@ def read_queries(path: Path, split: str, gallery: str) -> Ranked:
 
     Raises UserError if they are not there, or not what `per_query` makes.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; evaluate the run first (test.py)")
-    try:
-        with _opened(path) as archive:
-            names = sorted({name.rsplit("/", 1)[0] for name in archive.files if "/" in name})
-            if f"{split}/{gallery}" not in names:
-                raise UserError(f"{path}: no '{split}/{gallery}'; it has {', '.join(names)}")
-            found = {
-                name: archive[f"{split}/{gallery}/{name}"]
-                for name in (*COLUMNS, "pid", "images")
-                if name != "images" or f"{split}/{gallery}/images" in archive.files
-            }
-        images = int(found.pop("images", 0))
-        pids = torch.from_numpy(found.pop("pid").astype(np.int64, casting="safe"))
-        columns = [c.astype(np.float64, casting="same_kind") for c in found.values()]
-        rows_Q3 = torch.stack([torch.from_numpy(c) for c in columns], 1)
-        if rows_Q3.shape != (len(pids), 3) or pids.ndim != 1 or not len(pids):
+    with _opened(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.NameToInfo}
+        galleries = sorted({name.rsplit("/", 1)[0] for name in names if "/" in name})
+        if f"{split}/{gallery}" not in galleries:
+            raise UserError(f"{path}: no '{split}/{gallery}'; it has {', '.join(galleries)}")
+        wanted = [f"{split}/{gallery}/{name}" for name in (*COLUMNS, "pid", "images")]
+        *columns, pids = (_array(archive, name) for name in wanted[:-1])
+        images = _array(archive, wanted[-1]) if wanted[-1] in names else np.array(0)
+        if images.shape != () or not {images.dtype.kind, pids.dtype.kind} <= set("iu"):
+            raise ValueError("identities, or a number of images, that are no whole numbers")
+        if pids.ndim != 1 or not len(pids) or any(c.shape != pids.shape for c in columns):
             raise ValueError("arrays of different lengths, or empty")
+        rows_Q3 = torch.from_numpy(np.stack(columns, 1).astype(np.float64))
         first_Q, shares_Q2 = rows_Q3[:, 0], rows_Q3[:, 1:]
         if (
             (first_Q < 1).any()
@@ -98,28 +98,40 @@ def read_queries(path: Path, split: str, gallery: str) -> Ranked:
             or ((shares_Q2 < 0) | (shares_Q2 > 1)).any()
         ):
             raise ValueError("ranks below 1, or precisions outside of 0 to 1")
-    except ARCHIVE_FAULTS as error:
-        raise UserError(f"{path}: no results of test.py: {error}") from None
-    return Ranked(rows_Q3, pids, images)
+        return Ranked(rows_Q3, torch.from_numpy(pids.astype(np.int64, casting="safe")), int(images))
 
 
-# What NumPy and zipfile raise for archives that are damaged, or made to be.
-ARCHIVE_FAULTS = (
-    OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, EOFError, AttributeError,
-    MemoryError, SyntaxError, NotImplementedError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive of results. Raises UserError, also for whatever is wrong with what is read."""
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; evaluate the run first (test.py)") from None
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, its decompressors and NumPy raise all kinds
+        told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path}: no results of test.py: {told}; {AGAIN}") from None
 
 
-def _opened(path: Path) -> np.lib.npyio.NpzFile:
-    """Raises one of `ARCHIVE_FAULTS`, also if its arrays are larger than any of ours."""
-    with open_file(path) as file, zipfile.ZipFile(file) as archive:
-        size = sum(record.file_size for record in archive.infolist())
-        file.seek(0)
-        if file.read(4) != b"PK\3\4":  # or NumPy would take it for a pickle
-            raise ValueError("it does not begin as an archive")
-    if size > LARGEST:
-        raise ValueError(f"its arrays have {size} bytes; those of test.py have {LARGEST} at most")
-    return np.load(path, allow_pickle=False)
+def _array(archive: zipfile.ZipFile, name: str, kinds: str = "iuf") -> np.ndarray:
+    """An array of an archive, in a row or a single value. A small record may stand for a large one,
+    so nothing is unpacked, nor room made for it, before its sizes are known to be right."""
+    record = archive.getinfo(f"{name}.npy")
+    if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that test.py does not use")
+    with archive.open(record) as file:
+        if (version := np.lib.format.read_magic(file)) != (1, 0):
+            raise ValueError(f"{name} has version {version} of the format; test.py writes 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.kind not in kinds or len(shape) > 1 or dtype.itemsize > 8 and dtype.kind != "U":
+            raise ValueError(f"{name} is not of the kind that test.py writes")
+        size = dtype.itemsize * (shape[0] if shape else 1)
+        if file.tell() + size != record.file_size or size > 8 * MOST:
+            raise ValueError(f"{name} has not the size that it says, or more than {MOST} values")
+        return np.frombuffer(file.read(), dtype).reshape(shape)
 
 
 def read_results(path: Path, archive: Path) -> dict[str, Any]:
@@ -133,19 +145,20 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; evaluate the run first (test.py)") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no results of test.py: {error}") from None
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: no results of test.py: {told}; {AGAIN}") from None
     if not isinstance(results, dict):
-        raise UserError(f"{path}: no results of test.py: it holds a {type(results).__name__}")
-    if archive.is_file():
-        try:
-            with _opened(archive) as arrays:
-                mark = str(arrays[MARK]) if MARK in arrays.files else None
-        except ARCHIVE_FAULTS as error:
-            raise UserError(f"{archive}: no results of test.py: {error}") from None
+        raise UserError(
+            f"{path}: no results of test.py: it holds a {type(results).__name__}; {AGAIN}"
+        )
+    if os.path.lexists(archive):
+        with _opened(archive) as arrays:
+            known = f"{MARK}.npy" in arrays.NameToInfo
+            mark = str(_array(arrays, MARK, "U")) if known else None
         if mark != results.get(MARK):
             raise UserError(
                 f"{path} and {archive.name} are of different evaluations, since one was cut off "
-                "between the two; evaluate the run again (test.py)"
+                f"between the two; {AGAIN}"
             )
     return results
 
@@ -153,7 +166,7 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
 def check_figures(results: dict[str, Any], path: Path) -> None:
     """Raise UserError unless all that `read_results` has found is as test.py writes it."""
     if wrong := _wrong(results):
-        raise UserError(f"{path}: no results of test.py: {wrong}; evaluate the run again")
+        raise UserError(f"{path}: no results of test.py: {wrong}; {AGAIN}")
 
 
 def _wrong(results: dict[str, Any]) -> str:
@@ -162,6 +175,8 @@ def _wrong(results: dict[str, Any]) -> str:
     for key in ("protocol", "data"):
         if not isinstance(results.get(key, {}), dict):
             return f"its '{key}' is no object"
+    if not isinstance(results.get("data", {}).get("changed"), (dict, type(None))):
+        return "its 'data' has no object under 'changed'"
     if not isinstance(results.get("epoch"), (int, type(None))):
         return "its 'epoch' is no number"
     for split, content in results["splits"].items():
@@ -171,14 +186,15 @@ def _wrong(results: dict[str, Any]) -> str:
         for name, figures in galleries.items():
             for key in ("r1", "r5", "r10", "mAP", "mINP", "queries", "gallery"):
                 value = figures.get(key) if isinstance(figures, dict) else None
-                if type(value) not in (int, float) or not abs(value) < float("inf"):
+                most = 2**31 if key in ("queries", "gallery") else 100.001  # but for rounding
+                if type(value) not in (int, float) or not 0 <= value <= most:
                     return f"{split}, {name}: {key} is {value!r:.60}"
         accuracy = content.get("attribute_accuracy") or {}
         rows = list(accuracy.values()) if isinstance(accuracy, dict) else [None]
         if not all(
             isinstance(row, dict)
             and list(row) == list(rows[0])
-            and all(type(value) in (int, float) for value in row.values())
+            and all(type(v) in (int, float) and 0 <= v <= 100.001 for v in row.values())
             for row in rows
         ):
             return f"{split}: its attribute_accuracy is no table"

@@ -17,6 +17,7 @@ are refused. Then each figure of both sides (means over their seeds) and the dif
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -103,14 +104,14 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
                 )
             checkpoint = found[protocol]
         archive = path / f"{stem(checkpoint)}_queries.npz"
-        if not archive.is_file():
+        if not os.path.lexists(archive):
             raise UserError(
                 f"{archive}: no such file; evaluate the run first: python test.py --config_file "
                 f"{config} --checkpoint {path / checkpoint}"
             )
     ranked = read_queries(archive, split, gallery)
     figures = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
-    known = figures.suffix == ".json" and figures.is_file()
+    known = figures.suffix == ".json" and os.path.lexists(figures)
     run = Run(path, ranked, options, read_results(figures, archive) if known else {})
     images = run.said("splits", split, "galleries", gallery, "gallery")
     if not ranked.gallery and isinstance(images, int):  # an archive of an older version

@@ -95,16 +95,13 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     A run that went on has a file of each start. TensorBoard orders them by the clock, which may
     have been put back; here by the number at the end of their names, which the trainer counts up.
-    From the first epoch of a file on, what older ones say does not count.
+    From the first epoch of a file on, what older ones say does not count; files of older versions
+    have no number, and of theirs all epochs count.
     """
-
-    def started(path: Path) -> tuple[int, str]:
-        number = path.suffix.removeprefix(".")
-        return int(number) if number.isdecimal() and len(number) == DIGITS else 0, path.name
-
-    curves: dict[str, dict[int, float]] = {}
-    files = (path for path in folder.glob("events.out.tfevents.*") if path.is_file())
-    for path in sorted(files, key=started):
+    files = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        if not path.is_file():
+            continue
         events = EventAccumulator(
             str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False
         )
@@ -114,8 +111,18 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
         except Exception as error:  # what reads a stranger's file may raise anything
             raise UserError(f"{path}: no events of TensorBoard: {error}") from None
         first = min((event.step for curve in found.values() for event in curve), default=math.inf)
+        number = path.suffix.removeprefix(".")
+        number = int(number) if number.isdecimal() and len(number) == DIGITS else 0
+        files.append((number, first, found))
+    files.sort(key=lambda file: file[0])
+    older = [file for file in files if not file[0]]
+    # A run begins with its first epoch. If another's file has the earlier time, a clock went back.
+    if any(first < older[0][1] for _, first, _ in older):
+        files.sort(key=lambda file: (file[0], 0 if file[0] else file[1]))
+    curves: dict[str, dict[int, float]] = {}
+    for number, first, found in files:
         for tag in (*curves, *found):
-            before = {s: value for s, value in curves.get(tag, {}).items() if s < first}
+            before = {s: v for s, v in curves.get(tag, {}).items() if s < first or not number}
             curves[tag] = before | {e.step: e.value for e in found.get(tag, ())}
     return {tag: sorted(points.items()) for tag, points in curves.items()}
 
@@ -138,7 +145,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def round_values(low: float, high: float) -> list[float]:
     """Three to six values of 1, 2 or 5 times a power of ten between two others."""
     power = 10 ** math.floor(math.log10((high - low) / 3))
-    step = next(s * power for s in (5, 2, 1) if s * power <= (high - low) / 3)
+    step = next((s * power for s in (5, 2) if s * power <= (high - low) / 3), power)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -154,7 +161,7 @@ def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xl
         return f"<figure><figcaption>{text}</figure>"
     width, height, left, bottom, top = 320, 200, 46, 30, 8
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), max(y1, y0 + max(1e-6 * abs(y0), 1e-9))
+    x1, y1 = (v1 if v1 > v0 else v0 + max(1, abs(v0) / 1000) for v0, v1 in ((x0, x1), (y0, y1)))
 
     def place(x: float, y: float) -> str:
         u = left + (x - x0) / (x1 - x0) * (width - left - 8)
@@ -180,18 +187,26 @@ def plot(title: str, lines: dict[str, tuple[str, list[tuple[float, float]]]], xl
                 f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2">'
                 f"<title>{label}</title></polyline>"
             )
-        line = [point for point in line if math.isfinite(point[1])]
-        parts += [f'<circle cx="{place(x, y).split(",")[0]}" cy="{place(x, y).split(",")[1]}" '
-                  f'r="2.5" fill="{colour}"><title>{label}: {y:.4g} at {x:g}</title></circle>'
-                  for x, y in (line if len(line) <= 60 else ())]  # fmt: skip
+            for x, y in stretch if len(line) <= 60 or len(stretch) == 1 else ():
+                u, v = place(x, y).split(",")
+                parts.append(
+                    f'<circle cx="{u}" cy="{v}" r="2.5" fill="{colour}">'
+                    f"<title>{label}: {y:.4g} at {x:g}</title></circle>"
+                )
     keys = " ".join(
-        f'<span class="key" style="background:{colour}"></span>{escaped(name)}'
-        for name, (colour, _) in lines.items()
+        f'<span class="key" style="background:{colour}"></span>{escaped(name)}{_not_finite(line)}'
+        for name, (colour, line) in lines.items()
     )
     return (
         f"<figure><figcaption>{escaped(title)}</figcaption>"
         f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>{keys}</figure>'
     )
+
+
+def _not_finite(line: Sequence[tuple[float, float]]) -> str:
+    """How many of a line's points are not drawn, or nothing."""
+    count = sum(not math.isfinite(y) for _, y in line)
+    return f" ({count} of {len(line)} points are not finite)" if count else ""
 
 
 def curves(runs: Sequence[Run]) -> str:
@@ -298,14 +313,14 @@ def sheets(run: Run, given: argparse.Namespace) -> str:
         if name not in run.results["splits"]["test"]["galleries"]:
             continue  # no caption has a match there
         ranked = read_queries(run.folder / "test_queries.npz", "test", name)
+        if ranked.pids_Q.tolist() != split.caption_pids or ranked.gallery not in (0, len(images)):
+            raise UserError(
+                f"{run.folder}: {name} has other captions or images in test_queries.npz than in "
+                f"{args.root_dir}; evaluate the run again (test.py), or give its own --root_dir"
+            )
         first = ranked.rows_Q3[:, 0].nan_to_num(0)
         worst = first.argsort(descending=True)[: given.queries].tolist()
         order = torch.randperm(len(first), generator=torch.Generator().manual_seed(0)).tolist()
-        if len(first) != len(split.captions):
-            raise UserError(
-                f"{run.folder}: {name} has {len(first)} captions in test_queries.npz, and "
-                f"{len(split.captions)} in {args.root_dir}; evaluate the run again (test.py)"
-            )
         for title, chosen in (("worst", worst), ("random", order[: given.queries])):
             rows = []
             # Only those that are shown are compared: memory grows with them, not with the test set.
@@ -374,10 +389,12 @@ def main() -> None:
     parser.add_argument("--queries", default=8, type=int, help="captions per sheet; 0 for none")
     parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
     given = parser.parse_args()
+    if given.queries < 0:
+        raise UserError(f"--queries {given.queries}: must be 0 or more")
     runs = [read_run(f, COLOURS[i % len(COLOURS)]) for i, f in enumerate(given.runs)]
     page = report(runs, given)
     write_atomically(given.output, lambda file: file.write(page.encode()))
-    say(f"wrote {given.output}, {len(page) / 2**20:.1f} MiB")
+    say(visible(f"wrote {given.output}, {len(page) / 2**20:.1f} MiB"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ import json
 import os
 import queue
 import re
+import reprlib
 import signal
+import stat
 import statistics
 import subprocess
 import sys
@@ -92,6 +94,9 @@ SAME_JOBS = tuple(
                     "resume_ckpt_file")
 )  # fmt: skip
 
+# What this tool sets itself, so that a table would do it in vain.
+NOT_IN_TABLES = ("name", "output_dir", "root_dir", "seed", "resume", "resume_ckpt_file")
+
 
 @dataclass
 class Job:
@@ -103,11 +108,14 @@ class Job:
     folder: Path
     error: str = ""
     again: bool = False  # what the folder holds does not count
+    found: dict[str, Any] | None = None  # its results, if this process has made them
 
     @property
     def results(self) -> dict[str, Any] | None:
         """What a finished job left, or None. Raises UserError if it is damaged."""
         path = self.folder / "done.json"
+        if self.found:
+            return self.found
         if self.again or not path.is_file():
             return None
         found = _read(path, dict)
@@ -120,6 +128,8 @@ class Job:
                 raise _damaged(path) from None
             if not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
                 raise _damaged(path)
+        if set(CHECKPOINTS.get(self.args.val_dataset, ())) - set(found):
+            raise _damaged(path)
         return found
 
     @property
@@ -207,13 +217,18 @@ def read_table(name: str) -> Table:
         for figure, value in row.get("published", {}).items():
             if figure not in FIGURES or type(value) not in (int, float) or not 0 <= value <= 100:
                 raise UserError(
-                    f"{where}: published {figure}: {value!r:.60}; expected {', '.join(FIGURES)} in "
-                    "percent"
+                    f"{where}: published {figure}: {reprlib.repr(value)}; expected "
+                    f"{', '.join(FIGURES)} in percent"
                 )
-        values = read_preset(path.parent / expand(row.get("base", content["base"])))
+        base = row.get("base", content["base"])
+        if HIDDEN.search(base):
+            raise UserError(f"{where}: base: {base!r:.60} is no name of a file")
+        values = read_preset(path.parent / expand(base))
         for key, value in {**content.get("options", {}), **row.get("options", {})}.items():
             if key not in OPTIONS:
                 raise UserError(f"{where}: unknown option '{key}'")
+            if key in NOT_IN_TABLES:
+                raise UserError(f"{where}: {key} is no option of a row: this tool sets it")
             values[key] = OPTIONS[key].coerce(value, where)
         rows.append({**row, "values": values})
     return Table(path.stem, content["title"], rows)
@@ -226,7 +241,7 @@ def _check_fields(found: dict[Any, Any], known: dict[str, type], where: str) -> 
             raise UserError(f"{where}: '{key}': unknown.{suggest(str(key), known)}")
         if not isinstance(value, known[key]):
             kind = KINDS[known[key]]
-            raise UserError(f"{where}: {key} must be {kind}, got {value!r:.60}")
+            raise UserError(f"{where}: {key} must be {kind}, got {reprlib.repr(value)}")
 
 
 def slug(name: str) -> str:
@@ -238,7 +253,8 @@ def slug(name: str) -> str:
 def make_jobs(
     table: Table, given: EasyDict, options: dict[str, Any]
 ) -> tuple[list[Job], dict[str, str]]:
-    """All jobs of a table, and the rows that cannot run with the reason. `options`: of all rows."""
+    """All jobs of a table, and the rows that cannot run with the reason. `options`: of all rows.
+    Raises UserError for a row whose options contradict each other."""
     jobs, left_out = [], {}
     data = fingerprint(Path(given.root_dir))
     for row in table.rows:
@@ -251,7 +267,10 @@ def make_jobs(
             values["finetune"], weights = given.mllm4text, file_hash(Path(given.mllm4text))
         for seed in given.seeds:
             name = f"{slug(row['name'])}-seed{seed}"
-            args = resolve({**values, "seed": seed, "name": name})
+            try:
+                args = resolve({**values, "seed": seed, "name": name})
+            except UserError as error:
+                raise UserError(f"table {table.name}, row {row['name']}: {error}") from None
             sentences = [list(vars(a).values()) for a in read_attributes(args.attributes_file)]
             place = Path(given.output_dir, table.name, name)
             folder = job_folder(place, args, [data, weights, sentences])
@@ -281,21 +300,43 @@ def fingerprint(root: Path) -> str:
     are followed, as its readers follow them; of a circle each folder counts once."""
     if not root.is_dir():
         raise UserError(f"--root_dir {root}: no such folder")
-    digest, files, seen = hashlib.sha256(), [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders.sort()  # so that of a folder with two names the same one counts
-        files += [path for name in names if (path := Path(folder, name)).is_file()]
-    for path in sorted(files):
-        digest.update(b"\n" + os.fsencode(path.relative_to(root)))
-        digest.update(f"\0{path.stat().st_size}".encode())
-        if path.suffix == ".json":
-            digest.update(read_file(path))
+    digest = hashlib.sha256()
+    for parts, about in sorted(_entries(root)):
+        digest.update(b"\n" + b"/".join(parts) + b"\0" + about)
+        path = Path(root, *map(os.fsdecode, parts))
+        if path.suffix == ".json" and about.isdigit():
+            _feed(digest, path, "--root_dir")
     return digest.hexdigest()
+
+
+def _entries(root: Path) -> Iterator[tuple[list[bytes], bytes]]:
+    """The files below a folder as (parts of the name, size), those behind links too; of what is no
+    regular file nothing. A folder that is met again (by a second link, or in a circle) comes as
+    (parts, "->" and the name that it was first met by); so do links to what holds `root` itself,
+    where jobs may be at work."""
+    top, real = os.fsencode(root), os.path.realpath(os.fsencode(root))
+    seen, waiting = {real: b"."}, [[]]
+    for place in waiting:
+        try:
+            names = sorted(os.listdir(os.path.join(top, *place)))
+        except OSError:  # not for this user, who cannot train on it either
+            continue
+        for name in names:
+            parts = [*place, name]
+            path = os.path.join(top, *parts)
+            try:
+                found = os.stat(path)
+            except OSError:  # a link to nothing
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                target = os.path.realpath(path)
+                if target in seen or os.path.commonpath([target, real]) == target:
+                    yield parts, b"->" + seen.get(target, b"..")
+                else:
+                    seen[target] = b"/".join(parts)
+                    waiting.append(parts)
+            elif stat.S_ISREG(found.st_mode):
+                yield parts, str(found.st_size).encode()
 
 
 def code_version() -> dict[str, str]:
@@ -339,14 +380,19 @@ def note_code(jobs: list[Job], now: dict[str, str], strict: bool) -> str:
 
 
 def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, path, "--mllm4text")
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, path: Path, option: str) -> None:
+    """Add a file to a hash. Raises UserError if it cannot be read."""
     try:
         with open_file(path) as file:
-            digest = hashlib.sha256()
             while part := file.read(2**20):  # hashlib.file_digest is not in Python 3.10
                 digest.update(part)
-            return digest.hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (--mllm4text)") from None
+        raise UserError(f"{path}: {error.strerror} ({option})") from None
 
 
 class Runner:
@@ -373,7 +419,7 @@ class Runner:
         gpu = self.gpus.get()
         self.bar.set_postfix_str(f"{job.row}, seed {job.seed}")
         begun = f"goes on from epoch {epochs_done(job)}" if job.last else "starts"
-        tqdm.write(f"{job.row}, seed {job.seed}: {begun}; {job.folder / 'console.txt'}")
+        say(visible(f"{job.row}, seed {job.seed}: {begun}; {job.folder / 'console.txt'}"))
         try:
             started = time.time()
             self._open(job)
@@ -382,6 +428,8 @@ class Runner:
             write_config(config, job.args)
             more = ["--resume", "--resume_ckpt_file", str(job.last)] if job.last else []
             self._call(job, gpu, "train.py", "--config_file", str(config), *more)
+            if job.last is None:
+                raise UserError(f"{job.folder}: train.py left no last.pth there; run this again")
             run = job.last.parent
             figures = {}
             for protocol, file in CHECKPOINTS[job.args.val_dataset].items():
@@ -400,17 +448,16 @@ class Runner:
                     "queries": str(run / f"{stem(file)}_queries.npz"),
                 }
             about = {"row": job.row, "seed": job.seed, "code": job.code}
-            done = {**about, "seconds": time.time() - started, **figures}
-            write_atomically(
-                job.folder / "done.json",
-                lambda file: file.write(json.dumps(done, indent=2).encode()),
-            )
+            job.found = {**about, "seconds": time.time() - started, **figures}
+            text = json.dumps(job.found, indent=2)
+            write_atomically(job.folder / "done.json", lambda file: file.write(text.encode()))
             scores = ", ".join(f"{p} R@1 {found['R@1']:.2f}" for p, found in figures.items())
-            tqdm.write(f"{job.row}, seed {job.seed}: done in {done['seconds']:.0f} s, {scores}")
+            seconds = job.found["seconds"]
+            say(visible(f"{job.row}, seed {job.seed}: done in {seconds:.0f} s, {scores}"))
         except (UserError, OSError) as error:  # a full disk may end this job, and no other
             job.error = str(UserError(str(error)))
             if not self.stopping:
-                tqdm.write(f"FAILED {job.row}, seed {job.seed}: {error}")
+                say(visible(f"FAILED {job.row}, seed {job.seed}: {job.error}"))
         finally:
             if job.folder in self.locks:
                 os.close(self.locks.pop(job.folder))
@@ -465,7 +512,7 @@ class Runner:
 def run_jobs(jobs: list[Job], gpus: list[str], code: dict[str, str]) -> None:
     """Run what is not done, with one bar over the epochs of all."""
     waiting = [job for job in jobs if job.results is None]
-    tqdm.write(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done already")
+    say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done already")
     total = sum(job.args.num_epoch for job in waiting)
     already = sum(epochs_done(job) for job in waiting)
     bar = tqdm(total=total, initial=already, unit="epoch", dynamic_ncols=True, disable=None)
@@ -506,7 +553,7 @@ def tables_of(
             difference = ""
             if found and published is not None:
                 difference = f"{statistics.mean(f['R@1'] for f in found) - published:+.2f}"
-            failed = [j for j in jobs if j.row == row["name"] and j.error]
+            failed = [j for j in jobs if j.row == row["name"] and j.error and not j.results]
             name = row["name"]
             notes = ["ablation"] if row.get("ablation") else []
             if name in left_out:
@@ -630,6 +677,7 @@ def main() -> None:
         defaults=False,
     )
     given = EasyDict(own)
+    given.seeds = [OPTIONS["seed"].coerce_one(seed, "--seeds") for seed in given.seeds]
     if len(set(given.seeds)) < len(given.seeds):
         shown = " ".join(map(str, given.seeds))
         raise UserError(f"--seeds {shown}: a seed twice is no second sample; give each once")
@@ -640,7 +688,7 @@ def main() -> None:
     jobs, left_out = make_jobs(table, given, options)
     code = code_version()
     if note := note_code(jobs, code, given.strict):
-        say(note)
+        say(visible(note))
     if given.dry_run:
         say(plan(jobs, left_out))
         return
@@ -650,7 +698,7 @@ def main() -> None:
         write_tables(table, jobs, left_out, Path(given.output_dir, table.name))
     finally:
         for job in failed:
-            say(f"FAILED {job.row}, seed {job.seed}: {job.error}")
+            say(visible(f"FAILED {job.row}, seed {job.seed}: {job.error}"))
     sys.exit(1 if failed else 0)
 
 

@@ -15,8 +15,11 @@ from utils.text import visible
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "[": "{[}", "*": "{*}",  # at the begin of a row they would belong to the \\ before
 })  # fmt: skip
-MARKDOWN = re.compile(r"([\\`*\[\]<>|&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+DASHES = re.compile("-(?=-)")  # of two LaTeX makes one dash
+MARKDOWN = re.compile(r"([\\`*\[\]<>|&~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")  # which no spreadsheet takes for a formula
 
 
@@ -51,7 +54,7 @@ def in_markdown(text: object) -> str:
 
 def in_latex(text: object) -> str:
     """LaTeX's special characters as what they look like."""
-    return visible(text).translate(LATEX)
+    return DASHES.sub("-{}", visible(text).translate(LATEX))
 
 
 def in_csv(text: object) -> str:

@@ -2,12 +2,16 @@
 them. Each test is an attempt that once succeeded."""
 
 import argparse
+import contextlib
 import csv
 import errno
+import inspect
 import io
 import json
 import math
 import os
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -84,6 +88,33 @@ def test_a_table_is_checked_whole_before_anything_runs(more, message, table, att
         attempt("5", f"a table with {json.dumps(more)[:60]}", "traceback", error.value)
 
 
+def test_what_this_tool_sets_itself_is_no_option_of_a_row(table, mini_root, tmp_path, attempt):
+    rows = [{"name": "x", "options": {"seed": 7}}]
+    with pytest.raises(UserError, match="row x: seed is no option of a row") as error:
+        reproduce.read_table(str(table(rows=rows)))
+    attempt("1", "a row with options: {seed: 7}", "ignored", error.value)
+    rows = [{"name": "x", "options": {"warmup_epochs": 9}}]
+    given = argparse.Namespace(root_dir=mini_root, seeds=[1], output_dir=tmp_path, mllm4text="")
+    with pytest.raises(UserError, match="small, row x: --warmup_epochs 9 leaves nothing"):
+        reproduce.make_jobs(reproduce.read_table(str(table(rows=rows))), given, {})
+
+
+def test_a_table_whose_entries_name_each_other_is_told_in_short(table, attempt):
+    """As a text its title would have 9 to the 20th letters."""
+    lists = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(20))
+    path = table()
+    path.write_text(f"title: [{lists}]\nbase: base.yaml\nrows: [{{name: a}}]\n")
+    with pytest.raises(UserError, match="title must be text, got") as error:
+        reproduce.read_table(str(path))
+    assert len(str(error.value)) < 2100
+    attempt("4", "a title of lists in lists, 2 KB of YAML", "memory without end", str(error.value)[:120])  # fmt: skip
+
+
+def test_a_name_of_a_base_with_a_zero_byte_is_no_traceback(table):
+    with pytest.raises(UserError, match="row sdm: base: .* is no name of a file"):
+        reproduce.read_table(str(table(base="a\0b")))
+
+
 def test_a_seed_twice_is_no_second_sample(table, mini_root, tmp_path, monkeypatch, attempt):
     words = ["--table", table(), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
     with pytest.raises(UserError, match="--seeds 1 1: a seed twice") as error:
@@ -104,6 +135,30 @@ def test_a_data_set_behind_links_has_its_own_fingerprint(mini_copy, tmp_path, at
     path.write_text(path.read_text().replace(" a ", " the "))
     assert reproduce.fingerprint(linked) != before
     attempt("1", "captions changed in a data set of linked folders", "done already", "another fingerprint: other jobs")  # fmt: skip
+
+
+def test_a_link_out_of_a_data_set_does_not_take_in_its_jobs(tmp_path, attempt):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.json").write_text("[]")
+    (tmp_path / "data/up").symlink_to(tmp_path)
+    for number in range(40):  # 2 to the 40th ways through them
+        (tmp_path / f"far/{number}").mkdir(parents=True)
+        for name in "ab":
+            (tmp_path / f"far/{number}/{name}").symlink_to(tmp_path / f"far/{number + 1}")
+    (tmp_path / "data/far").symlink_to(tmp_path / "far/0")
+    before = reproduce.fingerprint(tmp_path / "data")
+    (tmp_path / "done.json").write_text("{}")
+    assert reproduce.fingerprint(tmp_path / "data") == before
+    folder = tmp_path / "data"
+    for _ in range(300):  # deeper than functions may call themselves, on a path of 2,000 bytes
+        folder /= "a"
+    folder.mkdir(parents=True)
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(200 + len(inspect.stack()))
+        reproduce.fingerprint(tmp_path / "data")
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_a_fingerprint_without_links_is_what_it_was(tmp_path):
@@ -148,6 +203,7 @@ def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path, monkeypatch, a
 
     def killed(path, write, **more):
         if path.suffix == ".json":
+            more["before"]()
             raise KeyboardInterrupt
         whole(path, write, **more)
 
@@ -165,6 +221,42 @@ def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path, monkeypatch, a
     evaluated(folder, seed=1)
     report.read_run(folder, "red")
     attempt("1", "test.py killed between its two files", "figures of two models side by side", error.value)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["test_results.json", "test_queries.npz"])
+def test_a_full_disk_leaves_both_files_of_the_evaluation_before(
+    name, tmp_path, monkeypatch, attempt
+):
+    folder = evaluated(tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(prefix, open_=files.tempfile.NamedTemporaryFile, **more):
+        if name in prefix:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open_(prefix=prefix, **more)
+
+    monkeypatch.setattr("utils.files.tempfile.NamedTemporaryFile", full)
+    with pytest.raises(UserError, match="could not be written: No space left") as error:
+        evaluated(folder, seed=1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    if "json" in name:
+        attempt("1", "a disk that is full at the second of test.py's two files", "files of two models", f"both as before; {error.value}")  # fmt: skip
+
+
+def test_curves_of_older_versions_are_whole_though_the_clock_went_back(tmp_path, monkeypatch):
+    """Their files have no number."""
+
+    def write(clock, begin, values):
+        monkeypatch.setattr("time.time", lambda: clock)
+        with SummaryWriter(tmp_path, purge_step=begin) as curves:
+            for epoch, value in enumerate(values, begin):
+                curves.add_scalar("loss/total", value, epoch)
+
+    write(2_000_000.0, 1, [9, 8, 7, 6])
+    write(1_000_000.0, 3, [70, 60, 50])  # went on from epoch 2
+    monkeypatch.undo()
+    found = report.read_scalars(tmp_path)["loss/total"]
+    assert found == [(1, 9), (2, 8), (3, 70), (4, 60), (5, 50)]
 
 
 def test_curves_are_ordered_by_epoch_though_the_clock_went_back(tmp_path, monkeypatch, attempt):
@@ -208,7 +300,7 @@ def test_a_run_counts_its_starts(mini_root, tmp_path, monkeypatch):
 
 EVIL = [
     r"\input{/etc/passwd}", "50 % of $x_1$ & #2 ~ ^", "a | b", "a\r\n\\end{tabular}", "\x1b[2J",
-    "=cmd|' /C calc'!A0", "+1+2", "-1-2", "@SUM(A1)", "\t=1", "<script>alert(1)</script>", "![x](y)",
+    "=cmd|' /C calc'!A0", "+1+2", "-1-2", "@SUM(A1)", "\t=1", "<script>alert(1)</script>", "![x](y)", "[2cm] *x*", "a--b",
     "half \ud800", "`rm`",
 ]  # fmt: skip
 
@@ -225,11 +317,10 @@ def test_a_cell_stays_a_cell_in_every_format(evil, attempt):
         "-3.00",
     )
     for line in shown["latex"].split("\n")[2:4]:
-        plain = line.replace("\\textbackslash{}", "").replace("\\textasciitilde{}", "")
-        plain = plain.replace("\\textasciicircum{}", "").removesuffix(r" \\")
+        plain = reproduce.re.sub(r"\\text[a-z]+\{\}|\{[\[*]\}|-\{\}", "", line).removesuffix(r" \\")
         for special in r"\&", r"\%", r"\$", r"\#", r"\_", r"\{", r"\}":
             plain = plain.replace(special, "")
-        assert plain.count("&") == 1 and not set(plain) & set("\\%$#_{}~^")
+        assert plain.count("&") == 1 and not set(plain) & set("\\%$#_{}~^<>|[*")
     assert not set("<>`|[]") & set(reproduce.re.sub(r"\\.", "", shown["markdown"].split("\n")[2][2:-2]).replace(" | ", ""))  # fmt: skip
     now = {"=": shown["as_csv"], "\\": shown["latex"], "a": shown["markdown"]}.get(evil[0], "")
     if now and evil in EVIL[:6]:
@@ -269,6 +360,23 @@ def swollen():
 
 
 GOOD = {"pid": np.arange(3), "first": np.ones(3), "ap": np.ones(3), "inp": np.ones(3)}
+
+
+def header(shape):
+    held = io.BytesIO()
+    about = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(held, about)
+    return held.getvalue()
+
+
+def with_column(content, method=zipfile.ZIP_DEFLATED):
+    """An archive whose `first` is these bytes."""
+    held = io.BytesIO(npz(**{name: value for name, value in GOOD.items() if name != "first"}))
+    with zipfile.ZipFile(held, "a", method) as archive:
+        archive.writestr("test/aerial/first.npy", content)
+    return held.getvalue()
+
+
 ARCHIVES = {
     "empty": lambda: b"",
     "no captions": lambda: npz(**{name: value[:0] for name, value in GOOD.items()}),
@@ -277,6 +385,15 @@ ARCHIVES = {
     "texts for numbers": lambda: npz(**GOOD | {"ap": np.array(["x"] * 3)}),
     "objects": lambda: npz(**GOOD | {"pid": np.array([{}, [], 3], dtype=object)}),
     "complex numbers": lambda: npz(**GOOD | {"ap": np.ones(3, complex)}),
+    "a column of 16 MB that would become 128 MB": lambda: npz(
+        **GOOD | {"first": np.ones(2**24, np.int8)}
+    ),
+    "a size of a terabyte, it says": lambda: with_column(header((2**37,))),
+    "a header without an end": lambda: with_column(b"\x93NUMPY\1\0\x10\x27" + b"(" * 10000),
+    "damaged LZMA": lambda: with_column(header((3,)) + bytes(24), zipfile.ZIP_LZMA).replace(
+        b"first.npy\t\x04", b"first.npy\t\x05"
+    ),
+    "infinite ranks": lambda: npz(**GOOD | {"first": np.full(3, np.inf)}),
     "two images counts": lambda: npz(**GOOD, images=np.ones(2)),
     "other lengths": lambda: npz(**GOOD | {"ap": np.ones(2)}),
     "rank 0": lambda: npz(**GOOD | {"first": np.zeros(3)}),
@@ -287,12 +404,23 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("made", ARCHIVES)
 def test_an_archive_of_results_that_is_none_is_told(made, tmp_path, attempt, monkeypatch):
-    monkeypatch.setattr(queries, "LARGEST", 2**22)
+    monkeypatch.setattr(queries, "MOST", 2**17)
     path = tmp_path / "test_queries.npz"
     path.write_bytes(ARCHIVES[made]())
     with pytest.raises(UserError, match="test_queries.npz: no results of test.py") as error:
         read_queries(path, "test", "aerial")
     attempt("5" if made != "more bytes than any of ours" else "4", f"test_queries.npz: {made}", "traceback, or taken", error.value)  # fmt: skip
+
+
+def test_any_byte_of_an_archive_of_results_may_be_another(tmp_path):
+    path = evaluated(tmp_path / "a") / "test_queries.npz"
+    whole, right = path.read_bytes(), read_queries(path, "test", "aerial")
+    for place in range(0, len(whole), 3):
+        for end in (bytes([whole[place] ^ 0x5A]) + whole[place + 1 :], b""):
+            path.write_bytes(whole[:place] + end)
+            with contextlib.suppress(UserError):
+                found = read_queries(path, "test", "aerial")
+                assert torch.equal(found.rows_Q3, right.rows_Q3)
 
 
 RESULTS = [
@@ -312,17 +440,53 @@ def test_results_that_are_none_are_told(text, tmp_path):
         report.read_run(folder, "red")
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"r1": 10**400}, "test, aerial: r1 is 1000"),
+        ({"r1": 500}, "test, aerial: r1 is 500"),
+        ({"r1": math.nan}, "test, aerial: r1 is nan"),
+        ({"queries": -1}, "test, aerial: queries is -1"),
+        ({"data": {"changed": [1]}}, "its 'data' has no object under 'changed'"),
+        ({"accuracy": {"age": {"aerial": 10**400}}}, "its attribute_accuracy is no table"),
+    ],
+)
+def test_figures_that_test_py_cannot_have_written_are_told(more, message, tmp_path, attempt):
+    folder = evaluated(tmp_path / "a")
+    path = folder / "test_results.json"
+    results = json.loads(path.read_text())
+    split = results["splits"]["test"]
+    split["attribute_accuracy"] = more.pop("accuracy", {})
+    results |= {"data": more.pop("data", {})}
+    split["galleries"]["aerial"] |= more
+    path.write_text(json.dumps(results))
+    with pytest.raises(UserError, match="test_results.json: no results of test.py") as error:
+        report.read_run(folder, "red")
+    assert message in str(error.value)
+    if "1000" in message:
+        attempt("5", "a figure of 400 digits in test_results.json", "OverflowError", error.value)
+
+
 def test_a_pipe_in_place_of_results_keeps_nobody_waiting(tmp_path):
     os.mkfifo(tmp_path / "test_results.json")
     with pytest.raises(UserError, match="not a regular file"):
         read_results(tmp_path / "test_results.json", tmp_path / "test_queries.npz")
+    folder = evaluated(tmp_path / "a")
+    for name in ("test_results.json", "test_queries.npz"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match=f"{name}: no results of test.py: not a regular file"):
+            compare_runs.compare(
+                {"a": [folder], "b": [evaluated(tmp_path / "b")]}, "test", "aerial", 10
+            )
+        evaluated(folder)
 
 
-@pytest.mark.parametrize("content", ["null", "[]", '{"paper": 3}', '{"paper": {"R@1": "x"}}', "{", '{"paper": {"protocol": 3}}'])  # fmt: skip
+@pytest.mark.parametrize("content", ["null", "[]", '{"paper": 3}', '{"paper": {"R@1": "x"}}', "{", "{}", '{"paper": {"protocol": 3}}'])  # fmt: skip
 def test_notes_of_a_job_that_are_damaged_are_told(content, tmp_path):
     (tmp_path / "done.json").write_text(content)
     (tmp_path / "code.json").write_text('[{"commit": 3}]')
-    job = reproduce.Job("row", 1, argparse.Namespace(), tmp_path)
+    job = reproduce.Job("row", 1, argparse.Namespace(val_dataset="test"), tmp_path)
     for ask, name in ((lambda: job.results, "done.json"), (lambda: job.code, "code.json")):
         with pytest.raises(UserError, match=f"{name}: damaged; delete it"):
             ask()
@@ -352,6 +516,17 @@ def test_a_curve_with_nan_or_infinity_has_a_gap(curve, polylines, tmp_path, atte
     assert page.encode() and ("no finite value" in drawn) == (not polylines)
     if polylines == 2:
         attempt("5", "a curve of 1, NaN, 3, 2 in the report", "traceback", f"{polylines} lines with a gap")  # fmt: skip
+
+
+def test_axes_and_single_points_can_be_read():
+    chart = report.plot("lr", {"a": ("red", [(1, 1e-5), (2, 1e-5)])}, "epoch")
+    ticks = reproduce.re.findall(r'"end">([^<]*)', chart)
+    assert len(set(ticks)) == len(ticks) > 2
+    nearly = 3 * math.nextafter(1000, 0)  # whose logarithm is rounded up
+    assert len(report.round_values(0, nearly)) > 2
+    long = [(n, math.nan if n != 50 else 1.0) for n in range(100)]
+    chart = report.plot("loss", {"a": ("red", long)}, "epoch")
+    assert chart.count("<circle") == 1 and "(99 of 100 points are not finite)" in chart
 
 
 def test_halves_of_characters_are_shown_in_a_page(tmp_path, attempt):
@@ -388,6 +563,45 @@ def test_a_full_disk_ends_a_job_and_not_the_others(table, mini_root, tmp_path, m
     shown = capsys.readouterr().out
     assert "FAILED sdm, seed 1: [Errno 28] No space left" in shown
     assert "FAILED itc, seed 1: the other was tried" in shown
+
+
+def test_figures_that_cannot_be_noted_stand_in_the_table(table, mini_root, tmp_path, monkeypatch, capsys, attempt):  # fmt: skip
+    def call(runner, job, *_):
+        folder = job.folder / "logs/AGDataAttr/run"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "last.pth").write_bytes(b"")
+        evaluated(folder)
+
+    def full(source, target, replace=os.replace):
+        if target.name == "done.json" and "/sdm-seed1-" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(reproduce.Runner, "_call", call)
+    monkeypatch.setattr("utils.files.os.replace", full)
+    words = ["--table", table(), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        run(reproduce.main, monkeypatch, *words, "--seeds", 1)
+    failed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAILED")][-1]
+    assert reproduce.re.match(r"FAILED sdm, seed 1: .*/done.json: could not be written: No", failed)
+    text = (tmp_path / "out/small/table.md").read_text()
+    assert len(reproduce.re.findall(r"\| (?:sdm|itc) +\| +1 \| 50.00", text)) == 2
+    attempt("8", "a disk that is full when a job's done.json is written", "its figures are lost", f"in the table, and {failed}")  # fmt: skip
+
+
+def test_a_console_on_a_full_disk_ends_no_job(table, mini_root, tmp_path, monkeypatch):
+    rows = [{"name": name} for name in "ab"]
+    tried = []
+    monkeypatch.setattr(reproduce.Runner, "_call", lambda runner, job, *_: tried.append(job.row))
+    words = ["--table", table(rows=rows), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
+    place = os.open(tmp_path / "console", os.O_CREAT | os.O_WRONLY)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit):
+            run(reproduce.main, monkeypatch, *words, "--seeds", 1)
+        os.dup2(place, full.fileno())
+    os.close(place)
+    assert tried == ["a", "b"]
 
 
 def test_a_page_compares_only_the_captions_that_it_shows():

@@ -1,6 +1,7 @@
 import base64
 import html.parser
 import io
+import json
 import re
 
 import pytest
@@ -84,6 +85,31 @@ def test_frames_agree_with_the_results_of_every_caption(evaluated, tmp_path, mon
         assert (frames.index("hit") + 1 if "hit" in frames else 0) == (int(rank) if int(rank) <= 10 else 0)  # fmt: skip
     ranked = read_queries(evaluated[0] / "test_queries.npz", "test", "aerial")
     assert {int(r) for r, _ in found} & {int(r) for r in ranked.rows_Q3[:, 0]}
+
+
+def test_only_captions_that_are_shown_are_compared_with_the_gallery(
+    evaluated, tmp_path, monkeypatch
+):
+    compared, best = [], tool.best_images
+    monkeypatch.setattr(tool, "best_images", lambda c, i: compared.append(len(c)) or best(c, i))
+    out = tmp_path / "report.html"
+    run(tool.main, monkeypatch, evaluated[0], "--output", out, "--queries", 3, "--device", "cpu")
+    assert compared == [3] * 2 * 3  # the worst and random ones of three galleries
+    with pytest.raises(UserError, match="--queries -1: must be 0 or more"):
+        run(tool.main, monkeypatch, evaluated[0], "--queries", -1)
+
+
+def test_results_of_other_captions_than_the_data_set_has_are_refused(
+    evaluated, mini_copy, tmp_path, monkeypatch
+):
+    path = mini_copy / "AG-ReID/agtext_test.json"
+    content = json.loads(path.read_text())
+    for name in ("caption_pids", "captions"):
+        content[name].append(content[name].pop(0))
+    path.write_text(json.dumps(content))
+    words = (evaluated[0], "--output", tmp_path / "x.html", "--device", "cpu")
+    with pytest.raises(UserError, match="other captions or images in test_queries.npz than in"):
+        run(tool.main, monkeypatch, *words, "--root_dir", mini_copy)
 
 
 def test_a_run_that_was_not_evaluated_is_told(evaluated, tmp_path, monkeypatch):

@@ -264,8 +264,9 @@ def test_a_table_says_what_chose_and_whether_that_is_in_test(
     for seed, measured in ((1, said), (2, said and {**said, "overlap": None})):
         jobs.append(tool.Job("row", seed, args, tmp_path / str(seed)))
         jobs[-1].folder.mkdir()
+        found = {**dict.fromkeys(tool.FIGURES, 1.0), "protocol": measured}
         (jobs[-1].folder / "done.json").write_text(
-            json.dumps({protocol: {**dict.fromkeys(tool.FIGURES, 1.0), "protocol": measured}})
+            json.dumps(dict.fromkeys(("paper", "clean", protocol), found))
         )
     assert tool.heading(protocol, jobs) == expected
     args.val_dataset = "both"
