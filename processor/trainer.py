@@ -128,9 +128,12 @@ class Trainer:
         if self.world.leads:
             threading.excepthook = _excepthook
             starts = EVENTS.format(1 + sum(1 for _ in self.run_dir.glob("events.out.*")))
-            self.writer = SummaryWriter(
-                self.run_dir, purge_step=self.epoch + 1, filename_suffix=starts
-            )
+            try:
+                self.writer = SummaryWriter(
+                    self.run_dir, purge_step=self.epoch + 1, filename_suffix=starts
+                )
+            except UnicodeEncodeError:
+                self.log.warning(f"{self.run_dir}: no curves: TensorBoard wants a name in UTF-8")
         try:
             yield
         finally:

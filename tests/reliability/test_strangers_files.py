@@ -376,3 +376,18 @@ def test_two_starts_in_the_same_second_are_one_run(mini_root, tmp_path, attempt)
     said = (tmp_path / f"{refused}.txt").read_text()
     assert "another process is at work here" in said
     attempt("8", "two --resume auto in the same second", "two runs", said.splitlines()[-1])
+
+
+# 5: names
+
+
+def test_a_run_in_a_folder_whose_name_is_not_utf8_has_all_but_curves(
+    mini_root, tmp_path, monkeypatch, capsys, attempt
+):
+    words = flags(mini_root, tmp_path / os.fsdecode(b"caf\xe9"), num_epoch=1, warmup_epochs=0)
+    run(train_entry.main, monkeypatch, *words)
+    (folder,) = (path.parent for path in tmp_path.rglob("configs.yaml"))
+    assert {"best.pth", "last.pth", "train_log.txt"} <= {path.name for path in folder.iterdir()}
+    said = next(x for x in capsys.readouterr().out.splitlines() if "no curves" in x)
+    run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml", "--device", "cpu")
+    attempt("5", "--output_dir with a name that is not UTF-8", "UnicodeEncodeError", said)
