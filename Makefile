@@ -16,7 +16,7 @@ SHARED := -n auto --maxprocesses 4 --dist loadfile
 demo: $(VENV)/installed
 	$(BIN)/python -m datasets.mini --out $(MINI)
 	$(BIN)/python train.py --config_file configs/mini.yaml --root_dir $(MINI)
-	$(BIN)/python test.py --root_dir $(MINI) \
+	$(BIN)/python test.py --root_dir $(MINI) --image_cache data/image-cache \
 		--config_file "$$(ls -td logs/AGDataAttr/*_mini*/configs.yaml | head -n 1)"
 
 test: $(VENV)/installed-dev
