@@ -94,6 +94,7 @@ SAME_JOBS = tuple(
                     "resume_ckpt_file")
 )  # fmt: skip
 
+MOST_ROWS = 500
 # What this tool sets itself, so that a table would do it in vain.
 NOT_IN_TABLES = ("name", "output_dir", "root_dir", "seed", "resume", "resume_ckpt_file")
 
@@ -196,8 +197,8 @@ def read_table(name: str) -> Table:
     if not isinstance(content, dict) or not {"title", "base", "rows"} <= set(content):
         raise UserError(f"{path}: expected the keys title, base, rows and perhaps options")
     _check_fields(content, TABLE_KEYS, str(path))
-    if not content["rows"]:
-        raise UserError(f"{path}: it has no rows")
+    if not 0 < len(content["rows"]) <= MOST_ROWS:
+        raise UserError(f"{path}: it has {len(content['rows'])} rows; a table has 1 to {MOST_ROWS}")
     rows, slugs = [], {}
     for number, row in enumerate(content["rows"], 1):
         where = f"{path}, row {number}"

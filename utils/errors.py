@@ -83,7 +83,8 @@ def run_main(main: Callable[[], None]) -> None:
             _leave(f"error: {TOO_MANY_FILES}{hint}", FAILED)
         if isinstance(error, OSError) and error.errno in MACHINE:
             _leave(f"error: {error.filename or 'the disk'}: {error.strerror}", FAILED)
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, outside of steps, which say more
+        # torch's, on the GPU or not, outside of steps, which say more.
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             _leave(f"error: {' '.join(str(error).split())}", FAILED)
         if "RANK" not in os.environ or " by peer" not in str(error):  # closed, or reset
             raise

@@ -22,6 +22,7 @@ from utils.errors import UserError, suggest
 from utils.files import expand, read_file, write_atomically
 
 LARGEST = 2**31 - 1  # no option needs a larger number
+LARGEST_MODEL = 5e9  # weights of an encoder; CLIP's largest has half of that
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,14 @@ GROUPS: dict[str, list[Option]] = {
             "time between saves of last.pth: whole epochs as 2, or minutes as 30min",
             pattern=r"[1-9]\d{0,8}|(?!0+(\.0*)?min)\d{1,8}(\.\d+)?min",
         ),
-        _o("keep_last", int, 1, "saves kept: last.pth, last.1.pth before it, ...", least=1),
+        _o(
+            "keep_last",
+            int,
+            1,
+            "saves kept: last.pth, last.1.pth before it, ...",
+            least=1,
+            most=1000,
+        ),
         _o(
             "val_dataset",
             str,
@@ -278,13 +286,22 @@ GROUPS: dict[str, list[Option]] = {
             "OpenAI's kind (archive, state dict or safetensors), MODEL@FILE for one of another "
             "model of open_clip, or scratch",
         ),
-        _o("img_size", int, [384, 128], "height and width of the input, pixels", count=2, least=16),
+        _o(
+            "img_size",
+            int,
+            [384, 128],
+            "height and width of the input, pixels",
+            count=2,
+            least=16,
+            most=4096,
+        ),
         _o(
             "stride_size",
             int,
             None,
             "step between patches, pixels; left out: the patch size",
             least=1,
+            most=4096,
         ),
         _o("text_length", int, 77, "longest caption, tokens, with start and end", least=3, most=77),
         _o(
@@ -293,26 +310,35 @@ GROUPS: dict[str, list[Option]] = {
             49408,
             "token ids of the text encoder; checked against the weights",
             least=49408,
+            most=10**6,
         ),
         _o("temperature", float, 0.02, "softmax temperature of all similarities; fixed", above=0),
-        _o("cmt_depth", int, 4, "layers of the cross-modal transformer of mlm", least=1),
+        _o("cmt_depth", int, 4, "layers of the cross-modal transformer of mlm", least=1, most=64),
         _o(
             "embed_dim",
             int,
             512,
             "width of the joint space, for --pretrain_choice scratch",
             least=1,
+            most=2**14,
         ),
-        _o("vision_width", int, 768, "ViT width (64 per head), for scratch", least=64),
-        _o("vision_layers", int, 12, "ViT layers, for scratch", least=1),
-        _o("vision_patch_size", int, 16, "patch side, pixels, for scratch", least=1),
-        _o("text_width", int, 512, "text encoder width (64 per head), for scratch", least=64),
-        _o("text_layers", int, 12, "text encoder layers, for scratch", least=1),
+        _o("vision_width", int, 768, "ViT width (64 per head), for scratch", least=64, most=2**14),
+        _o("vision_layers", int, 12, "ViT layers, for scratch", least=1, most=256),
+        _o("vision_patch_size", int, 16, "patch side, pixels, for scratch", least=1, most=4096),
+        _o(
+            "text_width",
+            int,
+            512,
+            "text encoder width (64 per head), for scratch",
+            least=64,
+            most=2**14,
+        ),
+        _o("text_layers", int, 12, "text encoder layers, for scratch", least=1, most=256),
     ],
     "Losses": [
         _o("loss_names", str, "sdm+id+mlm", "losses joined by +; see the README's table"),
         _o("slack", float, 0.15, "AEA: extra target weight of the caption's own view", least=0),
-        _o("queue_batches", int, 3, "AEA: past batches that the queue holds", least=1),
+        _o("queue_batches", int, 3, "AEA: past batches that the queue holds", least=1, most=1000),
         _o(
             "negatives",
             str,
@@ -423,6 +449,13 @@ def resolve(values: dict[str, Any]) -> EasyDict:
         for name in ("vision_width", "text_width"):
             if getattr(args, name) % 64:
                 raise UserError(f"--{name} must be a multiple of 64 (one head per 64 channels)")
+            layers = getattr(args, name.replace("width", "layers"))
+            weights = 12 * layers * getattr(args, name) ** 2
+            check(
+                weights <= LARGEST_MODEL,
+                f"--{name} {getattr(args, name)} and {layers} layers make {weights:.1e} weights; "
+                f"{LARGEST_MODEL:.0e} is the limit",
+            )
     check(
         args.warmup_epochs < args.num_epoch,
         f"--warmup_epochs {args.warmup_epochs} leaves nothing of --num_epoch {args.num_epoch}; "

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.helpers import ROOT
 from utils import distributed
@@ -217,3 +218,11 @@ def test_too_few_open_files_are_told_before_loaders_wait_for_ever(monkeypatch, c
     limits[1] = 100_000  # the shell's own may be raised
     allow_open_files(2)
     assert limits == [4096, 100_000]
+
+
+def test_memory_that_runs_out_before_training_is_told_in_a_line(capsys):
+    def build():
+        torch.empty(2**46)
+
+    status, told = ended(build, capsys)
+    assert status == 2 and told.count("\n") == 1 and "can't allocate memory" in told

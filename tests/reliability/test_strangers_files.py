@@ -226,6 +226,23 @@ def test_yaml_that_grows_is_refused_at_once(made, text, tmp_path, attempt):
     attempt("4", made, "minutes, gigabytes or a traceback", error.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("vision_layers: 1000000000", "vision_layers must be .* at most 256"),
+        ("vision_width: 16384\nvision_layers: 256", "make 8.2e.11 weights; 5e.09 is the limit"),
+        ("keep_last: 2000000000", "keep_last must be .* at most 1000"),
+        ("img_size: [2000000000, 2000000000]", "img_size must be .* at most 4096"),
+        ("queue_batches: 2000000000", "queue_batches must be .* at most 1000"),
+    ],
+)
+def test_a_preset_of_sizes_that_no_machine_has_is_refused(more, message, tmp_path, attempt):
+    (tmp_path / "p.yaml").write_text(f"pretrain_choice: scratch\n{more}\n")
+    with pytest.raises(UserError, match=message) as error:
+        parse_options(["--config_file", str(tmp_path / "p.yaml")])
+    attempt("4", f"a preset with {ascii(more)[1:-1]}", "hours or all memory", error.value)
+
+
 # 6: a run from another machine
 
 
