@@ -211,7 +211,8 @@ def read_table(name: str) -> Table:
         if not name.strip() or len(name) > 100 or HIDDEN.search(name):
             raise UserError(f"{where}: its name must be a line of 1 to 100 characters")
         if name_of := slugs.get(slug(name)):  # jobs of both would have one folder, or be one row
-            raise UserError(f"{where}: row {name_of} has this name, but for case and signs")
+            alike = " already" if name_of == name else ", but for case and signs"
+            raise UserError(f"{where}: row {name_of} has this name{alike}")
         slugs[slug(name)] = name
         if row.get("needs", "finetune") != "finetune":
             raise UserError(f"{where}: needs is '{row['needs']}'; it can only be finetune")
