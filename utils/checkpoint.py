@@ -30,7 +30,7 @@ WRAPPERS = (
     "model", "state_dict", "model_state_dict", "module", "net", "network", "weights", "params",
     "ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model",
 )  # fmt: skip
-MOST_VALUES = 5_000_000  # of a checkpoint; one of 1,000 processes' generators has 1,300,000
+SWELLING = 4  # times as large as its file may the content of a checkpoint be, and a little more
 # Parts of a weight's name that come from what wrapped the model: DataParallel, torch.compile, ...
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 CONVERT = (
@@ -250,8 +250,11 @@ def refuse_swollen(content: Any, size: int) -> None:
     at once.
     """
     known: dict[int, tuple[int, int] | None] = {}  # by id: values and bytes; None: under way
+    looked = 0
 
     def measure(value: Any, place: str) -> tuple[int, int]:
+        nonlocal looked
+        looked += 1
         if isinstance(value, (str, bytes, bytearray)):
             return 1, len(value)
         if not isinstance(value, (Tensor, dict, list, tuple, set, frozenset)):
@@ -272,9 +275,10 @@ def refuse_swollen(content: Any, size: int) -> None:
                 inner = place or f"'{name!s:.60}'"
                 for found in (measure(name, inner), measure(part, inner)):
                     values, count = values + found[0], count + found[1]
-        if values > MOST_VALUES or count > 4 * size + 2**20:
+        if values > SWELLING * looked + 100_000 or count > SWELLING * size + 2**20:
             raise ValueError(
-                f"{place or 'it'} swells to {values} values of {count} bytes, from {size} bytes"
+                f"{place or 'it'} swells to {values} values of {count} bytes, from {looked} in a "
+                f"file of {size} bytes"
             )
         known[id(value)] = values, count
         return values, count
