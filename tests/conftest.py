@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.helpers import golden_clip
+from utils.tables import in_markdown
 
 TALLY = collections.Counter()
 ATTEMPTS: list[list[str]] = []  # rows of the table of docs/reliability.md
@@ -65,8 +66,9 @@ def attempt(request, tmp_path):
     rows: list[list[str]] = []
 
     def note(kind: str, made: str, before: str, now: object) -> None:
-        now = " ".join(str(now).replace(str(tmp_path), "...").split()).replace("|", r"\|")
-        rows.append([kind, made, before, now if len(now) <= 300 else f"{now[:300]} ..."])
+        now = " ".join(str(now).replace(str(tmp_path), "...").split())
+        now = now if len(now) <= 300 else f"{now[:300]} ..."
+        rows.append([kind, *map(in_markdown, (made, before, now))])
 
     yield note
     ATTEMPTS.extend(rows)
