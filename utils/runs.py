@@ -60,7 +60,10 @@ def open_run(args: EasyDict, world: World) -> Path:
         parent = Path(args.output_dir, args.dataset_name)
         make(parent)
         begins = lock(parent, name=f".{args.name}.lock", wait=True)
-        refuse_if_at_work(f for f in folders(*new[:2]) if is_named(f, args.name))
+        for other in (f for f in folders(*new[:2]) if is_named(f, args.name)):
+            refuse_if_at_work([other])
+            if os.path.isfile(other / LAST):  # of another user's folder nobody can tell
+                raise UserError(f"{other}: begun by another process meanwhile; run this again")
         folder = new_run_dir(*new)
         lock(folder)
         os.close(begins)

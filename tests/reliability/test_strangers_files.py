@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ from tests.helpers import options, run
 from tests.reliability.runs import flags, folder_of, start
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
+from utils.distributed import ALONE
 from utils.errors import UserError
 from utils.files import append, lock, read_file, write_atomically
 from utils.logger import say, setup_logger
 from utils.options import read_yaml
+from utils.runs import open_run
 from utils.text import Lines, visible
 
 
@@ -323,6 +326,17 @@ def test_a_disk_that_breaks_while_it_is_synced_is_an_error(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(
+    mini_root, tmp_path, monkeypatch
+):
+    words = flags(mini_root, tmp_path / "out", num_epoch=1, warmup_epochs=0, resume="auto")
+    args = parse_options(words)  # when there was no run yet
+    run(train_entry.main, monkeypatch, *words)
+    with pytest.raises(UserError, match="begun by another process meanwhile"):
+        open_run(args, ALONE)
+    assert folder_of(tmp_path / "out")
+
+
 def test_a_colleague_may_resume_where_the_umask_says_so(tmp_path, attempt):
     before = os.umask(0o002)
     try:
@@ -382,14 +396,15 @@ def test_without_hard_links_a_kept_save_is_known_by_its_content(tmp_path, monkey
 
 
 def test_two_starts_in_the_same_second_are_one_run(mini_root, tmp_path, attempt):
-    words = flags(mini_root, tmp_path / "out", num_epoch=1, warmup_epochs=0, resume="auto")
+    words = flags(mini_root, tmp_path / "out", num_epoch=500, resume="auto")
     both = [start(words, tmp_path / f"{i}.txt") for i in range(2)]
-    for one in both:
-        one.join()
-    codes = sorted(one.exitcode for one in both)
+    wait([one.sentinel for one in both], timeout=60)
+    (refused,) = [i for i in range(2) if both[i].exitcode is not None]
+    assert both[refused].exitcode == 2
+    both[1 - refused].kill()
+    both[1 - refused].join()
     folders = [p for p in (tmp_path / "out/AGDataAttr").iterdir() if p.is_dir()]
-    assert codes == [0, 2] and len(folders) == 1
-    (refused,) = [i for i in range(2) if both[i].exitcode == 2]
+    assert len(folders) == 1
     said = (tmp_path / f"{refused}.txt").read_text()
     assert "another process is at work here" in said
     attempt("8", "two --resume auto in the same second", "two runs", said.splitlines()[-1])
