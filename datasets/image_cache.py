@@ -35,7 +35,7 @@ from tqdm import tqdm
 from datasets.transforms import BrokenImage, load_image
 from utils.documents import load_json
 from utils.errors import UserError, rank
-from utils.files import _umask, open_file, read_file, write_atomically
+from utils.files import open_file, read_file, umask, write_atomically
 from utils.interrupt import serve_training
 from utils.logger import LOGGER_NAME
 
@@ -247,7 +247,7 @@ class _Cache:
             found = os.stat(path)
             if found.st_uid != os.geteuid():
                 return f"belongs to {_name(found.st_uid)}"
-            if found.st_mode & 0o022 & _umask():
+            if found.st_mode & 0o022 & umask():
                 return "may be changed by other users"
         return ""
 

@@ -109,7 +109,7 @@ def write_atomically(
             write(file)
             file.flush()
             _tolerant(path.parent, "synced to disk", lambda: os.fsync(file.fileno()))
-            rights = 0o666 & ~_umask()  # NamedTemporaryFile makes files private
+            rights = 0o666 & ~umask()  # NamedTemporaryFile makes files private
             _tolerant(path.parent, "given rights", lambda: os.fchmod(file.fileno(), rights))
         before()
         os.replace(temporary, path)
@@ -183,7 +183,7 @@ def _warn_once(text: str) -> None:
         say(visible(text), sys.stderr)
 
 
-def _umask() -> int:
+def umask() -> int:
     """The rights that the user's new files do not get; it can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
