@@ -88,11 +88,8 @@ def main() -> None:
     checkpoint = load_checkpoint(path)
     # Building it checks that the checkpoint is whole.
     backbone = build_evaluation_model(args, checkpoint, str(path)).base_model
-    sizes, folder, notes = (
-        backbone.sizes,
-        Path(args.output),
-        told + differences(args, backbone.sizes),
-    )
+    sizes, folder = backbone.sizes, Path(args.output)
+    notes = told + differences(args, sizes)
     check_openai(sizes, f"{path}: {args.pretrain_choice}")
     kept = {name: v for name, v in checkpoint["model"].items() if FAMILY.match(name)}
     rows = len(kept.get("classifier.weight", range(CLASSES)))

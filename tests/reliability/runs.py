@@ -9,11 +9,12 @@ import socket
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train as train_entry
-from tests.helpers import ROOT, SCRATCH
+from tests.helpers import ROOT, SCRATCH, run
 from utils.checkpoint import load_checkpoint
 from utils.errors import run_main
 
@@ -81,6 +82,14 @@ def folder_of(out: Path) -> Path:
     """The one run's folder."""
     (config,) = out.glob("*/*/configs.yaml")
     return config.parent
+
+
+def finished(root, out: Path, **more) -> Path:
+    """The folder of a small run that has been trained here, of one epoch unless given."""
+    values = {"num_epoch": 1, "warmup_epochs": 0, "text_length": 12, **more}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(train_entry.main, monkeypatch, *flags(root, out, **values))
+    return folder_of(out)
 
 
 def log_of_losses(folder: Path) -> dict[str, str]:

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
 
 import test as test_entry
-import train as train_entry
 from datasets.build import read_dataset, train_loader
 from datasets.fingerprint import changes, fingerprint
 from datasets.transforms import read_image
@@ -35,7 +34,7 @@ from processor.resume import read_state, resume
 from processor.summary import best_table, told_by
 from processor.trainer import Trainer
 from tests.helpers import ROOT, golden_clip, options, run
-from tests.reliability.runs import flags, folder_of
+from tests.reliability.runs import finished
 from tools import report
 from tools.compare_runs import compare
 from tools.reproduce import read_table, write_tables
@@ -329,11 +328,7 @@ def test_yaml_that_swells_recurses_or_commands_is_refused(text, tmp_path, monkey
 @pytest.fixture(scope="module")
 def trained(mini_root, tmp_path_factory):
     """A small run: its options, its folder, and a trainer that may be resumed again and again."""
-    out = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        few = {"num_epoch": 2, "warmup_epochs": 0, "text_length": 12}
-        run(train_entry.main, monkeypatch, *flags(mini_root, out, **few))
-    return folder_of(out)
+    return finished(mini_root, tmp_path_factory.mktemp("trained"), num_epoch=2)
 
 
 @many

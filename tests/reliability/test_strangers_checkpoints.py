@@ -13,7 +13,7 @@ import test as test_entry
 import train as train_entry
 from processor.summary import told_by
 from tests.helpers import run
-from tests.reliability.runs import flags, folder_of
+from tests.reliability.runs import finished
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run_main
 
@@ -229,21 +229,17 @@ ODD = [
 
 
 @pytest.fixture(scope="module")
-def finished(mini_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("odd")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        words = flags(mini_root, out, num_epoch=1, warmup_epochs=0, text_length=12)
-        run(train_entry.main, monkeypatch, *words)
-    return folder_of(out)
+def source(mini_root, tmp_path_factory):
+    return finished(mini_root, tmp_path_factory.mktemp("odd"))
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: ascii(odd)[:60])
 def test_odd_entries_of_a_checkpoint_spoil_no_evaluation(
-    odd, finished, tmp_path, monkeypatch, attempt
+    odd, source, tmp_path, monkeypatch, attempt
 ):
-    content = load_checkpoint(finished / "best.pth")
+    content = load_checkpoint(source / "best.pth")
     torch.save({**content, **odd}, tmp_path / "best.pth")
-    (tmp_path / "configs.yaml").write_bytes((finished / "configs.yaml").read_bytes())
+    (tmp_path / "configs.yaml").write_bytes((source / "configs.yaml").read_bytes())
     run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml", "--device", "cpu")
     assert (tmp_path / "test_results.json").is_file() and (tmp_path / "test_queries.npz").is_file()
     if odd is ODD[0]:
@@ -267,12 +263,10 @@ BEST = [
 
 
 @pytest.mark.parametrize("best", BEST, ids=lambda best: ascii(best)[:60])
-def test_odd_bests_are_refused_before_the_run_goes_on(
-    best, finished, tmp_path, monkeypatch, capsys
-):
-    content = load_checkpoint(finished / "last.pth")
+def test_odd_bests_are_refused_before_the_run_goes_on(best, source, tmp_path, monkeypatch, capsys):
+    content = load_checkpoint(source / "last.pth")
     torch.save({**content, "best": best}, tmp_path / "last.pth")
-    (tmp_path / "configs.yaml").write_bytes((finished / "configs.yaml").read_bytes())
+    (tmp_path / "configs.yaml").write_bytes((source / "configs.yaml").read_bytes())
     words = ["--resume", "--resume_ckpt_file", tmp_path / "last.pth", "--num_epoch", 2]
     with pytest.raises(SystemExit):
         run(lambda: run_main(train_entry.main), monkeypatch, *words)

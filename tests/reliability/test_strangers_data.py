@@ -480,10 +480,10 @@ LONG = {
 def test_long_captions_take_no_time(kind, attempt):
     text, before = LONG[kind]
     tokenizer()
-    began = time.perf_counter()
+    began = time.process_time()
     wrong = fault(text)
     tokens = int((tokenize([text], 77) != 0).sum())
-    taken = time.perf_counter() - began
+    taken = time.process_time() - began
     assert taken < 1 and is_cut(text) and (wrong or tokens > 2)
     if before != "0 s":
         attempt("4", f"a caption of {kind}", before, f"{taken:.2f} s, and a warning names it")
@@ -703,14 +703,14 @@ def test_an_epoch_of_100_000_identities_takes_seconds(attempt):
     draw = random.Random(0)
     pids = [pid for pid in range(40_000) for _ in range(draw.choice([1, 2, 3, 4, 8]))]
     sampler = IdentitySampler(pids, 4, 64, torch.Generator().manual_seed(0))
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(sampler.order()) == sampler.count
-    taken = time.perf_counter() - began
+    taken = time.process_time() - began
     # One identity with very many groups: heights without identities are not gone over.
     pids = [0] * 400_000 + [1] * 4 + [2] * 200_000
     lopsided = IdentitySampler(pids, 2, 4, torch.Generator().manual_seed(0))
     assert len(lopsided.order()) == lopsided.count
-    assert taken < 5 and time.perf_counter() - began < 15
+    assert taken < 5 and time.process_time() - began < 15
     attempt("9", "an epoch of 40,000 identities", "29 s", f"{taken:.1f} s")
 
 

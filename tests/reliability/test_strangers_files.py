@@ -18,7 +18,7 @@ from datasets.transforms import BrokenImage
 from processor.guards import Guard
 from processor.resume import read_state
 from tests.helpers import options, run
-from tests.reliability.runs import flags, folder_of, start
+from tests.reliability.runs import finished, flags, folder_of, start
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.distributed import ALONE
@@ -31,22 +31,17 @@ from utils.text import Lines, visible
 
 
 @pytest.fixture(scope="module")
-def finished(mini_root, tmp_path_factory):
-    """The folder of a small run."""
-    out = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        words = flags(mini_root, out, num_epoch=1, warmup_epochs=0, text_length=12)
-        run(train_entry.main, monkeypatch, *words)
-    return folder_of(out)
+def source(mini_root, tmp_path_factory):
+    return finished(mini_root, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
-def given(finished, tmp_path):
+def given(source, tmp_path):
     """A copy of that run, as a stranger hands it over."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("last.pth", "best.pth", "configs.yaml"):
-        (folder / name).write_bytes((finished / name).read_bytes())
+        (folder / name).write_bytes((source / name).read_bytes())
     return folder
 
 
