@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from datasets.build import read_for_test
+from datasets.registry import read_for_test
 from model.build import build_evaluation_model
 from processor.evaluator import (
     Evaluator,

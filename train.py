@@ -14,8 +14,9 @@ import utils  # noqa: F401  before torch is loaded
 
 import torch
 
-from datasets.build import read_dataset, selecting_splits, train_loader
 from datasets.fingerprint import fingerprint
+from datasets.loaders import train_loader
+from datasets.registry import read_dataset, selecting_splits
 from model.build import build_training_model, check_batch_norm, load_fitting
 from model.losses import check_losses, parse_loss_names
 from processor.evaluator import Evaluator

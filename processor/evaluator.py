@@ -11,8 +11,8 @@ from prettytable import PrettyTable
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.build import caption_batches, image_loader
 from datasets.files import same_content
+from datasets.loaders import caption_batches, image_loader
 from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise

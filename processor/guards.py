@@ -18,9 +18,9 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
-from datasets.build import TrainDataset
 from datasets.image_cache import ImageFiles
 from datasets.samplers import Key
+from datasets.training_set import TrainDataset
 from utils.errors import UserError
 from utils.files import write_atomically
 

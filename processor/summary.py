@@ -13,11 +13,11 @@ from easydict import EasyDict
 from prettytable import PrettyTable
 from torch.utils.data import DataLoader
 
-from datasets.build import selecting_splits
 from datasets.fingerprint import changes, fingerprint
 from datasets.heldout import HELDOUT
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
+from datasets.registry import selecting_splits
 from processor.evaluator import Evaluator
 from utils.command_line import typed_again
 from utils.distributed import World

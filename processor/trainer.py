@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets.build import on_device
+from datasets.loaders import on_device
 from model.build import AEAFIRM
 from processor.evaluator import Evaluator
 from processor.guards import Guard, explained

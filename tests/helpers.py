@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.build import read_dataset
+from datasets.registry import read_dataset
 from utils.options import resolve
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,8 +36,10 @@ from easydict import EasyDict
 from prettytable import PrettyTable
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.build import TrainDataset, read_dataset, to_device, train_loader
+from datasets.loaders import to_device, train_loader
+from datasets.registry import read_dataset
 from datasets.text import augmentation_of, tokenize, trim
+from datasets.training_set import TrainDataset
 from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN
 from model.build import AEAFIRM, build_training_model
 from model.losses import parse_loss_names

@@ -29,9 +29,9 @@ from prettytable import PrettyTable
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datasets.build import read_dataset
 from datasets.overlap import overlap
 from datasets.records import Data, Image
+from datasets.registry import read_dataset
 from datasets.transforms import read_image
 from utils.attributes import read_attributes
 from utils.command_line import parse_some

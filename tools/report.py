@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from datasets.build import read_for_test
+from datasets.registry import read_for_test
 from datasets.transforms import read_image
 from model.build import build_evaluation_model
 from processor.evaluator import Evaluator

@@ -45,7 +45,7 @@ import yaml
 from easydict import EasyDict
 from tqdm import tqdm
 
-from datasets.build import read_dataset
+from datasets.registry import read_dataset
 from processor.queries import CHECKPOINTS, check_figures, read_results, stem
 from processor.summary import told_by
 from tools.bench import measured_step

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.build import image_loader, train_loader
 from datasets.image_cache import ImageFiles
+from datasets.loaders import image_loader, train_loader
 from tests.helpers import options, read
 from utils.errors import UserError
 

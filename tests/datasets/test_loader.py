@@ -3,13 +3,7 @@ import collections
 import pytest
 import torch
 
-from datasets.build import (
-    caption_batches,
-    image_loader,
-    on_device,
-    to_device,
-    train_loader,
-)
+from datasets.loaders import caption_batches, image_loader, on_device, to_device, train_loader
 from datasets.samplers import IdentitySampler, RandomSampler
 from datasets.text import tokenize
 from datasets.transforms import load_image

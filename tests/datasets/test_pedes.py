@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from datasets.build import DATASETS, datasets_table
+from datasets.registry import DATASETS, datasets_table
 from tests.helpers import ROOT, read
 from utils.attributes import read_attributes
 from utils.errors import UserError

@@ -11,8 +11,8 @@ import torch
 import test as test_entry
 import tools.check_dataset as check_tool
 import tools.report as report_tool
-from datasets.build import DATASETS
 from datasets.records import Data, Gallery
+from datasets.registry import DATASETS
 from model.backbone import load_backbone
 from model.build import build_training_model
 from processor.evaluator import Evaluator

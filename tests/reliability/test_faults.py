@@ -16,9 +16,10 @@ import datasets.image_cache
 import processor.guards
 import processor.trainer
 import train as train_entry
-from datasets.build import TrainDataset, on_device, train_loader
 from datasets.image_cache import ImageFiles
+from datasets.loaders import on_device, train_loader
 from datasets.samplers import Key
+from datasets.training_set import TrainDataset
 from processor.guards import explained
 from processor.resume import read_state
 from processor.trainer import Trainer
@@ -574,13 +575,13 @@ def keep_loading(root, method, printed):
 
     import torch.utils.data
 
-    import datasets.build
+    import datasets.loaders
 
     class Loader(torch.utils.data.DataLoader):
         def __init__(self, *args, **more):
             super().__init__(*args, multiprocessing_context=method, **more)
 
-    datasets.build.DataLoader = Loader
+    datasets.loaders.DataLoader = Loader
     data = read("AGDataAttr", root)
     args = options(root_dir=root, num_workers=1)
     loader = train_loader(data, args, torch.Generator().manual_seed(1), CPU)

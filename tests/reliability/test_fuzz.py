@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
 
 import test as test_entry
-from datasets.build import read_dataset, train_loader
 from datasets.fingerprint import changes, fingerprint
+from datasets.loaders import train_loader
+from datasets.registry import read_dataset
 from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
 from processor.resume import read_state, resume

@@ -21,7 +21,7 @@ import yaml
 
 import processor.trainer
 import train as train_entry
-from datasets.build import on_device
+from datasets.loaders import on_device
 from datasets.samplers import IdentitySampler
 from processor.evaluator import Evaluator
 from processor.resume import read_state

@@ -27,10 +27,10 @@ from PIL import Image
 
 import datasets.image_cache
 import datasets.mini.build
-from datasets.build import train_loader
 from datasets.files import read_json, same_content
 from datasets.fingerprint import fingerprint
 from datasets.image_cache import ImageFiles
+from datasets.loaders import train_loader
 from datasets.mini import render
 from datasets.samplers import IdentitySampler
 from datasets.text import REMEMBERED, tokenize

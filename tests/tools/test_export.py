@@ -8,7 +8,7 @@ import yaml
 import test as test_entry
 import tools.export as tool
 import train as train_entry
-from datasets.build import image_loader
+from datasets.loaders import image_loader
 from datasets.transforms import normalise
 from model.backbone import load_backbone
 from model.build import build_evaluation_model

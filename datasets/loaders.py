@@ -1,0 +1,153 @@
+"""Loaders: batches of a data set, and their way to the device.
+
+loader = train_loader(data, args, generator, device)
+for batch in on_device(loader, device, mean, std): ...     # a dict of tensors, see TrainDataset
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from easydict import EasyDict
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datasets.image_cache import ImageFiles
+from datasets.records import Data, Image
+from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
+from datasets.text import augmentation_of, tokenize, trim
+from datasets.training_set import TrainDataset
+from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, train_transform
+from utils.devices import cores
+from utils.distributed import ALONE, World
+from utils.errors import UserError
+from utils.interrupt import serve_training
+
+
+def to_device(
+    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Tensor]:
+    """Move a training batch and make its images the encoder's input (`train_transform`)."""
+    batch = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    for view in ("", "pair_"):
+        if f"{view}images" in batch:
+            draws = batch.pop(f"{view}draws")
+            batch[f"{view}images"] = train_transform(batch[f"{view}images"], draws, mean, std)
+    return batch
+
+
+def on_device(
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Iterator[dict[str, Tensor]]:
+    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented, on a
+    stream of its own, while the last is computed on. (On a CPU streams are empty shells.)"""
+    streams = torch.get_device_module(device)
+    copies, ahead = streams.Stream(), None
+    for batch in batches:
+        with streams.stream(copies):
+            moved = to_device(batch, device, mean, std), copies.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead, streams.current_stream())
+        ahead = moved
+    if ahead is not None:
+        yield _arrived(*ahead, streams.current_stream())
+
+
+def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[str, Tensor]:
+    """Let the computing stream wait for its batch, and the allocator know who uses it."""
+    stream.wait_event(copied)
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.is_cuda:
+            value.record_stream(stream)
+    return batch
+
+
+def train_loader(
+    data: Data,
+    args: EasyDict,
+    generator: torch.Generator,
+    device: torch.device,
+    world: World = ALONE,
+) -> DataLoader:
+    """Batches of the training set, of several processes this one's shares of them; `generator`
+    decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`."""
+    shown = [(s.image, s.entry) for s in data.train]
+    shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
+    skip = args.on_bad_image == "skip"
+    images = _image_files([x for x, _ in shown], args, world, [e for _, e in shown], skip)
+    draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
+    augment = augmentation_of(args)
+    dataset = TrainDataset(data.train, images, draws, args.text_length, augment, skip)
+    epochs = (args.batch_size, generator, world)
+    if args.sampler == "identity":
+        pids = [s.pid for s in data.train]
+        sampler = IdentitySampler(pids, args.num_instance, *epochs)
+        if not len(sampler):
+            raise UserError(
+                f"--sampler identity: {len(set(pids))} identities are fewer than the "
+                f"{sampler.per_batch} that a batch of {args.batch_size} needs"
+            )
+    else:
+        sampler = RandomSampler(len(dataset), *epochs)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=TrainDataset.collate,
+        **_workers(args, device, world),
+    )
+
+
+def image_loader(
+    images: Sequence[Image],
+    args: EasyDict,
+    device: torch.device,
+    world: World = ALONE,
+) -> DataLoader:
+    """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
+    several processes each gets its `evaluation_batches`."""
+    batches, _ = evaluation_batches(len(images), args.test_batch_size, world)
+    files = _image_files(images, args, world)
+    return DataLoader(files, batch_sampler=batches, **_workers(args, device, world))
+
+
+def caption_batches(
+    captions: Sequence[str], args: EasyDict, world: World = ALONE
+) -> Iterator[Tensor]:
+    """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
+    for batch in evaluation_batches(len(captions), args.test_batch_size, world)[0]:
+        yield trim(tokenize([captions[i] for i in batch], args.text_length))
+
+
+def _image_files(
+    images: Sequence[Image],
+    args: EasyDict,
+    world: World,
+    entries: Sequence[str] = (),
+    skip: bool = False,
+) -> ImageFiles:
+    files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
+    if args.image_cache:
+        with world.leader_first():
+            files.use_cache(args.image_cache, min(args.num_workers, cores()), skip)
+    return files
+
+
+def _workers(args: EasyDict, device: torch.device, world: World) -> dict:
+    workers = min(args.num_workers, cores() // world.local_size)
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": device.type == "cuda",
+        "worker_init_fn": functools.partial(serve_training, os.getpid()),
+        # Of the workers' base seed, which nothing uses: the global generator stays untouched.
+        "generator": torch.Generator(),
+    }

@@ -1,0 +1,105 @@
+"""What a training sample is: pixels, tokens, labels, and the random numbers of its augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from datasets.image_cache import ImageFiles
+from datasets.records import TrainSample
+from datasets.samplers import Key
+from datasets.text import TextAugmentation, tokenize, trim
+from datasets.transforms import DRAWS_PLAIN, BrokenImage
+from utils.errors import UserError
+
+
+class TrainDataset(Dataset):
+    """Samples by `Key`; a batch of them is a dict of tensors:
+
+    `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `draws` (and `pair_draws`)
+    [B, K] uniform numbers for their augmentation, `pids` [B], `index` [B] of the samples,
+    `caption_ids` [B, L], augmented; with attributes `attributes` and `pair_attributes` [B, A]; for
+    the loss `mlm` `masked_labels` [B, L], `masked_at` [X], where the X labels stand in the
+    flattened captions, and `masked_ids` [B, L], unless `caption_ids` are the masked ones. L is the
+    longest caption of the batch, of masked ones for `mlm` `text_length`. `skipped`, if there, is a
+    list of messages on samples that were replaced.
+
+    Args:
+        images: the samples' images; with two views those of all pairs follow.
+        draws: uniform numbers per image.
+        augment: what captions go through; None leaves them whole.
+        skip: replace a sample whose image is broken by the next of the epoch.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[TrainSample],
+        images: ImageFiles,
+        draws: int = DRAWS_PLAIN,
+        text_length: int = 77,
+        augment: TextAugmentation | None = None,
+        skip: bool = False,
+    ) -> None:
+        self.samples, self.images, self.draws = samples, images, draws
+        self.augment = augment or TextAugmentation()
+        self.skip = skip
+        self.caption_ids = tokenize(
+            [s.caption for s in samples], text_length
+        )  # once for all epochs
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        skipped: list[str] = []
+        for index in (key.index, *key.spares):
+            try:
+                return self._item(index, key.seed) | ({"skipped": skipped} if skipped else {})
+            except BrokenImage as error:
+                if not self.skip:
+                    raise BrokenImage(f"{error} Or give --on_bad_image skip.") from None
+                skipped.append(str(error))
+        raise UserError(
+            f"{len(skipped)} broken images in a row (python tools/check_dataset.py finds all), the "
+            f"last: {skipped[-1]}"
+        )
+
+    def _item(self, index: int, seed: int) -> dict[str, Tensor | int]:
+        sample, ids = self.samples[index], self.caption_ids[index]
+        generator = torch.Generator().manual_seed(seed)
+        item = {"index": index, "pids": sample.pid}
+        item["images"] = self.images[index]
+        item["draws"] = torch.rand(self.draws, generator=generator)
+        if sample.pair is not None:
+            item["pair_images"] = self.images[len(self.samples) + index]
+            item["pair_draws"] = torch.rand(self.draws, generator=generator)
+        if sample.image.attributes is not None:
+            item["attributes"] = torch.tensor(sample.image.attributes)
+            if sample.pair is not None:
+                item["pair_attributes"] = torch.tensor(sample.pair.attributes)
+        return item | self.augment(ids, generator)
+
+    @staticmethod
+    def collate(items: list[dict]) -> dict[str, Tensor]:
+        """Stack the samples and cut the captions to the longest.
+
+        Those of `mlm` keep their padding: in the original's cross-modal transformer words attend
+        to it, so without it a sample's loss would depend on the other captions of its batch.
+        """
+        skipped = [message for item in items for message in item.pop("skipped", ())]
+        batch = default_collate(items)
+        if skipped:
+            batch["skipped"] = skipped
+        shared = "masked_labels" in batch and "masked_ids" not in batch
+        if not shared:
+            batch["caption_ids"] = trim(batch["caption_ids"])
+        for name in ("caption_ids", "masked_ids", "masked_labels"):
+            if name in batch:
+                batch[name] = batch[name].long()
+        if "masked_labels" in batch:  # here, because finding them on a GPU would wait for it
+            batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
+        return batch
