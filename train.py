@@ -18,7 +18,7 @@ from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
 from model.build import build_training_model, check_batch_norm, load_fitting
-from model.losses import check_losses, parse_loss_names
+from model.losses.registry import check_losses, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.resume import read_state, resume
 from processor.summary import best_table, describe, evaluate_with
@@ -44,14 +44,14 @@ def main() -> None:
     world, device = distributed.start(args.device)
     args = world.from_leader(args)  # each may have found another run to go on with
     args.precision = choose_precision(args.precision, device)
-    losses = parse_loss_names(args.loss_names, args.MLM)
+    losses = parse_loss_names(args.loss_names)
     data = read_dataset(args)
     check_losses(losses, data.name, data.has_pairs, bool(data.attribute_classes))
     if "match2" in losses:
         attributes = read_attributes(args.attributes_file)
         check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
     generator = torch.Generator().manual_seed(args.seed)
-    loader = train_loader(data, args, generator, device, world)
+    loader = train_loader(data, args, generator, device, world, needs_masked(losses))
     evaluators = [
         Evaluator(data, split, args, device, data.views[:1], world)
         for split in selecting_splits(args.val_dataset)

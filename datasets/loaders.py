@@ -77,15 +77,20 @@ def train_loader(
     generator: torch.Generator,
     device: torch.device,
     world: World = ALONE,
+    masked: bool = False,
 ) -> DataLoader:
     """Batches of the training set, of several processes this one's shares of them; `generator`
-    decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`."""
+    decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`.
+
+    Args:
+        masked: add masked captions, for a loss that needs them.
+    """
     shown = [(s.image, s.entry) for s in data.train]
     shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
     skip = args.on_bad_image == "skip"
     images = _image_files([x for x, _ in shown], args, world, [e for _, e in shown], skip)
     draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
-    augment = augmentation_of(args)
+    augment = augmentation_of(args, masked)
     dataset = TrainDataset(data.train, images, draws, args.text_length, augment, skip)
     epochs = (args.batch_size, generator, world)
     if args.sampler == "identity":

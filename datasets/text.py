@@ -71,13 +71,12 @@ class TextAugmentation:
         return {"caption_ids": ids_L, **masked}
 
 
-def augmentation_of(args: EasyDict) -> TextAugmentation:
-    """What `--txt_aug`, `--MLM` and `--loss_names` ask for."""
+def augmentation_of(args: EasyDict, masked: bool = False) -> TextAugmentation:
+    """What `--txt_aug` and `--MLM` ask for; `masked`: a loss needs masked captions."""
     how = args.txt_aug
     if how == "auto":
         how = "mask" if args.MLM else "none"
-    mlm = "mlm" in args.loss_names.split("+")
-    return TextAugmentation(how, mlm, args.masked_token_rate, args.masked_token_unchanged_rate)
+    return TextAugmentation(how, masked, args.masked_token_rate, args.masked_token_unchanged_rate)
 
 
 def mask_tokens(

@@ -16,7 +16,7 @@ from datasets.loaders import caption_batches, image_loader
 from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
-from model.build import AEAFIRM
+from model.aeafirm import AEAFIRM
 from utils.devices import autocast, full
 from utils.distributed import ALONE, World, shares
 from utils.errors import UserError

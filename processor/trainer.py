@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets.loaders import on_device
-from model.build import AEAFIRM
+from model.aeafirm import AEAFIRM
 from processor.evaluator import Evaluator
 from processor.guards import Guard, explained
 from processor.resume import best_of, seed_generators, state_of
@@ -269,7 +269,6 @@ class Trainer:
         """Losses of a batch by name, with `total`; their gradients are in the parameters."""
 
         def differentiate(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            losses["total"] = sum(losses.values())
             self.scaler.scale(losses["total"]).backward()
             return losses
 

@@ -7,6 +7,7 @@ from datasets.loaders import caption_batches, image_loader, on_device, to_device
 from datasets.samplers import IdentitySampler, RandomSampler
 from datasets.text import tokenize
 from datasets.transforms import load_image
+from model.losses.registry import needs_masked, parse_loss_names
 from tests.helpers import options, read
 from utils.errors import UserError
 
@@ -16,7 +17,9 @@ CPU = torch.device("cpu")
 def batches(root, seed=5, **more):
     args = options(root_dir=str(root), img_aug=True, **{"loss_names": "sdm", **more})
     data = read("AGDataAttr", args.root_dir)
-    return list(train_loader(data, args, torch.Generator().manual_seed(seed), CPU)), data
+    masked = needs_masked(parse_loss_names(args.loss_names))
+    generator = torch.Generator().manual_seed(seed)
+    return list(train_loader(data, args, generator, CPU, masked=masked)), data
 
 
 def test_a_batch_holds_what_its_samples_hold(mini_root):

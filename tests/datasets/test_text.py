@@ -14,6 +14,7 @@ from datasets.text import (
     tokenize,
     trim,
 )
+from model.losses.registry import needs_masked, parse_loss_names
 from tests.helpers import golden, options
 from utils.errors import UserError
 
@@ -119,6 +120,7 @@ def test_deleting_takes_whole_words_and_leaves_one():
     [
         ({}, ("none", False)),
         ({"MLM": True}, ("mask", False)),
+        ({"loss_names": "sdm+mlm"}, ("none", True)),
         ({"MLM": True, "loss_names": "sdm + mlm"}, ("mask", True)),
         ({"MLM": True, "loss_names": "sdm+mlm", "txt_aug": "none"}, ("none", True)),
         ({"txt_aug": "mask"}, ("mask", False)),
@@ -126,7 +128,8 @@ def test_deleting_takes_whole_words_and_leaves_one():
     ],
 )
 def test_what_the_options_make_of_captions(given, expected):
-    augment = augmentation_of(options(**{"loss_names": "sdm", **given}))
+    args = options(**{"loss_names": "sdm", **given})
+    augment = augmentation_of(args, masked=needs_masked(parse_loss_names(args.loss_names)))
     assert (augment.how, augment.mlm) == expected
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.aea import FeatureQueue, aea_loss, elastic_kl, soft_cross_entropy, soft_targets
+from model.losses.aea import FeatureQueue, aea_loss, elastic_kl, soft_cross_entropy, soft_targets
 
 SCALE = 50.0
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from datasets.tbagpr import ATTRIBUTES
 from model.build import build_sentences
-from model.firm import (
+from model.losses.firm import (
     SentenceTable,
     match_logits,
     match_loss,

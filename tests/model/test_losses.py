@@ -1,10 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-import model.firm
+import model.losses.firm
 from model.build import build_model
-from model.losses import LOSSES, check_losses, losses_table, parse_loss_names
-from model.objectives import cmpm
+from model.losses import aea, firm, irra
+from model.losses.irra import cmpm
+from model.losses.registry import LOSSES, Loss, check_losses, losses_table, parse_loss_names
 from tests.helpers import ROOT, filled, golden, golden_batch, options
 from utils.errors import UserError
 
@@ -32,7 +34,7 @@ def test_firm_equals_the_original(fusion, clip_file, monkeypatch):
     def first_sentence(table, class_VA, u_VA):
         return table.first[torch.arange(7), class_VA]
 
-    monkeypatch.setattr(model.firm.SentenceTable, "_pick", first_sentence)
+    monkeypatch.setattr(model.losses.firm.SentenceTable, "_pick", first_sentence)
     losses = losses_of(f"match2+{fusion}", clip_file, head=fusion)
     expected = golden()["firm_first_sentence"][fusion]
     assert losses["match2"].item() == pytest.approx(expected, rel=1e-4)
@@ -44,6 +46,44 @@ def test_aea_with_a_full_queue_equals_the_original(clip_file):
     with torch.no_grad():
         values = [net(golden_batch(step))["supkl"].item() for step in range(6)]
     assert values[3:] == pytest.approx(golden()["aea_with_queue"]["loss"][3:], rel=1e-4)
+
+
+def test_the_total_is_the_sum_of_the_losses_and_what_a_loss_logs_is_no_part_of_it(
+    clip_file, monkeypatch
+):
+    def sdm_with_scale(inputs):
+        inputs.log("sdm/scale", inputs.text_BD.sum() * 0 + inputs.scale)
+        return irra.sdm_of_views(inputs)
+
+    expected = losses_of("sdm+itc", clip_file)
+    monkeypatch.setitem(LOSSES, "sdm", Loss("with a scalar for the log", sdm_with_scale))
+    found = losses_of("sdm+itc", clip_file)
+    assert list(found) == ["sdm", "itc", "total", "sdm/scale"]
+    assert found["sdm/scale"].item() == 50 and not found["sdm/scale"].requires_grad
+    assert torch.equal(found["total"], expected["sdm"] + expected["itc"])
+
+
+def test_matching_losses_have_a_value_per_sample_whose_mean_is_the_loss():
+    torch.manual_seed(0)
+    a, b = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
+    pids = torch.tensor([0, 1, 0, 2, 1])
+    targets, logits = aea.soft_targets(pids), torch.randn(5, 10)
+    chosen = torch.randint(6, (2, 5, 3))
+    for loss, inputs, shape in (
+        (irra.sdm, (a, b, pids, 50.0), (5,)),
+        (irra.itc, (a, b, 50.0), (5,)),
+        (irra.cmpm, (a, b, pids), (5,)),
+        (aea.elastic_kl, (logits, targets), (5,)),
+        (firm.match_loss, (torch.randn(5, 6, 2), *chosen), (5, 3)),
+    ):
+        values = loss(*inputs, reduction="none")
+        assert values.shape == shape and values.std() > 0
+        torch.testing.assert_close(values.mean(), loss(*inputs))
+        with pytest.raises(ValueError, match="reduction|not a valid"):
+            loss(*inputs, reduction="sums")
+    # Value i is that of sample i, wherever it stands in the batch.
+    moved = irra.itc(a.flip(0), b.flip(0), 50.0, reduction="none")
+    torch.testing.assert_close(moved.flip(0), irra.itc(a, b, 50.0, reduction="none"))
 
 
 def test_weights_scale_their_losses(clip_file):
@@ -99,14 +139,15 @@ def test_cmpm_equals_its_definition_anchor_by_anchor():
 
 
 def parse(text, **facts):
-    facts = {"pairs": True, "attributes": True, "masked": True, **facts}
-    names = parse_loss_names(text, facts.pop("masked"))
+    facts = {"pairs": True, "attributes": True, **facts}
+    names = parse_loss_names(text)
     check_losses(names, "X", **facts)
     return names
 
 
-def test_the_papers_recipe_is_accepted():
+def test_the_papers_recipe_and_the_default_are_accepted():
     assert parse("supkl+queue+match2+dot") == ["supkl", "queue", "match2", "dot"]
+    assert parse(options().loss_names) == ["sdm", "id", "mlm"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +162,6 @@ def test_the_papers_recipe_is_accepted():
         ("sdm+dot", {}, "'dot' needs match2"),
         ("match2+dot", {"attributes": False}, "needs attribute labels; X comes without"),
         ("supkl", {"pairs": False}, "needs an aerial and a ground image per caption"),
-        ("mlm", {"masked": False}, "needs masked captions: add --MLM"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_with_the_reason(text, facts, message):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.losses.inputs import Inputs, Setting, reduced
+
 
 def soft_targets(pids_B: Tensor, queue_pids_Q: Tensor | None = None, slack: float = 0.15) -> Tensor:
     """W [B, K] unscaled: 1 for a key of the anchor's identity, plus slack in the first block.
@@ -29,10 +31,16 @@ def soft_targets(pids_B: Tensor, queue_pids_Q: Tensor | None = None, slack: floa
     return torch.cat(blocks, dim=1)
 
 
-def elastic_kl(logits_BK: Tensor, targets_BK: Tensor, key_exists_K: Tensor | None = None) -> Tensor:
+def elastic_kl(
+    logits_BK: Tensor,
+    targets_BK: Tensor,
+    key_exists_K: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """mean_i sum_j P_ij (log P_ij - log(W_ij + 1e-8)) with W's rows scaled to sum 1 (`supkl`).
 
-    P is the softmax over keys. Keys that do not exist take no part in it.
+    P is the softmax over keys. Keys that do not exist take no part in it. Returns a scalar, or a
+    value for each anchor [B] with `reduction="none"`.
     """
     if key_exists_K is not None:
         logits_BK = logits_BK.masked_fill(~key_exists_K, -torch.inf)
@@ -41,7 +49,7 @@ def elastic_kl(logits_BK: Tensor, targets_BK: Tensor, key_exists_K: Tensor | Non
     p_BK = log_p_BK.exp()
     if key_exists_K is not None:
         log_p_BK = log_p_BK.masked_fill(~key_exists_K, 0.0)  # their P is 0; 0 * -inf is NaN
-    return (p_BK * (log_p_BK - (targets_BK + 1e-8).log())).sum(dim=1).mean()
+    return reduced((p_BK * (log_p_BK - (targets_BK + 1e-8).log())).sum(dim=1), reduction)
 
 
 def soft_cross_entropy(
@@ -50,6 +58,7 @@ def soft_cross_entropy(
     """Cross-entropy to W with rows of L2 norm 1, anchors to keys and keys to anchors (`supitc`).
 
     The mean of the two directions, each a mean over its rows. Keys that do not exist take no part.
+    There is no value for each sample: the second direction is a mean over keys.
     """
     if key_exists_K is None:
         key_exists_K = torch.ones(logits_BK.shape[1], dtype=torch.bool, device=logits_BK.device)
@@ -116,3 +125,30 @@ def aea_loss(
         form(scale * torch.cat([anchor_BD @ k.T for k in keys], dim=1), targets_BK, exists_K)
         for anchor_BD, keys in ((text_BD, text_keys), (aerial_BD, aerial_keys))
     )
+
+
+def supkl(inputs: Inputs) -> Tensor:
+    """AEA by KL divergence, the paper's."""
+    return _of_inputs(elastic_kl, inputs)
+
+
+def supitc(inputs: Inputs) -> Tensor:
+    """AEA by cross-entropy; half of the sum over the two anchors."""
+    return _of_inputs(soft_cross_entropy, inputs) / 2
+
+
+def _of_inputs(form: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    features = (inputs.unit["text"], inputs.unit["image"], inputs.unit["pair"])
+    queue = inputs.modules.get("queue")
+    return aea_loss(form, *features, inputs.pids_B, inputs.scale, queue, inputs.options.slack)
+
+
+def queue_modules(setting: Setting) -> dict[str, nn.Module]:
+    """The queue of `--queue_batches` batches."""
+    size = setting.options.queue_batches * setting.options.batch_size
+    return {"queue": FeatureQueue(size, setting.dim)}
+
+
+def push_to_queue(inputs: Inputs) -> None:
+    """Put the step's features into the queue."""
+    inputs.modules["queue"].push(inputs.unit["text"], inputs.unit["image"], inputs.pids_B)

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.losses.inputs import Inputs, Setting, reduced
+from utils.devices import full
+
 
 class SentenceTable(nn.Module):
     """The sentences' tokens and where each class's sentences lie among them.
@@ -93,6 +96,24 @@ class SentenceTable(nn.Module):
         ]
 
 
+class MatchingHead(nn.Linear):
+    """The linear head with two outputs, no match and match.
+
+    Args:
+        dim: D.
+        fusion: of sentence and image: "dot", their product, or "cat", their concatenation.
+    """
+
+    def __init__(self, dim: int, fusion: str) -> None:
+        super().__init__(dim if fusion == "dot" else 2 * dim, 2)
+        self.fusion = fusion
+
+    def forward(self, sentence_SD: Tensor, image_VD: Tensor) -> Tensor:
+        """Both outputs for every image and sentence, [V, S, 2], at least float32."""
+        weight, bias = full(self.weight), full(self.bias)
+        return match_logits(sentence_SD, image_VD, weight, bias, self.fusion)
+
+
 def match_logits(
     sentence_SD: Tensor, image_VD: Tensor, weight: Tensor, bias: Tensor, fusion: str
 ) -> Tensor:
@@ -110,12 +131,17 @@ def match_logits(
     return (image_VD @ for_image.T)[:, None] + (sentence_SD @ for_sentence.T)[None] + bias
 
 
-def match_loss(logits_VS2: Tensor, positive_VA: Tensor, negative_VA: Tensor) -> Tensor:
-    """Cross-entropy of positives to 1 plus of negatives to 0, each a mean over [V, A]."""
+def match_loss(
+    logits_VS2: Tensor, positive_VA: Tensor, negative_VA: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of positives to 1 plus of negatives to 0, each a mean over [V, A].
+
+    Returns a scalar, or [V, A] with `reduction="none"`.
+    """
 
     def cross_entropy(index_VA: Tensor, label: int) -> Tensor:
         chosen = logits_VS2.gather(1, index_VA[..., None].expand(-1, -1, 2))
-        return -chosen.log_softmax(dim=-1)[..., label].mean()
+        return reduced(-chosen.log_softmax(dim=-1)[..., label], reduction)
 
     return cross_entropy(positive_VA, 1) + cross_entropy(negative_VA, 0)
 
@@ -124,3 +150,21 @@ def predict_attributes(logits_VS2: Tensor, table: SentenceTable) -> Tensor:
     """Class of each attribute, [V, A]: the one whose sentences match best on average."""
     match_VS = F.log_softmax(logits_VS2, dim=-1)[..., 1]
     return torch.stack([s.argmax(dim=1) for s in table.class_scores(match_VS)], dim=1)
+
+
+def match2(inputs: Inputs) -> Tensor:
+    """FIRM: the matching loss of the images of both views."""
+    image_VD, labels_VA = inputs.image_BD, inputs.labels["attributes"]
+    if inputs.pair_BD is not None:
+        image_VD = torch.cat([image_VD, inputs.pair_BD])
+        labels_VA = torch.cat([labels_VA, inputs.labels["pair_attributes"]])
+    logits_VS2 = inputs.modules["atr_matching_head"](inputs.sentence_SD, image_VD)
+    drawn = inputs.modules["sentences"].draw(labels_VA, inputs.generator)
+    return match_loss(logits_VS2, *drawn)
+
+
+def match2_modules(setting: Setting) -> dict[str, nn.Module]:
+    """The sentence table and the matching head."""
+    fusion = "dot" if "dot" in setting.loss_names else "cat"
+    head = MatchingHead(setting.dim, fusion)
+    return {"sentences": setting.sentences, "atr_matching_head": head}

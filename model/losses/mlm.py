@@ -6,9 +6,15 @@ Shapes: B samples, L caption tokens, N image tokens, D joint space, T vocabulary
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
+import torch
+import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, Transformer
 from torch import Tensor, nn
+
+from model.losses.inputs import Inputs, Mean, Setting
+from utils.devices import full
 
 
 def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Module]:
@@ -43,7 +49,7 @@ def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Mod
 
 
 def masked_token_logits(
-    parts: nn.Module, text_BLD: Tensor, image_BND: Tensor, at_X: Tensor
+    parts: Mapping[str, nn.Module], text_BLD: Tensor, image_BND: Tensor, at_X: Tensor
 ) -> Tensor:
     """Vocabulary logits [X, T] of the X masked tokens, which stand at `at_X` of the B * L.
 
@@ -51,7 +57,25 @@ def masked_token_logits(
     transformer (IRRA, sec. 3.2); a dense-QuickGELU-LayerNorm-linear classifier follows, for the
     masked tokens alone: the others carry no loss.
     """
-    image_BND = parts.ln_pre_i(image_BND)
-    x_BLD = parts.cross_attn(parts.ln_pre_t(text_BLD), image_BND, image_BND, need_weights=False)[0]
-    x_BLD = parts.ln_post(parts.cross_modal_transformer(x_BLD))
-    return parts.mlm_head(x_BLD.flatten(0, 1)[at_X])
+    image_BND = parts["ln_pre_i"](image_BND)
+    x_BLD = parts["cross_attn"](
+        parts["ln_pre_t"](text_BLD), image_BND, image_BND, need_weights=False
+    )[0]
+    x_BLD = parts["ln_post"](parts["cross_modal_transformer"](x_BLD))
+    return parts["mlm_head"](x_BLD.flatten(0, 1)[at_X])
+
+
+def mlm(inputs: Inputs) -> Mean:
+    """Cross-entropy of the masked words. With two views they attend to the tokens of both images,
+    one sequence after the other, since either may show what the word says."""
+    own = inputs.own
+    logits_XT = masked_token_logits(inputs.modules, own["masked"], own["tokens"], own["masked_at"])
+    labels_X = own["masked_labels"].flatten()[own["masked_at"]]
+    with torch.autocast(logits_XT.device.type, enabled=False):
+        loss_X = F.cross_entropy(full(logits_XT), labels_X, reduction="none")
+    return Mean(loss_X.sum(), len(loss_X))
+
+
+def mlm_modules(setting: Setting) -> dict[str, nn.Module]:
+    """The cross-modal transformer and the classifier of words."""
+    return cross_modal_parts(setting.dim, setting.options.cmt_depth, setting.vocab_size)

@@ -1,0 +1,123 @@
+"""The table of losses: what each computes, what it needs, and what `--loss_names` may combine.
+
+To add a loss: one file here with a function of `Inputs`, one row in LOSSES, one test (see
+docs/extending.md). Validation, error messages and the documentation's table read the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from model.losses import aea, firm, irra, mlm
+from model.losses.inputs import Inputs, Mean, Setting
+from utils.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A row of the table. Words that only modify another loss compute nothing themselves."""
+
+    meaning: str
+    compute: Callable[[Inputs], Tensor | Mean] | None = None
+    pairs: bool = False  # needs an aerial and a ground image per sample
+    attributes: bool = False  # needs attribute labels, and FIRM's sentences encoded
+    masked: bool = False  # needs masked captions, and the tokens of captions and images
+    autocast: bool = False  # its modules run in the precision of the encoders, else in float32
+    any_of: tuple[str, ...] = ()  # needs at least one of these
+    one_of: tuple[str, ...] = ()  # needs exactly one of these
+    weight: str = ""  # the option that it is multiplied by
+    modules: Callable[[Setting], dict[str, nn.Module]] | None = None  # by their checkpoint names
+    after: Callable[[Inputs], None] | None = None  # called when a step's losses are computed
+
+
+# fmt: off
+LOSSES: dict[str, Loss] = {
+    "supkl": Loss("AEA, the paper's alignment over both views", aea.supkl, pairs=True),
+    "supitc": Loss("AEA's targets with cross-entropy instead of KL", aea.supitc, pairs=True),
+    "queue": Loss("adds past features to AEA's keys", any_of=("supkl", "supitc"),
+                  modules=aea.queue_modules, after=aea.push_to_queue),
+    "match2": Loss("FIRM, attribute sentence-image matching", firm.match2, attributes=True,
+                   one_of=("dot", "cat"), weight="match_loss_weight", modules=firm.match2_modules),
+    "dot": Loss("match2 on the product of sentence and image", any_of=("match2",)),
+    "cat": Loss("match2 on their concatenation", any_of=("match2",)),
+    "sdm": Loss("similarity distribution matching; mean of all pairs of views", irra.sdm_of_views),
+    "bisdm": Loss("sdm of text-aerial and text-ground",
+                  partial(irra.sdm_of_views, all_pairs=False), pairs=True),
+    "itc": Loss("InfoNCE; mean of all pairs of views", irra.itc_of_views),
+    "biitc": Loss("itc of text-aerial and text-ground",
+                  partial(irra.itc_of_views, all_pairs=False), pairs=True),
+    "cmpm": Loss("cross-modal projection matching", irra.cmpm_of_views),
+    "id": Loss("identity classification of every feature", irra.identity,
+               weight="id_loss_weight", modules=irra.identity_modules),
+    "mlm": Loss("masked language modelling from the image tokens of all views", mlm.mlm,
+                masked=True, autocast=True, weight="mlm_loss_weight", modules=mlm.mlm_modules),
+}
+# fmt: on
+
+
+def parse_loss_names(text: str) -> list[str]:
+    """Split `--loss_names` and check it against the table.
+
+    Raises UserError with the reason for anything that could not work.
+    """
+    names = [name.strip() for name in text.split("+")]
+    for name in names:
+        if name not in LOSSES:
+            raise UserError(
+                f"--loss_names {text}: unknown loss '{name}'.{suggest(name, LOSSES)} "
+                f"Known: {', '.join(LOSSES)}"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"--loss_names {text}: '{name}' stands there twice")
+    for name in names:
+        row = LOSSES[name]
+        if row.any_of and not set(row.any_of) & set(names):
+            raise UserError(
+                f"--loss_names {text}: '{name}' needs {' or '.join(row.any_of)} beside it"
+            )
+        if row.one_of and len(set(row.one_of) & set(names)) != 1:
+            raise UserError(
+                f"--loss_names {text}: '{name}' needs exactly one of {', '.join(row.one_of)}"
+            )
+    return names
+
+
+def needs_masked(names: Sequence[str]) -> bool:
+    """Whether one of these losses needs masked captions."""
+    return any(LOSSES[name].masked for name in names)
+
+
+def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bool) -> None:
+    """Raise UserError with the reason if a loss needs what the data set lacks.
+
+    Args:
+        dataset: its name, for messages.
+        pairs, attributes: whether its samples have both views, and attribute labels.
+    """
+    single = [name for name, row in LOSSES.items() if row.compute and not row.pairs]
+    for name in names:
+        if LOSSES[name].pairs and not pairs:
+            raise UserError(
+                f"--loss_names: '{name}' needs an aerial and a ground image per caption; "
+                f"the samples of {dataset} have one image. For one view: {', '.join(single)}"
+            )
+        if LOSSES[name].attributes and not attributes:
+            raise UserError(
+                f"--loss_names: '{name}' needs attribute labels; {dataset} comes without them here "
+                "(AGDataAttr has them, and a custom data set may)"
+            )
+
+
+def losses_table() -> str:
+    """The table of losses in Markdown, for the README."""
+    lines = ["| name | what it is | needs |", "|---|---|---|"]
+    for name, row in LOSSES.items():
+        needs = ["both views"] * row.pairs + ["attributes"] * row.attributes
+        needs += [" or ".join(f"`{n}`" for n in row.any_of)] if row.any_of else []
+        needs += ["one of " + ", ".join(f"`{n}`" for n in row.one_of)] if row.one_of else []
+        lines.append(f"| `{name}` | {row.meaning} | {', '.join(needs)} |")
+    return "\n".join(lines)
