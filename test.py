@@ -25,7 +25,7 @@ from processor.evaluator import (
     interval_table,
     intervals,
 )
-from processor.guards import explained
+from processor.failures import explained
 from processor.queries import per_query, write_results
 from processor.summary import data_of, protocol_of, repeats, told_by, warn
 from utils import distributed
@@ -86,7 +86,7 @@ def main() -> None:
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(Lines(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()
-    if not world.leads:
+    if not world.is_rank_0:
         return
     log.info(write_results(path, results, queries))
 

@@ -21,9 +21,10 @@ from model.build import build_training_model, check_batch_norm, load_fitting
 from model.losses.registry import check_losses, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.resume import read_state, resume
+from processor.step import TrainStep
 from processor.summary import best_table, describe, evaluate_with
 from processor.trainer import Trainer
-from solver.build import build_optimizer, build_scheduler
+from solver.build import build_optimizer
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
@@ -42,7 +43,7 @@ def main() -> None:
     # All that can be wrong is checked before anything is built, and before a folder is made.
     allow_open_files(args.num_workers)
     world, device = distributed.start(args.device)
-    args = world.from_leader(args)  # each may have found another run to go on with
+    args = world.from_rank_0(args)  # each may have found another run to go on with
     args.precision = choose_precision(args.precision, device)
     losses = parse_loss_names(args.loss_names)
     data = read_dataset(args)
@@ -59,7 +60,7 @@ def main() -> None:
     if args.on_bad_image == "skip":
         for evaluator in evaluators:
             evaluator.check_images()
-    with world.leader_first():  # the first downloads weights, the others find them
+    with world.rank_0_first():  # the first downloads weights, the others find them
         model = build_training_model(args, losses, data.num_identities, world).to(device)
     last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
     check_batch_norm(model, args, last_batch * len(data.views))
@@ -74,22 +75,19 @@ def main() -> None:
     for note in notes:
         log.info(note)
     optimizer = build_optimizer(model.named_parameters(), args)
-    scheduler = build_scheduler(optimizer, args)
-    trainer = Trainer(
-        args, model, loader, evaluators, optimizer, scheduler, device, run_dir, log, world,
-        fingerprint(data),
-    )  # fmt: skip
+    train_step = TrainStep(model, optimizer, args)
+    trainer = Trainer(args, train_step, loader, evaluators, run_dir, log, fingerprint(data))
     if found:
         notes = changed_options(args, run_dir / CONFIG)
-        for note in (*notes, *resume(trainer, args.resume_ckpt_file, *found)):
+        for note in (*notes, *resume(trainer, found)):
             log.info(note)
         del found  # or its tensors would stay in memory
-    if world.leads:
+    if world.is_rank_0:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()
 
-    log.info(Lines(best_table(best)))
-    files = [trainer.best_file(split) for split in best]
+    log.info(Lines(best_table(best.found)))
+    files = [best.file(split) for split in best.found]
     log.info(Lines(evaluate_with(run_dir / CONFIG, files, args)))
     distributed.finish()
 

@@ -22,7 +22,7 @@ from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
 from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, train_transform
 from utils.devices import cores
-from utils.distributed import ALONE, World
+from utils.distributed import SINGLE_PROCESS, World
 from utils.errors import UserError
 from utils.interrupt import serve_training
 
@@ -76,7 +76,7 @@ def train_loader(
     args: EasyDict,
     generator: torch.Generator,
     device: torch.device,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     masked: bool = False,
 ) -> DataLoader:
     """Batches of the training set, of several processes this one's shares of them; `generator`
@@ -115,7 +115,7 @@ def image_loader(
     images: Sequence[Image],
     args: EasyDict,
     device: torch.device,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> DataLoader:
     """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
     several processes each gets its `evaluation_batches`."""
@@ -125,7 +125,7 @@ def image_loader(
 
 
 def caption_batches(
-    captions: Sequence[str], args: EasyDict, world: World = ALONE
+    captions: Sequence[str], args: EasyDict, world: World = SINGLE_PROCESS
 ) -> Iterator[Tensor]:
     """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
     for batch in evaluation_batches(len(captions), args.test_batch_size, world)[0]:
@@ -141,7 +141,7 @@ def _image_files(
 ) -> ImageFiles:
     files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
     if args.image_cache:
-        with world.leader_first():
+        with world.rank_0_first():
             files.use_cache(args.image_cache, min(args.num_workers, cores()), skip)
     return files
 

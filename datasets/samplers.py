@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from utils.distributed import ALONE, World, shares
+from utils.distributed import SINGLE_PROCESS, World, shares
 
 SPARES = 3  # samples that may stand in for one whose image is broken
 
@@ -38,9 +38,12 @@ class EpochSampler(Sampler[list[Key]]):
         generator: the only source of randomness.
     """
 
-    def __init__(self, batch_size: int, generator: torch.Generator, world: World = ALONE) -> None:
+    def __init__(
+        self, batch_size: int, generator: torch.Generator, world: World = SINGLE_PROCESS
+    ) -> None:
         self.batch_size, self.generator, self.world = batch_size, generator, world
         self.first = 0  # batches of the next epoch that are left out: they were done before
+        self.step = 0  # batches that are done of it
         self.epoch: list[Key] = []  # the epoch that is under way
         self.begun = generator.get_state()  # before that epoch, or the next, is drawn
 
@@ -83,14 +86,14 @@ class EpochSampler(Sampler[list[Key]]):
     def end_epoch(self) -> None:
         """The epoch that was under way is done. (Loaders draw batches ahead, so the last one that
         was drawn does not tell.)"""
-        self.begun = self.generator.get_state()
+        self.begun, self.step = self.generator.get_state(), 0
 
-    def state(self, step: int) -> dict[str, Any]:
-        """Where the sampler stands when `step` batches of an epoch are done."""
-        return {"generator": self.begun, "step": step, "epoch": self._describe()}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler stands: `step`, which its user counts, and what it was drawn from."""
+        return {"generator": self.begun, "step": self.step, "epoch": self._describe()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on there: the next epoch is the one that was under way, without its first batches.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume there: the next epoch is the one that was under way, without its first batches.
 
         Raises ValueError if that epoch was cut into other batches.
         """
@@ -102,6 +105,7 @@ class EpochSampler(Sampler[list[Key]]):
             )
         self.generator.set_state(state["generator"])
         self.begun, self.first = self.generator.get_state(), state["step"]
+        self.step = self.first
 
     def _describe(self) -> str:
         """What a saved epoch must have in common with this one."""
@@ -219,7 +223,7 @@ class IdentitySampler(EpochSampler):
 
 
 def evaluation_batches(
-    count: int, batch_size: int, world: World = ALONE
+    count: int, batch_size: int, world: World = SINGLE_PROCESS
 ) -> tuple[list[list[int]], list[int]]:
     """This process's batches of a list's positions, and how many rows each process has.
 

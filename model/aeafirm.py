@@ -18,7 +18,7 @@ from model.losses.firm import SentenceTable, predict_attributes
 from model.losses.inputs import Inputs, Mean, Setting
 from model.losses.registry import LOSSES
 from utils.devices import full
-from utils.distributed import ALONE, World
+from utils.distributed import SINGLE_PROCESS, World
 
 
 class AEAFIRM(nn.Module):
@@ -41,7 +41,7 @@ class AEAFIRM(nn.Module):
         *,
         num_classes: int = 0,
         sentences: SentenceTable | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
         self.world = world
@@ -160,14 +160,14 @@ class AEAFIRM(nn.Module):
         own = counts[self.world.rank]
         found = {name: parts[name][:own] for name in names if name in parts}
         found = {n: full(v) if v.is_floating_point() else v for n, v in found.items()}
-        return self.world.gather(found, counts)
+        return self.world.all_gather(found, counts)
 
     def _mean(self, mean: Mean, batch: dict[str, Tensor]) -> Tensor:
         """The sums of all processes over their counts. A process without a sample of its own has
         encoded a stand-in, which does not count."""
         both_2 = torch.stack([mean.sum, torch.full_like(mean.sum, mean.count)])
         both_2 = both_2 * (self._counts(batch)[self.world.rank] > 0)
-        gathered = self.world.gather({"mean": both_2[None]}, [1] * self.world.size)
+        gathered = self.world.all_gather({"mean": both_2[None]}, [1] * self.world.size)
         total, count = gathered["mean"].sum(0)
         return total / count
 

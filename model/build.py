@@ -32,7 +32,7 @@ from model.weights import (
 )
 from utils.attributes import read_attributes
 from utils.checkpoint import refuse_dead
-from utils.distributed import ALONE, World
+from utils.distributed import SINGLE_PROCESS, World
 from utils.errors import UserError, suggest
 
 PREFIX = "base_model."  # of the backbone's weights in a checkpoint
@@ -103,7 +103,7 @@ def build_model(
     loss_names: Sequence[str],
     num_classes: int,
     weights: dict[str, Tensor] | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> AEAFIRM:
     """The model that the options describe, on the CPU.
 
@@ -128,7 +128,7 @@ def build_model(
 
 
 def build_training_model(
-    args: EasyDict, loss_names: Sequence[str], num_classes: int, world: World = ALONE
+    args: EasyDict, loss_names: Sequence[str], num_classes: int, world: World = SINGLE_PROCESS
 ) -> AEAFIRM:
     """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
     model = build_model(args, loss_names, num_classes, world=world)

@@ -18,7 +18,7 @@ from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
 from model.aeafirm import AEAFIRM
 from utils.devices import autocast, full
-from utils.distributed import ALONE, World, shares
+from utils.distributed import SINGLE_PROCESS, World, shares
 from utils.errors import UserError
 from utils.metrics import FIGURES, Ranked, Retrieval, rank
 from utils.text import visible
@@ -50,7 +50,7 @@ class Evaluator:
         args: EasyDict,
         device: torch.device,
         views: tuple[str, ...] | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self.split, self.args, self.device = data.splits[split], args, device
         self.world = world
@@ -63,7 +63,7 @@ class Evaluator:
         self.rows, self.loaders = {}, {}
         for view, images in self.images.items():
             paths = [image.path for image in images]
-            rows = world.from_leader(same_content(paths) if world.leads else None)
+            rows = world.from_rank_0(same_content(paths) if world.is_rank_0 else None)
             self.rows[view] = torch.tensor(rows, dtype=torch.long, device=device)
             first = dict(zip(reversed(rows), reversed(images), strict=True))
             distinct = [first[row] for row in range(len(first))]
@@ -94,7 +94,7 @@ class Evaluator:
         lengths = {view: len(loader.dataset) for view, loader in self.loaders.items()}
         lengths["captions"] = len(self.split.captions)
         steps = sum(self._shared(length)[0] for length in lengths.values())
-        hidden = None if self.world.leads else True
+        hidden = None if self.world.is_rank_0 else True
         bar = tqdm(total=steps, desc=f"encode {self.name}", leave=False, disable=hidden)
 
         def run(name: str, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
@@ -113,7 +113,7 @@ class Evaluator:
                     full(next(model.parameters())).dtype,
                 )
                 rows = [torch.zeros((0, width), device=self.device, dtype=dtype)]
-            return self.world.gather({name: torch.cat(rows)}, counts)[name]
+            return self.world.all_gather({name: torch.cat(rows)}, counts)[name]
 
         def encode_bytes(images: Tensor) -> Tensor:
             sizes = model.base_model.sizes

@@ -69,7 +69,7 @@ class Protocol:
         self.chosen_on, self.finetune = chosen_on, finetune
         self.overlap: Overlap | None = None  # where another split than test chooses
         if chosen_on != "test" and chosen_on in data.splits:
-            self.overlap = world.from_leader(overlap(data, chosen_on) if world.leads else None)
+            self.overlap = world.from_rank_0(overlap(data, chosen_on) if world.is_rank_0 else None)
 
     def __str__(self) -> str:
         """To follow "best.pth is"."""
@@ -184,7 +184,7 @@ def best_table(best: dict[str, dict[str, Any]]) -> str:
     table = PrettyTable(["best epoch", "chosen on", "figures of", *FIGURES])
     table.float_format = ".2"
     for chosen_on, found in best.items():
-        for split, figures in found["figures"].items():
+        for split, figures in found["metrics"].items():
             table.add_row([found["epoch"], chosen_on, split, *figures.values()])
         if chosen_on == LAST_EPOCH:
             table.add_row([found["epoch"], "no split: the last epoch", *[""] * (1 + len(FIGURES))])

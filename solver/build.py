@@ -16,7 +16,6 @@ import torch
 from easydict import EasyDict
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 
 def settings_of(name: str, args: EasyDict) -> tuple[float, float]:
@@ -40,7 +39,7 @@ def build_optimizer(
         if parameter.requires_grad:
             groups.setdefault(settings_of(name, args), []).append(parameter)
     params = [
-        {"params": members, "lr": lr, "weight_decay": decay}
+        {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}
         for (lr, decay), members in groups.items()
     ]
     # The fused kernels take no half-precision weights on the CPU; torch then chooses by itself.
@@ -84,10 +83,8 @@ def lr_at(epoch: int, base_lr: float, args: EasyDict) -> float:
     return args.target_lr + (base_lr - args.target_lr) * factor
 
 
-def build_scheduler(optimizer: Optimizer, args: EasyDict) -> LambdaLR:
-    """The schedule, to be stepped once per epoch."""
-
-    def factor_of(base_lr: float):
-        return lambda epoch: lr_at(epoch, base_lr, args) / base_lr
-
-    return LambdaLR(optimizer, [factor_of(group["lr"]) for group in optimizer.param_groups])
+def set_lr(optimizer: Optimizer, epoch: int, args: EasyDict) -> float:
+    """Give every group its learning rate of an epoch, counted from 0. Returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(epoch, group["base_lr"], args)
+    return optimizer.param_groups[0]["lr"]

@@ -45,7 +45,7 @@ from model.aeafirm import AEAFIRM
 from model.build import build_training_model
 from model.losses.registry import needs_masked, parse_loss_names
 from model.weights import named_sizes
-from processor.trainer import Trainer
+from processor.step import TrainStep
 from solver.build import build_optimizer
 from utils.command_line import parse_options
 from utils.devices import autocast, choose_device, choose_precision
@@ -226,7 +226,7 @@ def bench_step(
     names = parse_loss_names(args.loss_names)
     model = build_training_model(args, names, num_classes=11003).to(device).train()
     optimizer = build_optimizer(model.named_parameters(), args)
-    trainer = Trainer(args, model, None, None, optimizer, None, device, Path(), None)
+    train_step = TrainStep(model, optimizer, args)
     raw = made_up_batch(args, args.plain, pairs)
     sizes = model.base_model.sizes
     context = autocast(args.precision, device)
@@ -236,7 +236,7 @@ def bench_step(
 
     def step() -> None:
         if not args.plain:
-            trainer._step(batch())
+            train_step(batch())
             return
         optimizer.zero_grad(set_to_none=True)
         with context:

@@ -4,7 +4,7 @@
 
 `--batch_size` is that of all processes together, and the losses are those of the whole batch: every
 process encodes its share, the shares are gathered, and every process computes the same losses of
-all of them. Gradients flow back through `World.gather` to the own share.
+all of them. Gradients flow back through `World.all_gather` to the own share.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class World:
     """This process among all of a training. The defaults are those of a single process.
 
     What decides whether a collective is called must be the same everywhere, so it comes from
-    `from_leader` or from `Votes`, never from a process's own arithmetic or clock.
+    `from_rank_0` or from `AgreedFlags`, never from a process's own arithmetic or clock.
     """
 
     rank: int = 0
@@ -45,11 +45,11 @@ class World:
     control: Any = None  # a gloo group for small things that no device should wait for
 
     @property
-    def leads(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this process writes files and the log."""
         return self.rank == 0
 
-    def gather(self, parts: dict[str, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
+    def all_gather(self, parts: dict[str, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
         """Rows of all processes, in their order, for several tensors by one collective.
 
         Args:
@@ -70,7 +70,7 @@ class World:
             for (name, value), column in zip(parts.items(), columns, strict=True)
         }
 
-    def objects(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """Every process's small object, in their order, at every process."""
         found = [None] * self.size
         if self.size == 1:
@@ -78,33 +78,33 @@ class World:
         dist.all_gather_object(found, value, group=self.control)
         return found
 
-    def from_leader(self, value: Any) -> Any:
-        """The leader's small object at every process."""
-        return self.objects(value)[0]
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's small object at every process."""
+        return self.all_gather_objects(value)[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here, however long one of them writes."""
         if self.size > 1:
             dist.barrier(self.control)
 
     @contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """What is inside runs at the leader, then at the first process of every other machine, then
-        at all others: they find what was made, be it on a shared disk or on each machine's own."""
-        turn = 0 if self.leads else 1 if self.local_rank == 0 else 2
+    def rank_0_first(self) -> Iterator[None]:
+        """What is inside runs at rank 0, then at the first process of every other machine, then at
+        all others: they find what was made, be it on a shared disk or on each machine's own."""
+        turn = 0 if self.is_rank_0 else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
-            self.wait()
+            self.barrier()
         yield
         for _ in range(turn, 2):
-            self.wait()
+            self.barrier()
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by the leader's."""
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by rank 0's."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def average(self, gradients: Sequence[Tensor]) -> None:
+    def all_reduce_mean(self, gradients: Sequence[Tensor]) -> None:
         """Replace gradients by their means over processes."""
         if self.size == 1:
             return
@@ -113,7 +113,7 @@ class World:
         torch._foreach_div_(list(gradients), self.size)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 class _Gather(torch.autograd.Function):
@@ -131,8 +131,8 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.start : ctx.start + ctx.own] * ctx.size, None, None
 
 
-class Votes:
-    """Flags on which all processes must act at the same place, such as "a signal came: stop".
+class AgreedFlags:
+    """Flags on which all processes must act at the same step, such as "a signal came: stop".
 
     Every process calls as often as the others. The answer is that of the call before: so it has
     arrived already, and nobody waits for it.
@@ -168,7 +168,7 @@ def start(device_name: str) -> tuple[World, torch.device]:
     """
     device = choose_device(device_name)
     if os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
-        return ALONE, device
+        return SINGLE_PROCESS, device
     found = {name: os.environ.get(name, "") for name in TORCHRUN}
     wrong = [f"{name}={value}" for name, value in found.items() if not value.strip().isdecimal()]
     if wrong:

@@ -133,7 +133,7 @@ def check_writable(folder: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what killed processes left half written; for a folder that is locked."""
-    for pattern in (".*.pth.*", ".*.yaml.*"):
+    for pattern in (".*.pth.*", ".*.yaml.*", ".*.jsonl.*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

@@ -56,7 +56,7 @@ def open_run(args: EasyDict, world: World) -> Path:
     `--resume auto` also if it has begun a run of this name since this process looked for one."""
     folder = Path(args.resume_ckpt_file).parent if args.resume_ckpt_file else None
     new = (args.output_dir, args.dataset_name, args.name)
-    if world.leads and folder is None and args.resume == "auto":
+    if world.is_rank_0 and folder is None and args.resume == "auto":
         parent = Path(args.output_dir, args.dataset_name)
         make(parent)
         begins = lock(parent, name=f".{args.name}.lock", wait=True)
@@ -67,11 +67,11 @@ def open_run(args: EasyDict, world: World) -> Path:
         folder = new_run_dir(*new)
         lock(folder)
         os.close(begins)
-    elif world.leads:
+    elif world.is_rank_0:
         folder = folder or new_run_dir(*new)
         lock(folder)
         remove_unfinished(folder)
-    return world.from_leader(folder)
+    return world.from_rank_0(folder)
 
 
 def refuse_if_at_work(runs: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ from processor.evaluator import Evaluator
 from tests.helpers import ROOT, read
 from tests.reliability.runs import flags, folder_of, forks, same, scalars, start, start_many
 from utils.checkpoint import load_checkpoint
-from utils.distributed import ALONE, Votes, World, shares
+from utils.distributed import SINGLE_PROCESS, AgreedFlags, World, shares
 
 WAYS = {
     # 16 samples in batches of 5: the last one is smaller than the number of three processes.
@@ -65,9 +65,11 @@ def assert_close(found, expected, where, tolerance=1e-9):
     a, b = ((folder / "last.1.pth") for folder in (found, expected))
     if a.exists() and b.exists():
         a, b = load_checkpoint(a), load_checkpoint(b)
-        assert (a["epoch"], a["step"]) == (b["epoch"], b["step"]) and {"total", "grad_norm"} < set(a["sums"])  # fmt: skip
-        for name, value in b["sums"].items():
-            torch.testing.assert_close(a["sums"][name], value, rtol=tolerance, atol=tolerance)
+        assert a["progress"] == b["progress"] and {"total", "grad_norm"} < set(a["epoch_log"]["sums"])  # fmt: skip
+        for name, value in b["epoch_log"]["sums"].items():
+            torch.testing.assert_close(
+                a["epoch_log"]["sums"][name], value, rtol=tolerance, atol=tolerance
+            )
     figures = scalars(found), scalars(expected)
     assert figures[0].keys() == figures[1].keys()
     for name in figures[1]:  # recorded in single precision
@@ -180,7 +182,7 @@ def test_the_shares_of_processes_are_the_batches_of_one(kind, size):
             return RandomSampler(22, 6, generator, world)
         return IdentitySampler([i // 3 for i in range(22)], 2, 6, generator, world)
 
-    alone = sampler(ALONE)
+    alone = sampler(SINGLE_PROCESS)
     parts = [sampler(World(rank, size)) for rank in range(size)]
     epochs = []
     for _ in range(2):
@@ -195,9 +197,10 @@ def test_the_shares_of_processes_are_the_batches_of_one(kind, size):
             assert all(shared[rank][step] for rank in range(size))  # each has something to encode
     assert epochs[0] != epochs[1]
     # The middle of an epoch is found again.
-    state = alone.state(2)
-    again = sampler(ALONE)
-    again.load_state(state)
+    alone.step = 2
+    state = alone.state_dict()
+    again = sampler(SINGLE_PROCESS)
+    again.load_state_dict(state)
     assert list(again) == whole[2:] and len(again) == len(whole)
     assert list(again) == list(alone)
 
@@ -221,17 +224,17 @@ def gathering(rank, size, store, results):
     whole = torch.arange(5 * 4, dtype=torch.float64).reshape(5, 2, 2).sin()
     own = whole[start : start + counts[rank]].clone().requires_grad_()
     parts = {"a": own, "b": 2 * own[:, 0]}
-    found = world.gather(parts, counts)
+    found = world.all_gather(parts, counts)
     (found["a"] ** 3).sum().add((found["b"] ** 2).sum()).backward()
-    labels = world.gather({"pids": torch.arange(start, start + counts[rank])}, counts)["pids"]
-    votes = Votes(world)
+    labels = world.all_gather({"pids": torch.arange(start, start + counts[rank])}, counts)["pids"]
+    votes = AgreedFlags(world)
     answers = [votes(rank == 1 and call == 1, False) for call in range(4)]
-    with world.leader_first(), open(f"{store}.turns", "a") as file:
+    with world.rank_0_first(), open(f"{store}.turns", "a") as file:
         file.write(str(rank))
     spread = torch.full((2,), rank)
-    world.spread([spread])
+    world.broadcast([spread])
     results.put((rank, found["a"].tolist(), own.grad.tolist(), labels.tolist(), answers,
-                 world.objects(rank), world.from_leader(f"from {rank}"), spread.tolist()))  # fmt: skip
+                 world.all_gather_objects(rank), world.from_rank_0(f"from {rank}"), spread.tolist()))  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
 

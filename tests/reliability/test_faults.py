@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import json
 import os
 import re
@@ -13,15 +14,16 @@ import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import datasets.image_cache
-import processor.guards
+import processor.nonfinite
 import processor.trainer
 import train as train_entry
 from datasets.image_cache import ImageFiles
 from datasets.loaders import on_device, train_loader
 from datasets.samplers import Key
 from datasets.training_set import TrainDataset
-from processor.guards import explained
+from processor.failures import explained
 from processor.resume import read_state
+from processor.step import TrainStep
 from processor.trainer import Trainer
 from tests.helpers import options, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, scalars, start
@@ -46,7 +48,7 @@ def poisoned(monkeypatch, steps, how="images"):
                 batch["images"] = batch["images"] * float("nan")
             yield batch
 
-    backward = Trainer._backward
+    backward = TrainStep.backward
 
     def differentiate(self, batch):
         losses = backward(self, batch)
@@ -57,7 +59,7 @@ def poisoned(monkeypatch, steps, how="images"):
         return losses
 
     monkeypatch.setattr(processor.trainer, "on_device", watched)
-    monkeypatch.setattr(Trainer, "_backward", differentiate)
+    monkeypatch.setattr(TrainStep, "backward", differentiate)
 
 
 def small_scale(monkeypatch):
@@ -89,19 +91,19 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
     """Weights, moments and queue are those of before, bit for bit; the next step goes on."""
     poisoned(monkeypatch, {1, 3}, how)
     small_scale(monkeypatch)
-    step, seen = Trainer._step, []
+    step, seen, first = TrainStep.__call__, [], iter([True])
 
     def compared(self, batch):
         def state():
             return digest([self.model.state_dict(), self.optimizer.state_dict()["state"]])
 
-        before = state() if self.epoch or self.step else None
+        before = None if next(first, False) else state()
         result = step(self, batch)
         if before:
             seen.append(state() == before)
         return result
 
-    monkeypatch.setattr(Trainer, "_step", compared)
+    monkeypatch.setattr(TrainStep, "__call__", compared)
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, num_epoch=2, **more))
     assert seen == [False, True, False, False, False, False, False]
     folder = folder_of(tmp_path)
@@ -141,7 +143,7 @@ def test_steps_in_a_row_are_counted_over_a_resume(mini_root, tmp_path, monkeypat
         patch.setattr(processor.trainer.Evaluator, "evaluate", stop)
         with pytest.raises(Stopped):
             run(train_entry.main, patch, *words)
-    assert load_checkpoint(folder_of(tmp_path) / "last.pth")["in_a_row"] == 3
+    assert load_checkpoint(folder_of(tmp_path) / "last.pth")["nonfinite"]["in_a_row"] == 3
     poisoned(monkeypatch, {1})
     with pytest.raises(
         UserError, match=r"4 in a row, --max_nonfinite 3: try a lower --lr, .* 1 \(saved"
@@ -151,14 +153,14 @@ def test_steps_in_a_row_are_counted_over_a_resume(mini_root, tmp_path, monkeypat
 
 def test_a_list_of_samples_that_cannot_be_written_ends_no_run(mini_root, tmp_path, monkeypatch):
     poisoned(monkeypatch, {1})
-    write = processor.guards.write_atomically
+    write = processor.nonfinite.write_atomically
 
     def full(path, *args):
         if path.parent.name == "nonfinite":
             raise UserError(f"{path}: could not be written: No space left on device")
         write(path, *args)
 
-    monkeypatch.setattr(processor.guards, "write_atomically", full)
+    monkeypatch.setattr(processor.nonfinite, "write_atomically", full)
     words = flags(mini_root, tmp_path, num_epoch=1, warmup_epochs=0, on_bad_image="skip")
     run(train_entry.main, monkeypatch, *words)
     log = (folder_of(tmp_path) / "train_log.txt").read_text()
@@ -172,14 +174,14 @@ def test_half_precision_gradients_that_overflow_are_left_to_the_scaler(
     """At its first, large scale gradients may overflow: no fault, as long as the scale can fall."""
     poisoned(monkeypatch, {1, 2}, "gradient")
     small_scale(monkeypatch)
-    step, queues = Trainer._step, []
+    step, queues = TrainStep.__call__, []
 
     def noted(self, batch):
         result = step(self, batch)
         queues.append(bool((self.model.queue.pids >= 0).any()))
         return result
 
-    monkeypatch.setattr(Trainer, "_step", noted)
+    monkeypatch.setattr(TrainStep, "__call__", noted)
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, precision="fp16", num_epoch=2))
     log = (folder_of(tmp_path) / "train_log.txt").read_text()
     assert "skipped" not in log
@@ -358,7 +360,7 @@ def test_out_of_memory_says_what_was_asked_for_and_what_to_try(
 ):
     words = flags(mini_root, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(UserError) as error:
-        patch.setattr(Trainer, "_backward", lambda self, batch: fail())
+        patch.setattr(TrainStep, "backward", lambda self, batch: fail())
         run(train_entry.main, patch, *words)
     assert "out of memory in training at --batch_size 5 (accum_steps 1," in str(error.value)
     assert re.search(r"peak \d\.\d GiB", str(error.value))
@@ -397,14 +399,14 @@ def test_a_disk_that_fills_at_any_stage_leaves_the_file_before_and_no_litter(
 
 def one_epoch():
     """Ctrl-C twice when the first is done."""
-    epoch = Trainer._train_epoch
+    steps = Trainer._steps
 
-    def stop(self, bar):
-        if self.epoch:
+    def stop(self):
+        if self.progress.epoch:
             raise KeyboardInterrupt
-        return epoch(self, bar)
+        return steps(self)
 
-    Trainer._train_epoch = stop
+    Trainer._steps = stop
 
 
 def small_files():
@@ -594,15 +596,15 @@ def keep_loading(root, method, printed):
 
 def test_dead_weights_are_neither_saved_nor_offered(mini_root, tmp_path, monkeypatch):
     """As half precision's Adam made them; every loss after them is NaN."""
-    update = Trainer._update
+    update, steps = TrainStep.update, itertools.count()
 
-    def deadly(self, bad):
-        update(self, bad)
-        if self.epoch == 1 and self.step == 1:
+    def deadly(self, skipped):
+        update(self, skipped)
+        if next(steps) == 5:  # the second of the second epoch
             with torch.no_grad():
                 self.model.base_model.visual.proj[3, 5] = float("nan")
 
-    monkeypatch.setattr(Trainer, "_update", deadly)
+    monkeypatch.setattr(TrainStep, "update", deadly)
     with pytest.raises(UserError) as error:
         run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, max_nonfinite=1))
     assert "in a row, --max_nonfinite 1" in str(error.value) and "saved at" not in str(error.value)
@@ -615,6 +617,6 @@ def test_dead_weights_are_neither_saved_nor_offered(mini_root, tmp_path, monkeyp
     torch.save(dead, folder / "last.pth")
     with pytest.raises(UserError, match="base_model.visual.proj holds NaN or infinite values"):
         read_state(folder / "last.pth")
-    state, taken, warnings = read_state(folder / "last.pth", keep=2)
-    assert taken.name == "last.1.pth" and state["epoch"] == 1
-    assert "base_model.visual.proj holds NaN" in warnings[0]
+    found = read_state(folder / "last.pth", keep=2)
+    assert found.taken.name == "last.1.pth" and found.state["epoch"] == 1
+    assert "base_model.visual.proj holds NaN" in found.warnings[0]

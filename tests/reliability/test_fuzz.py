@@ -32,6 +32,7 @@ from datasets.registry import read_dataset
 from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
 from processor.resume import read_state, resume
+from processor.step import TrainStep
 from processor.summary import best_table, told_by
 from processor.trainer import Trainer
 from tests.helpers import ROOT, golden_clip, options, run
@@ -378,7 +379,7 @@ def test_strange_checkpoints(request, data):
         part = data.draw(st.sampled_from(["state", "param_groups"]))
         state["optimizer"][part] = data.draw(plain)
     else:
-        part = data.draw(st.sampled_from(["firm", "processes"]))
+        part = data.draw(st.sampled_from(["model", "processes"]))
         state["generators"][part] = data.draw(plain)
     try:
         if data.draw(st.booleans()):
@@ -389,8 +390,8 @@ def test_strange_checkpoints(request, data):
     except Exception:  # what cannot be saved so is no file
         return
     if how != "weight":
-        if tolerated(lambda: resume(trainer, path, *read_state(path))) is not None:
-            best_table(trainer.best)
+        if tolerated(lambda: resume(trainer, read_state(path))) is not None:
+            best_table(trainer.best.found)
         found = tolerated(lambda: load_checkpoint(path))
         if found is not None:
             json.dumps([*told_by(found), changes(found.get("data"), trainer.data)])
@@ -435,17 +436,16 @@ tensors = st.builds(
 def trainer(trained, mini_root):
     import logging
 
-    from solver.build import build_optimizer, build_scheduler
+    from solver.build import build_optimizer
 
     args = parse_options(["--config_file", str(trained / "configs.yaml")])
     args.root_dir = str(mini_root)
     data = read_dataset(args)
     loader = train_loader(data, args, torch.Generator(), CPU)
     model = build_training_model(args, args.loss_names.split("+"), data.num_identities)
-    optimizer = build_optimizer(model.named_parameters(), args)
+    train_step = TrainStep(model, build_optimizer(model.named_parameters(), args), args)
     log = logging.getLogger("fuzz")
-    return Trainer(args, model, loader, [], optimizer, build_scheduler(optimizer, args), CPU, trained,
-                   log, data=fingerprint(data))  # fmt: skip
+    return Trainer(args, train_step, loader, [], trained, log, fingerprint(data))
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ assert getpass.getuser() == "uid{STRANGER}"
 def test_a_world_of_one_needs_no_torchrun(size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", "x")
-    assert distributed.start("cpu")[0] == distributed.ALONE
+    assert distributed.start("cpu")[0] == distributed.SINGLE_PROCESS
 
 
 @pytest.mark.parametrize("size", ["4", "four"])

@@ -90,11 +90,13 @@ def test_a_run_that_a_signal_stops_goes_on_to_the_same_end(
     words = flags(mini_root, tmp_path, **WAYS[way], resume="auto")
     with monkeypatch.context() as patch:
         raise_at_step(patch, moment, number)
-        with pytest.raises(Stopped, match=f"{number.name}: saved at epoch .*, step .*; go on with"):
+        with pytest.raises(
+            Stopped, match=f"{number.name}: saved at epoch .*, step .*; resume with"
+        ):
             run(train_entry.main, patch, *words)
     state = load_checkpoint(folder_of(tmp_path) / "last.pth")
     steps = 2 if "identity" in way else 4
-    assert state["epoch"] * steps + state["step"] == moment
+    assert state["epoch"] * steps + state["progress"]["step"] == moment
     run(train_entry.main, monkeypatch, *words)
     assert_same_end(folder_of(tmp_path), unbroken[way])
 
@@ -218,9 +220,10 @@ def test_an_epoch_of_identities_that_is_under_way_cannot_change_its_batches():
     pids = [0, 0, 1, 1, 2, 2, 3, 3]
     sampler = IdentitySampler(pids, 2, 4, torch.Generator())
     next(iter(sampler))
-    state = sampler.state(1)
+    sampler.step = 1
+    state = sampler.state_dict()
     with pytest.raises(ValueError, match="2 of an identity.*1 of an identity"):
-        IdentitySampler(pids, 1, 4, torch.Generator()).load_state(state)
+        IdentitySampler(pids, 1, 4, torch.Generator()).load_state_dict(state)
 
 
 def test_a_run_is_left_to_the_process_that_works_on_it(mini_root, tmp_path, monkeypatch):
@@ -251,9 +254,9 @@ def test_minutes_between_saves_are_kept_and_older_saves_stay(mini_root, tmp_path
     run(train_entry.main, monkeypatch, *words)
     folder = folder_of(tmp_path)
     states = [load_checkpoint(folder / f"last{n}.pth") for n in ("", ".1", ".2")]
-    assert [(s["epoch"], s["step"]) for s in states] == [(1, 0), (0, 4), (0, 4)]
+    assert [tuple(s["progress"].values()) for s in states] == [(1, 0), (0, 4), (0, 4)]
     assert not (folder / "last.3.pth").exists()
-    assert read_state(folder / "last.pth", 3)[0]["epoch"] == 1
+    assert read_state(folder / "last.pth", 3).state["epoch"] == 1
 
 
 def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_path, monkeypatch):
@@ -268,9 +271,9 @@ def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_
     saved, minutes = [], iter(range(1000))
     clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: 60 * next(minutes))
     trainer = processor.trainer.Trainer
-    monkeypatch.setattr(processor.trainer, "Votes", Late)
+    monkeypatch.setattr(processor.trainer, "AgreedFlags", Late)
     monkeypatch.setattr(processor.trainer, "time", clock)
-    monkeypatch.setattr(trainer, "_write", lambda self, path, *_: saved.append((path.name, self.epoch, self.step)))  # fmt: skip
+    monkeypatch.setattr(trainer, "_write", lambda self, path, *_: saved.append((path.name, self.progress.epoch, self.progress.step)))  # fmt: skip
     run(
         train_entry.main,
         monkeypatch,
@@ -284,7 +287,9 @@ def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_
 def test_epochs_between_saves_are_kept(mini_root, tmp_path, monkeypatch):
     saved = []
     rising(monkeypatch, by=0)
-    monkeypatch.setattr(processor.trainer.Trainer, "save", lambda self: saved.append(self.epoch))
+    monkeypatch.setattr(
+        processor.trainer.Trainer, "save", lambda self: saved.append(self.progress.epoch)
+    )
     run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, save_period=2, num_epoch=5))
     assert saved == [1, 2, 4, 5]  # the first is a new best
 
@@ -382,7 +387,7 @@ def test_an_error_between_steps_saves_what_was_done(mini_copy, tmp_path, monkeyp
     image = Path(read("AGDataAttr", mini_copy).splits["test"].galleries["aerial"].images[2].path)
     data = image.read_bytes()
     image.write_bytes(data[:400])
-    with pytest.raises(UserError, match=r"^/.*\(saved at epoch 1, step 4; go on with: python "):
+    with pytest.raises(UserError, match=r"^/.*\(saved at epoch 1, step 4; resume with: python "):
         run(train_entry.main, monkeypatch, *words)
     image.write_bytes(data)
     run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path)

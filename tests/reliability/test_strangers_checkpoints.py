@@ -257,8 +257,8 @@ def test_what_a_checkpoint_says_of_its_choice_is_taken_only_whole():
 
 
 BEST = [
-    {"test": {"epoch": "1", "figures": {"test": {}}}}, {"test": {"epoch": 1, "figures": {"test": {"R@1": 3}}}},
-    {"test": {"epoch": 1, "figures": {}}}, {"test": 1}, {3: {"epoch": 1, "figures": {}}},
+    {"test": {"epoch": "1", "metrics": {"test": {}}}}, {"test": {"epoch": 1, "metrics": {"test": {"R@1": 3}}}},
+    {"test": {"epoch": 1, "metrics": {}}}, {"test": 1}, {3: {"epoch": 1, "metrics": {}}},
 ]  # fmt: skip
 
 

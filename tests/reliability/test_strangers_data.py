@@ -717,9 +717,10 @@ def test_an_epoch_of_100_000_identities_takes_seconds(attempt):
 def test_a_save_within_an_epoch_of_the_old_order_is_refused():
     pids = [pid for pid in range(8) for _ in range(4)]
     sampler = IdentitySampler(pids, 2, 4, torch.Generator().manual_seed(0))
-    state = sampler.state(3)
-    sampler.load_state(state)
+    sampler.step = 3
+    state = sampler.state_dict()
+    sampler.load_state_dict(state)
     old = f"{sampler.count} samples in batches of 4 (IdentitySampler), 2 of an identity"
     with pytest.raises(ValueError, match="it was saved within an epoch of .*and this one is of"):
-        sampler.load_state({**state, "epoch": old})
-    sampler.load_state({**state, "epoch": old, "step": 0})
+        sampler.load_state_dict({**state, "epoch": old})
+    sampler.load_state_dict({**state, "epoch": old, "step": 0})

@@ -15,13 +15,13 @@ import yaml
 import test as test_entry
 import train as train_entry
 from datasets.transforms import BrokenImage
-from processor.guards import Guard
+from processor.nonfinite import NonFiniteGuard
 from processor.resume import read_state
 from tests.helpers import options, run
 from tests.reliability.runs import finished, flags, folder_of, start
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
-from utils.distributed import ALONE
+from utils.distributed import SINGLE_PROCESS
 from utils.errors import UserError
 from utils.files import append, lock, read_file, write_atomically
 from utils.logger import say, setup_logger
@@ -113,9 +113,9 @@ def test_a_list_of_samples_is_not_written_through_a_linked_folder(tmp_path, atte
     (tmp_path / "mine").mkdir()
     (tmp_path / "run/nonfinite").symlink_to(tmp_path / "mine")
     args = options(pretrain_choice="scratch")
-    guard = Guard(args, torch.nn.Linear(1, 1), None, tmp_path / "run", setup_logger())
-    figures = {"total": torch.tensor(float("nan"))}
-    guard.watch("epoch 1, step 1", [], figures, torch.tensor(True))
+    guard = NonFiniteGuard(args, None, tmp_path / "run", setup_logger())
+    values = {"total": torch.tensor(float("nan"))}
+    guard.watch("epoch 1, step 1", [], values, torch.tensor(True))
     assert not list((tmp_path / "mine").iterdir())
     said = capsys.readouterr().out.splitlines()[0]
     assert "nonfinite: a link" in said
@@ -328,7 +328,7 @@ def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(
     args = parse_options(words)  # when there was no run yet
     run(train_entry.main, monkeypatch, *words)
     with pytest.raises(UserError, match="begun by another process meanwhile"):
-        open_run(args, ALONE)
+        open_run(args, SINGLE_PROCESS)
     assert folder_of(tmp_path / "out")
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from solver.build import build_optimizer, build_scheduler, lr_at, settings_of
+from solver.build import build_optimizer, lr_at, set_lr, settings_of
 from tests.helpers import golden, options
 
 
@@ -29,15 +29,12 @@ def test_schedules_equal_the_original(case):
     args = options(lrscheduler=schedule, warmup_method=warmup)
     figures = golden()["lr_schedule"][case]
     assert [lr_at(e, args.lr, args) for e in range(60)] == pytest.approx(figures, rel=1e-9)
-    parameter = torch.nn.Parameter(torch.ones(1))
-    optimizer = build_optimizer([("w", parameter)], args)
-    scheduler = build_scheduler(optimizer, args)
-    stepped = []
-    for _ in range(60):
-        stepped.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert stepped == pytest.approx(figures, rel=1e-9)
+    named = {name: torch.nn.Parameter(torch.ones(1)) for name in ("w", "bias", "classifier")}
+    optimizer = build_optimizer(named.items(), args)
+    for epoch, lr in enumerate(figures):
+        assert set_lr(optimizer, epoch, args) == pytest.approx(lr, rel=1e-9)
+        for group, factor in zip(optimizer.param_groups, (1, 2, 5), strict=True):
+            assert group["lr"] == lr_at(epoch, factor * args.lr, args)
 
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])

@@ -116,11 +116,11 @@ def test_a_table_is_run_written_and_traced_to_single_captions(
 def test_a_row_that_fails_is_reported_and_the_others_are_done(
     table, mini_root, tmp_path, monkeypatch, capsys
 ):
-    rows = [{"name": "broken", "options": {"loss_names": "supkl+mlm"}}, ROWS[1]]
+    rows = [{"name": "broken", "options": {"loss_names": "supkl+dot"}}, ROWS[1]]
     out = tmp_path / "out"
     assert reproduce(monkeypatch, table(rows), mini_root, out, "--seeds", 1) == 1
     shown = capsys.readouterr().out
-    assert "FAILED broken, seed 1: error: --loss_names supkl+mlm: 'mlm' needs masked" in shown
+    assert "FAILED broken, seed 1: error: --loss_names supkl+dot: 'dot' needs match2" in shown
     assert "broken (1 failed)" in shown and [r["row"] for r in done(out).values()] == ["itc"]
 
 

@@ -1,31 +1,29 @@
 """What saves memory or time gives the numbers of the plain step."""
 
-import logging
-
 import pytest
 import torch
 
 from model.build import build_training_model, check_batch_norm
-from processor.trainer import Trainer, split_batch
+from processor.step import TrainStep, split_batch
+from solver.build import build_optimizer
 from tests.helpers import golden_batch, options
 from utils.errors import UserError
 
-CPU = torch.device("cpu")
 RECIPES = ["supkl+queue+match2+dot", "supitc+queue+match2+cat+id", "sdm+id+mlm", "itc+cmpm"]
 
 
 def gradients(clip_file, names, batches=1, two_views=True, shared=False, **more):
-    """Losses and gradients of the last of some batches, through the trainer's own step; `shared`:
+    """Losses and gradients of the last of some batches, through `TrainStep`; `shared`:
     all losses see the masked captions."""
     args = options(pretrain_choice=str(clip_file), loss_names=names, cmt_depth=1, **more)
     model = build_training_model(args, names.split("+"), num_classes=11003)
-    trainer = Trainer(args, model, None, None, None, None, CPU, None, logging.getLogger("test"))
+    train_step = TrainStep(model, build_optimizer(model.named_parameters(), args), args)
     for step in range(batches):
         model.zero_grad()
         batch = golden_batch(step, two_views)
         if shared:
             batch["caption_ids"] = batch.pop("masked_ids")
-        losses = trainer._backward(batch)
+        losses = train_step.backward(batch)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: v.detach() for n, v in losses.items()}, found, model.state_dict()
 

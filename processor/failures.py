@@ -1,0 +1,81 @@
+"""Memory that runs out and loader processes that die, told in one line with what to try."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from easydict import EasyDict
+
+from datasets.image_cache import ImageFiles
+from utils.errors import UserError
+
+
+@contextmanager
+def explained(
+    args: EasyDict, device: torch.device, images: Sequence[ImageFiles], what: str
+) -> Iterator[None]:
+    """Turn memory that ran out and loader processes that died into a UserError that helps.
+
+    Args:
+        images: what the loader processes read.
+        what: "training" or "evaluation".
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(memory_advice(args, device, what)) from None
+    except RuntimeError as error:
+        # A worker's death is noticed anywhere, also while a file is written: then it comes wrapped.
+        if error.__context__ is not None and "DataLoader worker" in str(error.__context__):
+            error = error.__context__
+        if "can't allocate memory" in str(error):  # what the CPU's allocator says
+            raise UserError(memory_advice(args, device, what)) from None
+        if re.search(r"shared memory|\bshm\b", str(error)):
+            raise UserError(
+                "loader processes pass batches through shared memory, and /dev/shm is full: give "
+                "it more room (docker run --shm-size 8g), or --num_workers 0"
+            ) from None
+        # "DataLoader worker (pid 12) is killed by signal: Killed. " or "(pid(s) 12, 13) exited ..."
+        died = re.match(r"DataLoader worker \(pid[^\d]* ([\d, ]+)\) (.*?)\.? *$", str(error))
+        if died is None:
+            raise
+        pids = [int(pid) for pid in died[1].split(",")]
+        read = [image for files in images for image in files.last_read(pids)]
+        raise UserError(
+            f"a loader process died ({died[2]}) "
+            + (f"while it read {', '.join(read)}" if read else "before it read an image")
+            + ". If it was killed, the machine's memory may have run out: give fewer --num_workers"
+        ) from None
+
+
+def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
+    """What was asked for, what was measured, and what to try."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        peak = torch.cuda.max_memory_allocated(device)
+        measured = f"peak {peak / 2**30:.1f} of {total / 2**30:.1f} GiB on the GPU"
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        measured = f"peak {peak / 2**30:.1f} GiB of the machine's memory"
+    if what == "evaluation":
+        return (
+            f"out of memory in the evaluation at --test_batch_size {args.test_batch_size} "
+            f"({measured}): give a smaller one, which changes no figure"
+        )
+    given = ", ".join(
+        f"{name} {getattr(args, name)}"
+        for name in ("accum_steps", "grad_checkpointing", "precision", "img_size", "stride_size")
+    )
+    smaller = min(2 * args.accum_steps, args.batch_size)
+    advice = [f"--accum_steps {smaller} (the same losses, more time)"]
+    advice += ["--grad_checkpointing"] * (not args.grad_checkpointing)
+    advice += ["--precision bf16"] * (args.precision in ("fp32", "fp64"))
+    advice += [f"--batch_size {max(2, args.batch_size // 2)} (another experiment)"]
+    return (
+        f"out of memory in training at --batch_size {args.batch_size} ({given}; {measured}). "
+        f"Try {', or '.join(advice)}"
+    )

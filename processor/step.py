@@ -1,0 +1,129 @@
+"""One optimisation step: the losses in mixed precision, their gradients, the update.
+
+train_step = TrainStep(model, optimizer, args)
+values, skipped = train_step(batch)          # nothing here waits for the device
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from easydict import EasyDict
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from model.aeafirm import AEAFIRM
+from utils.devices import autocast
+
+
+class StepResult(NamedTuple):
+    """Scalars on the device."""
+
+    values: dict[str, Tensor]  # the losses, their `total`, `grad_norm`, and what losses log
+    skipped: Tensor  # bool: a value that matters was not finite, so the step changed nothing
+
+
+class TrainStep:
+    """Steps of a model and its optimizer.
+
+    A step whose loss or gradient is not finite changes neither the weights nor the model's buffers
+    (AEA's queue). Of several processes each calls it with its share of the batch.
+
+    Args:
+        model: on its device.
+        args: `precision`, `accum_steps` and `grad_clip` are read.
+    """
+
+    def __init__(self, model: AEAFIRM, optimizer: Optimizer, args: EasyDict) -> None:
+        self.model, self.optimizer, self.args, self.world = model, optimizer, args, model.world
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        self.buffers = [
+            (module, name)
+            for module in model.modules()
+            for name in module._buffers
+            if name not in module._non_persistent_buffers_set
+        ]
+        # Averages gradients over processes in the backward pass. Buffers need no synchronisation:
+        # every process computes the same queue.
+        self.forward = model
+        if self.world.size > 1 and args.accum_steps == 1:
+            self.forward = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+            )
+        else:
+            self.world.broadcast([p.data for p in model.parameters()])
+
+    def __call__(self, batch: dict[str, Any]) -> StepResult:
+        """One step on a batch that is on the device (see `AEAFIRM.forward`)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        before = [getattr(module, name).clone() for module, name in self.buffers]
+        values = {name: value.detach() for name, value in self.backward(batch).items()}
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler.is_enabled():  # it judges by gradients alone
+            gradients[0] += 0 * values["total"]  # NaN if the loss is not finite
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.args.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
+        no_loss, no_gradient = ~values["total"].isfinite(), ~norm.isfinite()
+        skipped = undone = no_loss | no_gradient
+        if self.scaler.is_enabled():  # gradients that overflow are its business, down to scale 1
+            skipped = no_loss | (no_gradient & (self.scaler._scale <= 1))
+        self.update(skipped)
+        for (module, name), old in zip(self.buffers, before, strict=True):
+            setattr(module, name, torch.where(undone, old, getattr(module, name)))
+        return StepResult({**values, "grad_norm": norm.to(values["total"].dtype)}, skipped)
+
+    def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the model returns for a batch; the gradients are in the parameters."""
+        context, model = autocast(self.args.precision, self.device), self.model
+        if self.args.accum_steps == 1:
+            with context:
+                values = self.forward(batch)
+            self.scaler.scale(values["total"]).backward()
+            return values
+        # Gradient caching (Gao et al., 2021): the losses of the whole batch give the gradient of
+        # every feature, and each part, encoded a second time, carries its share to the weights.
+        parts = split_batch(batch, self.args.accum_steps)
+        with torch.no_grad(), context:
+            encoded = [model.encode(part) for part in parts]
+        whole = {k: torch.cat([e[k] for e in encoded]).requires_grad_() for k in encoded[0]}
+        with context:
+            values = model.losses({**whole, **model.encode_sentences()}, batch)
+        self.scaler.scale(values["total"]).backward()
+        start = 0
+        for part in parts:
+            stop = start + len(part["pids"])
+            with context:
+                again = model.encode(part)
+            used = [name for name in again if whole[name].grad is not None]
+            torch.autograd.backward(
+                [again[name] for name in used], [whole[name].grad[start:stop] for name in used]
+            )
+            start = stop
+        self.world.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
+        return values
+
+    def update(self, skipped: Tensor) -> None:
+        """Step the optimizer unless `skipped`."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.optimizer.param_groups[0]["fused"]:
+            # What the scaler itself gives to fused optimizers: they skip on the device.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+            self.optimizer.step()
+        elif not skipped:  # weights in half or double precision: a wait for the device
+            self.optimizer.step()
+
+
+def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Tensor]]:
+    """Cut a batch into so many parts of nearly equal size (fewer if it has fewer samples)."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    chunks = {name: value.tensor_split(parts) for name, value in tensors.items()}
+    rows = [dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)]
+    return [row for row in rows if len(row["pids"])]
