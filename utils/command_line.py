@@ -13,19 +13,11 @@ from typing import Any
 
 from easydict import EasyDict
 
+from utils.config import check, check_training, read_preset, read_yaml, resolve
 from utils.errors import UserError, rank
 from utils.files import expand
-from utils.options import (
-    GROUPS,
-    INDIFFERENT,
-    OPTIONS,
-    Option,
-    check,
-    check_training,
-    read_preset,
-    read_yaml,
-    resolve,
-)
+from utils.option_type import Option
+from utils.options import GROUPS, MAY_DIFFER, OPTIONS
 from utils.runs import CONFIG, LAST, differences, folders, is_named, refuse_if_at_work
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -126,14 +118,14 @@ def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None)
     if own and "image_cache" not in given:
         values.pop("image_cache", None)
     if preset is not None:  # what makes no other experiment stays, unless it is told
-        kept = {name: value for name, value in kept.items() if name in INDIFFERENT}
+        kept = {name: value for name, value in kept.items() if name in MAY_DIFFER}
     values = {**kept, **values}
     args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
     then = resolve(read_preset(recorded)) if recorded.is_file() else {}
     if args.precision == "auto":  # what that meant where the run began
         args.precision = then.get("precision", "auto")
     if mode == "auto" and then:
-        free = set(INDIFFERENT) - {"attributes_file", "finetune"} | {"num_epoch"}
+        free = set(MAY_DIFFER) - {"attributes_file", "finetune"} | {"num_epoch"}
         changed = differences(args, then, free)
         if changed:
             raise UserError(
@@ -274,8 +266,8 @@ def _build_parser(options, description: str, defaults: bool = True) -> argparse.
                 section.add_argument(
                     f"--{o.name}",
                     type=_typed(o),
-                    nargs="?" if o.alone else o.count,
-                    **({"const": o.alone} if o.alone else {}),
+                    nargs="?" if o.const else o.count,
+                    **({"const": o.const} if o.const else {}),
                     metavar="|".join(o.choices) if o.choices else o.type.__name__.upper(),
                     help=help_text,
                 )
