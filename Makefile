@@ -2,6 +2,7 @@
 # make test   the test suite
 # make reliability   its part on kills, faults and strangers' files, with far more of each (9 minutes)
 # make resolve   can the requirements be installed on every supported Python?
+# make docs   docs/options.md from the table of options
 # They make a virtual environment first (.venv, or VENV=elsewhere).
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ MINI ?= data/mini-TBAGPR
 # Each file of tests runs in one of up to four processes.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test reliability resolve lint clean
+.PHONY: demo test reliability resolve docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m datasets.mini --out $(MINI)
@@ -27,6 +28,9 @@ reliability: $(VENV)/installed-dev
 
 resolve: $(VENV)/installed-dev
 	$(BIN)/python .ci/resolve.py
+
+docs: $(VENV)/installed
+	$(BIN)/python -m utils.option_docs
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

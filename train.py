@@ -29,11 +29,11 @@ from utils import distributed
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import changed_options, parse_options
+from utils.config import write_config
 from utils.devices import allow_open_files, choose_precision
 from utils.errors import run_main
 from utils.interrupt import leave_at_once
 from utils.logger import setup_logger
-from utils.options import write_config
 from utils.runs import CONFIG, open_run
 from utils.text import Lines
 

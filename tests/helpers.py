@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from datasets.registry import read_dataset
-from utils.options import resolve
+from utils.config import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 

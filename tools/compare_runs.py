@@ -34,11 +34,12 @@ import utils  # noqa: F401  before torch is loaded
 import torch
 
 from processor.queries import CHECKPOINTS, read_queries, read_results, stem
+from utils.config import read_yaml
 from utils.errors import UserError, run_main
 from utils.files import path_option
 from utils.logger import say
 from utils.metrics import FIGURES, Ranked
-from utils.options import INDIFFERENT, OPTIONS, SAME_FIGURES, read_yaml
+from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import CONFIG
 from utils.tables import console
 from utils.text import visible
@@ -48,7 +49,7 @@ from utils.uncertainty import bootstrap_difference, permutation_p
 SHOWN = [
     name
     for name in OPTIONS
-    if name not in (*INDIFFERENT, *SAME_FIGURES, "seed") or name in ("finetune", "attributes_file")
+    if name not in (*MAY_DIFFER, *SAME_RESULTS, "seed") or name in ("finetune", "attributes_file")
 ]
 UNKNOWN = "unknown"
 

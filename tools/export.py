@@ -32,7 +32,7 @@ from utils.command_line import parse_test_options
 from utils.errors import UserError, run_main
 from utils.files import expand, write_atomically
 from utils.logger import say
-from utils.options import INDIFFERENT, OPTIONS, SCRATCH_ONLY
+from utils.options import MAY_DIFFER, OPTIONS, SCRATCH_ONLY
 from utils.text import visible
 
 # What the family's models are made of; the rest of ours (AEA's queue) it keeps outside the model.
@@ -54,7 +54,7 @@ FAMILY_OPTIONS = (
 # Those that it has in another way, or that change no figure.
 ELSEWHERE = {
     "img_size", "milestones", "stride_size", "seed", "precision", "compile", "grad_checkpointing",
-    "accum_steps", *SCRATCH_ONLY, *INDIFFERENT,
+    "accum_steps", *SCRATCH_ONLY, *MAY_DIFFER,
 }  # fmt: skip
 DATASETS = {
     "AGDataAttr", "AGData", "AGSGData", "AGTBPR", "CUHK-PEDES", "ICFG-PEDES", "RSTPReid"

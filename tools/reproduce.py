@@ -52,20 +52,13 @@ from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_given, typed_again
+from utils.config import read_preset, read_yaml, resolve, write_config
 from utils.documents import load_json, load_yaml
 from utils.errors import UserError, run_main, suggest
 from utils.files import append, expand, lock, open_file, read_file, write_atomically
 from utils.logger import say
 from utils.metrics import FIGURES
-from utils.options import (
-    INDIFFERENT,
-    OPTIONS,
-    SAME_FIGURES,
-    read_preset,
-    read_yaml,
-    resolve,
-    write_config,
-)
+from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import differences
 from utils.tables import as_csv, console, in_latex, in_markdown, latex, markdown
 from utils.text import HIDDEN, visible
@@ -89,7 +82,7 @@ PROTOCOLS = {
 OTHER_JOBS = ("num_epoch", "precision", "val_dataset")
 SAME_JOBS = tuple(
     name
-    for name in (*INDIFFERENT, *SAME_FIGURES)
+    for name in (*MAY_DIFFER, *SAME_RESULTS)
     if name not in ("name", "output_dir", "root_dir", "finetune", "attributes_file", "resume",
                     "resume_ckpt_file")
 )  # fmt: skip
@@ -286,7 +279,7 @@ def job_folder(place: Path, args: EasyDict, content: list[Any]) -> Path:
     Options at their defaults do not count, so that a job survives new ones. Where a default has
     changed since, the folder's options are others, and the job gets a folder by all of them.
     """
-    every = {k: v for k, v in args.items() if k not in (*INDIFFERENT, *SAME_FIGURES)}
+    every = {k: v for k, v in args.items() if k not in (*MAY_DIFFER, *SAME_RESULTS)}
     told = {k: v for k, v in every.items() if v != OPTIONS[k].default}
     for options in (told, every):
         text = json.dumps([options, *content], sort_keys=True)

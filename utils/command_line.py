@@ -1,4 +1,4 @@
-"""What was typed becomes the options of a training, an evaluation, a tool, a run that goes on."""
+"""The command line: options of a training, of a resumed run, of an evaluation, of a tool."""
 
 from __future__ import annotations
 
@@ -13,32 +13,24 @@ from typing import Any
 
 from easydict import EasyDict
 
+from utils.config import check, check_training, read_preset, read_yaml, resolve
 from utils.errors import UserError, rank
 from utils.files import expand
-from utils.options import (
-    GROUPS,
-    INDIFFERENT,
-    OPTIONS,
-    Option,
-    check,
-    check_training,
-    read_preset,
-    read_yaml,
-    resolve,
-)
+from utils.option_type import Option
+from utils.options import GROUPS, MAY_DIFFER, OPTIONS
 from utils.runs import CONFIG, LAST, differences, folders, is_named, refuse_if_at_work
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# What test.py may be given; it takes the rest from the run's configs.yaml.
+# What test.py accepts; it reads the other options from the run's configs.yaml.
 TEST_OPTIONS = (
     "root_dir", "device", "precision", "test_batch_size", "num_workers", "image_cache",
     "attributes_file",
 )  # fmt: skip
-# Of those the ones that it never takes from there: a run may come from another machine, where they
-# mean other places, or from a stranger.
-TYPED_ONLY = ("image_cache", "attributes_file")
+# Those that it never reads from there: a run may come from another machine, where these paths mean
+# other files, or from somebody who is not trusted.
+COMMAND_LINE_ONLY = ("image_cache", "attributes_file")
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
-# What other code of this family keeps in its configs.yaml besides options.
+# What the original code and its relatives keep in configs.yaml besides options.
 _BOOKKEEPING = {
     "training", "test", "distributed", "local_rank", "cont_queue_size", "queue_size", "queue_epoch",
     "crops_for_assign",
@@ -73,89 +65,143 @@ def parse_options(
     own = {name: given.pop(name) for name in list(given) if name not in OPTIONS}
     values = {**(read_preset(preset_file) if preset_file else {}), **given}
     if values.get("resume", "no") != "no":
-        args = _resumed(values, given, Path(preset_file) if preset_file else None)
+        args = _resume_options(values, given, Path(preset_file) if preset_file else None)
     else:
         args = resolve(values)
     check_training(args)
     return EasyDict(args, **own)
 
 
-def _resumed(values: dict[str, Any], given: dict[str, Any], preset: Path | None) -> EasyDict:
-    """The options of a run that goes on; without `resume_ckpt_file` if `auto` finds none.
+def _resume_options(values: dict[str, Any], given: dict[str, Any], preset: Path | None) -> EasyDict:
+    """The options of a run to resume; with `--resume auto` and no such run, those of a new one.
 
-    Without a preset they are the run's own, which the command line overrides.
+    Args:
+        values: what the preset and the command line set.
+        given: what the command line sets.
+        preset: the preset's file, if there is one.
     """
+    last = _checkpoint_to_resume(values, given, preset)
+    if last is None:
+        return resolve(values)
+    recorded = _recorded_options(last, values, given, preset)
+    values = _merge(recorded or {}, values, given, preset)
+    args = resolve({**values, "resume_ckpt_file": str(last)})
+    if recorded is not None:
+        then = resolve(recorded)
+        if args.precision == "auto":  # what that meant where the run began
+            args.precision = then.precision
+        _refuse_changes(args, then, values, last.parent)
+        args.seed, args.finetune = then.seed, then.finetune
+    return args
 
-    def value(name: str) -> Any:
-        return values.get(name, OPTIONS[name].default)
 
-    named, mode = value("resume_ckpt_file"), value("resume")
-    own = preset and preset.name == CONFIG and (preset.parent / LAST).is_file()
-    if (named or own) and "output_dir" in given:
-        says = "--resume_ckpt_file" if named else f"--config_file {preset}"
-        raise UserError(f"{says} says where the run is; leave --output_dir out")
+def _checkpoint_to_resume(
+    values: dict[str, Any], given: dict[str, Any], preset: Path | None
+) -> Path | None:
+    """The checkpoint named, that of the run whose configs.yaml is the preset, or the newest one.
+
+    None if `--resume auto` finds no run. Raises UserError if there must be one.
+    """
+    named = values.get("resume_ckpt_file")
+    if (named or _is_of_run(preset)) and "output_dir" in given:
+        flag = "--resume_ckpt_file" if named else f"--config_file {preset}"
+        raise UserError(f"{flag} says where the run is; leave --output_dir out")
     if named:
         last = Path(named)
         check(not last.is_dir(), f"{last}: a folder; --resume_ckpt_file names a file, its {LAST}")
         check(last.is_file(), f"{last}: no such file (--resume_ckpt_file)")
-    elif own:
-        last = preset.parent / LAST
-    else:
-        # Where there must be a run, its own options say of which data set.
-        dataset = value("dataset_name") if mode == "auto" else values.get("dataset_name", "*")
-        found = folders(value("output_dir"), dataset)
-        found = [folder for folder in found if is_named(folder, value("name"))]
-        last = next((folder / LAST for folder in found if os.path.isfile(folder / LAST)), None)
-        for folder in found if last is None else ():
-            check(os.access(folder, os.X_OK), f"{folder}: {os.strerror(errno.EACCES)} (--resume)")
-    if last is None:
-        where = Path(value("output_dir"), dataset.strip("*"))
-        check(mode == "auto", f"--resume: {where}/ has no run '{value('name')}' with a {LAST}")
-        if rank() == 0:  # of several processes, one asks
-            refuse_if_at_work(found)
-        return resolve(values)
-    recorded = last.parent / CONFIG
-    told = bool(preset) or bool(set(given) - {"resume", "resume_ckpt_file", "num_epoch"})
+        return last
+    return preset.parent / LAST if _is_of_run(preset) else _newest_checkpoint(values)
+
+
+def _is_of_run(preset: Path | None) -> bool:
+    """Whether the preset is the configs.yaml of a run that has saved."""
+    return preset is not None and preset.name == CONFIG and (preset.parent / LAST).is_file()
+
+
+def _newest_checkpoint(values: dict[str, Any]) -> Path | None:
+    """The last.pth of the newest run of `--name` in `--output_dir`.
+
+    None if `--resume auto` finds none and no other process works on such a run. Raises UserError.
+    """
+    output_dir, name = (values.get(o, OPTIONS[o].default) for o in ("output_dir", "name"))
+    auto = values["resume"] == "auto"
+    # Where there must be a run, its own options say of which data set.
+    dataset = values.get("dataset_name", OPTIONS["dataset_name"].default if auto else "*")
+    runs = [folder for folder in folders(output_dir, dataset) if is_named(folder, name)]
+    for folder in runs:
+        if os.path.isfile(folder / LAST):
+            return folder / LAST
+    for folder in runs:
+        check(os.access(folder, os.X_OK), f"{folder}: {os.strerror(errno.EACCES)} (--resume)")
+    where = Path(output_dir, dataset.strip("*"))
+    check(auto, f"--resume: {where}/ has no run '{name}' with a {LAST}")
+    if rank() == 0:  # of several processes, one asks
+        refuse_if_at_work(runs)
+    return None
+
+
+def _recorded_options(
+    last: Path, values: dict[str, Any], given: dict[str, Any], preset: Path | None
+) -> dict[str, Any] | None:
+    """What the run's configs.yaml has; None if it is lost and all options are given again.
+
+    Raises UserError if it is lost and they are not.
+    """
+    config = last.parent / CONFIG
+    if config.is_file():
+        return read_preset(config)
+    again = preset or set(given) - {"resume", "resume_ckpt_file", "num_epoch"}
     check(
-        recorded.is_file() or (bool(named) and told),
-        f"{recorded}: missing, and with it the run's options; all options and "
-        f"--resume --resume_ckpt_file {last} go on, or remove the folder",
+        bool(values.get("resume_ckpt_file") and again),
+        f"{config}: missing, and with it the run's options; to resume, give all options and "
+        f"--resume --resume_ckpt_file {last}, or remove the folder",
     )
-    kept = read_preset(recorded) if recorded.is_file() else {}
-    kept.pop("image_cache", None)  # see TYPED_ONLY; its attributes must stay what they were
-    if own and "image_cache" not in given:
-        values.pop("image_cache", None)
-    if preset is not None:  # what makes no other experiment stays, unless it is told
-        kept = {name: value for name, value in kept.items() if name in INDIFFERENT}
-    values = {**kept, **values}
-    args = resolve({**values, "resume": mode, "resume_ckpt_file": str(last)})
-    then = resolve(read_preset(recorded)) if recorded.is_file() else {}
-    if args.precision == "auto":  # what that meant where the run began
-        args.precision = then.get("precision", "auto")
-    if mode == "auto" and then:
-        free = set(INDIFFERENT) - {"attributes_file", "finetune"} | {"num_epoch"}
+    return None
+
+
+def _merge(
+    recorded: dict[str, Any], values: dict[str, Any], given: dict[str, Any], preset: Path | None
+) -> dict[str, Any]:
+    """The run's recorded options, overridden by those of the preset and of the command line.
+
+    With a preset, only options in MAY_DIFFER are taken from the record. A run's image_cache never
+    is, see COMMAND_LINE_ONLY; its attributes_file is, since the attributes must stay the same.
+    """
+    kept = {n: v for n, v in recorded.items() if preset is None or n in MAY_DIFFER}
+    kept.pop("image_cache", None)
+    if _is_of_run(preset) and "image_cache" not in given:
+        values = {n: v for n, v in values.items() if n != "image_cache"}
+    return {**kept, **values}
+
+
+def _refuse_changes(args: EasyDict, then: EasyDict, values: dict[str, Any], folder: Path) -> None:
+    """Raise UserError for what a resumed run may not change of the options that it had (`then`).
+
+    With `--resume auto` that is all that makes another experiment but the number of epochs; else
+    the seed and the weights that the run began with, if they are given.
+    """
+    if args.resume == "auto":
+        free = set(MAY_DIFFER) - {"attributes_file", "finetune"} | {"num_epoch"}
         changed = differences(args, then, free)
-        if changed:
-            raise UserError(
-                f"--resume auto: {last.parent} runs with other options: {', '.join(changed)}. "
-                "Give another --name or --output_dir, or --resume to go on with the new options"
-            )
+        check(
+            not changed,
+            f"--resume auto: {folder} runs with other options: {', '.join(changed)}. Give another "
+            "--name or --output_dir, or --resume to resume it with the new options",
+        )
     for name in ("seed", "finetune"):
-        was = then.get(name, getattr(args, name))
-        now = values.get(name, was)
+        now, was = values.get(name, then[name]), then[name]
         check(now == was, f"--{name} {now}: only a new run can have another than {was!r}")
-        setattr(args, name, was)
-    return args
 
 
 def typed_again(args: EasyDict) -> list[str]:
-    """Words for a command that takes this run's configs.yaml: the options in `TYPED_ONLY`."""
-    changed = [name for name in TYPED_ONLY if args[name] != OPTIONS[name].default]
+    """The options in `COMMAND_LINE_ONLY` as words, for a command that reads the configs.yaml."""
+    changed = [name for name in COMMAND_LINE_ONLY if args[name] != OPTIONS[name].default]
     return [word for name in changed for word in (f"--{name}", args[name])]
 
 
 def changed_options(args: EasyDict, config: Path) -> list[str]:
-    """What a resumed run changes of the options that its configs.yaml has, as lines to log."""
+    """Lines to log: which options of its configs.yaml a resumed run changes."""
     if not config.is_file():
         return [f"{config}: missing, so nobody can tell which options have changed"]
     then = resolve(read_preset(config))
@@ -167,7 +213,7 @@ def changed_options(args: EasyDict, config: Path) -> list[str]:
 
 
 def _not_taken(config: Path, name: str, value: str) -> str:
-    """What to tell of an option in `TYPED_ONLY` that a run's configs.yaml has."""
+    """The line to log if a run's configs.yaml sets an option in `COMMAND_LINE_ONLY`."""
     return (
         f"{config}: its {name} is not taken on trust, since a run may come from another machine; "
         f"to use it: --{name} {shlex.quote(value)}"
@@ -183,9 +229,8 @@ def parse_test_options(
 
     `extra` adds a tool's own options, which come back with the others.
 
-    Returns (options, checkpoint path, notes): notes are lines to log about what of configs.yaml is
-    not used: keys that other code of this family wrote and that mean nothing here, and the options
-    in `TYPED_ONLY`.
+    Returns (options, checkpoint path, notes). Notes are lines to log: which entries of configs.yaml
+    are not used, because they are unknown here or in `COMMAND_LINE_ONLY`.
     """
     parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
     parser.add_argument(
@@ -214,7 +259,7 @@ def parse_test_options(
         for name, value in recorded.items()
         if name in OPTIONS
     }
-    for name in TYPED_ONLY:
+    for name in COMMAND_LINE_ONLY:
         value, default = recorded.pop(name, ""), OPTIONS[name].default
         if value not in ("", default, os.path.join(PROJECT, default)) and name not in given:
             notes.append(_not_taken(config_file, name, value))
@@ -238,9 +283,9 @@ def parse_given(
     extra: Callable[[argparse.ArgumentParser], object],
     defaults: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """For tools: what was typed of the named options, and the tool's own, which `extra` adds.
+    """For tools: the named options as far as typed, and the tool's own, which `extra` adds.
 
-    defaults: whether --help shows those of the named options.
+    defaults: whether --help shows the defaults of the named options.
     """
     parser = _build_parser([OPTIONS[name] for name in names], description, defaults)
     extra(parser)
@@ -274,8 +319,8 @@ def _build_parser(options, description: str, defaults: bool = True) -> argparse.
                 section.add_argument(
                     f"--{o.name}",
                     type=_typed(o),
-                    nargs="?" if o.alone else o.count,
-                    **({"const": o.alone} if o.alone else {}),
+                    nargs="?" if o.const else o.count,
+                    **({"const": o.const} if o.const else {}),
                     metavar="|".join(o.choices) if o.choices else o.type.__name__.upper(),
                     help=help_text,
                 )

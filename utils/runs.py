@@ -1,4 +1,4 @@
-"""Folders of runs: a new one, the one to go on in, and whether it is of the same experiment."""
+"""Folders of runs: make a new one, find and open the one to resume, compare the options of two."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 from easydict import EasyDict
 
+from utils.config import read_preset
 from utils.distributed import World
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
-from utils.options import read_preset
 
 LAST, CONFIG = "last.pth", "configs.yaml"
 # Behind the name of a file of curves: the number of the start that it is of.
@@ -51,9 +51,9 @@ def make(folder: Path) -> None:
 
 
 def open_run(args: EasyDict, world: World) -> Path:
-    """The run's folder, new or that of the run to go on with; the leader locks it, and removes what
-    a killed process left half written. Raises UserError if another process is at work there; with
-    `--resume auto` also if it has begun a run of this name since this process looked for one."""
+    """The folder of the run, which is new or resumed. Rank 0 locks it, and removes files that a
+    killed process left unfinished. Raises UserError if another process works there; with
+    `--resume auto` also if one has begun a run of this name since this process looked for one."""
     folder = Path(args.resume_ckpt_file).parent if args.resume_ckpt_file else None
     new = (args.output_dir, args.dataset_name, args.name)
     if world.is_rank_0 and folder is None and args.resume == "auto":

@@ -17,8 +17,8 @@ from model.backbone import load_backbone
 from model.build import build_training_model
 from processor.evaluator import Evaluator
 from tests.helpers import options, read, run
+from utils.config import write_config
 from utils.metrics import rank
-from utils.options import write_config
 
 CPU = torch.device("cpu")
 

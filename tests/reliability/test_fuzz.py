@@ -43,10 +43,11 @@ from tools.reproduce import read_table, write_tables
 from utils.attributes import read_attributes
 from utils.checkpoint import digest, load_checkpoint, refuse_swollen, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
+from utils.config import write_config
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
 from utils.logger import setup_logger
-from utils.options import OPTIONS, write_config
+from utils.options import OPTIONS
 from utils.text import visible
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ import torch
 from tests.helpers import ROOT
 from utils import distributed
 from utils.command_line import parse_options
+from utils.config import write_config
 from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.logger import setup_logger
-from utils.options import write_config
 from utils.runs import folders
 
 ENTRY_POINTS = [ROOT / "train.py", ROOT / "test.py", *(ROOT / "tools").glob("[!_]*.py")]

@@ -21,11 +21,11 @@ from tests.helpers import options, run
 from tests.reliability.runs import finished, flags, folder_of, start
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
+from utils.config import read_yaml
 from utils.distributed import SINGLE_PROCESS
 from utils.errors import UserError
 from utils.files import append, lock, read_file, write_atomically
 from utils.logger import say, setup_logger
-from utils.options import read_yaml
 from utils.runs import open_run
 from utils.text import Lines, visible
 

@@ -16,8 +16,8 @@ from model.weights import BackboneSizes
 from tests.helpers import SCRATCH, filled, golden, golden_clip, noise, options, read, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
+from utils.config import read_yaml, write_config
 from utils.errors import UserError
-from utils.options import read_yaml, write_config
 
 
 def small_run(monkeypatch, root, out, **more):

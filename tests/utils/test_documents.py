@@ -3,9 +3,9 @@ import pytest
 from tests.helpers import ROOT
 from tools.reproduce import read_table
 from utils.attributes import read_attributes
+from utils.config import read_preset
 from utils.documents import load_yaml
 from utils.errors import UserError
-from utils.options import read_preset
 from utils.text import fault
 
 

@@ -6,8 +6,11 @@ from easydict import EasyDict
 
 from tests.helpers import ROOT
 from utils.command_line import parse_options, parse_test_options
+from utils.config import read_preset, write_config
 from utils.errors import UserError
-from utils.options import OPTIONS, PATHS, options_table, read_preset, write_config
+from utils.option_docs import PAGE, page
+from utils.option_type import Option
+from utils.options import GROUPS, OPTIONS
 
 
 def preset(tmp_path, text):
@@ -136,8 +139,22 @@ def test_defaults_pass_their_own_checks():
         assert option.coerce(option.default, "default") == option.default
 
 
-def test_the_readme_holds_the_options_table_as_it_is():
-    assert options_table() in (ROOT / "README.md").read_text()
+def test_docs_options_md_is_what_make_docs_writes():
+    assert page() == PAGE.read_text()
+
+
+def test_one_row_of_the_table_is_all_that_a_new_option_needs(tmp_path, monkeypatch):
+    row = Option("my_weight", float, 1.0, ge=0, help="weight of the loss mine")
+    monkeypatch.setitem(GROUPS, "Losses", [*GROUPS["Losses"], row])
+    monkeypatch.setitem(OPTIONS, row.name, row)
+    assert parse_options([]).my_weight == 1
+    assert parse_options(["--config_file", preset(tmp_path, "my_weight: 2")]).my_weight == 2
+    with pytest.raises(UserError, match="my_weight must be at least 0, got -1"):
+        parse_options(["--my_weight", "-1"])
+    write_config(tmp_path / "configs.yaml", parse_options(["--my_weight", "3"]))
+    args, _, notes = parse_test_options(["--config_file", str(tmp_path / "configs.yaml")])
+    assert args.my_weight == 3 and not notes
+    assert "| `--my_weight` | number, at least 0 | `1.0` | weight of the loss mine |" in page()
 
 
 def test_help_names_every_option_with_its_default(capsys):
@@ -216,9 +233,12 @@ def test_home_is_found_in_every_path_option_of_the_command_line_and_of_presets(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in PATHS:
-        assert OPTIONS[name].coerce("~/x", "command line") == str(tmp_path / "x")
-        assert OPTIONS[name].coerce("a~/~x", "command line") == "a~/~x"
+    for option in OPTIONS.values():
+        home = str(tmp_path) if option.path else "~"
+        if option.type is str and not option.choices and not option.pattern:
+            assert option.coerce_one("~/x", "command line") == f"{home}/x"
+            assert option.coerce_one("a~/~x", "command line") == "a~/~x"
+    assert {"root_dir", "image_cache", "finetune"} <= {n for n, o in OPTIONS.items() if o.path}
     (tmp_path / "base.yaml").write_text("root_dir: ~/data\nseed: 7\n")
     (tmp_path / "own.yaml").write_text("base: ~/base.yaml\n")
     args = parse_options(["--config_file", "~/own.yaml", "--output_dir", "~"])
