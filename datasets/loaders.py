@@ -1,6 +1,6 @@
 """Loaders: batches of a data set, and their way to the device.
 
-loader = train_loader(data, args, generator, device)
+loader = train_loader(data, args, device)
 for batch in on_device(loader, device, mean, std): ...     # a dict of tensors, see TrainDataset
 """
 
@@ -74,13 +74,12 @@ def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[s
 def train_loader(
     data: Data,
     args: EasyDict,
-    generator: torch.Generator,
     device: torch.device,
     world: World = SINGLE_PROCESS,
     masked: bool = False,
 ) -> DataLoader:
-    """Batches of the training set, of several processes this one's shares of them; `generator`
-    decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`.
+    """Batches of the training set, of several processes this one's shares of them. The loader's
+    `batch_sampler` is an `EpochSampler`, whose `set_epoch` is to be called before each epoch.
 
     Args:
         masked: add masked captions, for a loss that needs them.
@@ -92,7 +91,7 @@ def train_loader(
     draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
     augment = augmentation_of(args, masked)
     dataset = TrainDataset(data.train, images, draws, args.text_length, augment, skip)
-    epochs = (args.batch_size, generator, world)
+    epochs = (args.batch_size, args.seed, world)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
         sampler = IdentitySampler(pids, args.num_instance, *epochs)

@@ -204,7 +204,7 @@ def bench_data(args: EasyDict, device: torch.device) -> Iterator[Row]:
     data = read_dataset(args)
     for workers in sorted({0, 1, 2, 4, args.num_workers}):
         args.num_workers = workers
-        batches = train_loader(data, args, torch.Generator().manual_seed(0), device)
+        batches = train_loader(data, args, device)
         seconds, found = [], iter(batches)
         next(found)  # processes start
         for _ in range(min(args.repeat, len(batches) - 1)):
