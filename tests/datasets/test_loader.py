@@ -37,7 +37,9 @@ def test_a_batch_holds_what_its_samples_hold(mini_root):
             assert (ids[length:] == 0).all()
             for view, image in (("", sample.image), ("pair_", sample.pair)):
                 assert torch.equal(batch[f"{view}images"][row], load_image(image.path, (96, 32)))
-        assert (batch["draws"] != batch["pair_draws"]).all()  # views are augmented independently
+        assert (
+            batch["uniform"] != batch["pair_uniform"]
+        ).all()  # views are augmented independently
         assert (batch["caption_ids"] != 0).any(dim=0).all()  # no column of padding alone
 
 
@@ -80,7 +82,7 @@ def test_batches_one_ahead_are_the_same_in_the_same_order(mini_root):
     assert len(ahead) == len(found) > 1
     for batch, moved in zip(found, ahead, strict=True):
         expected = to_device(batch, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-        assert expected.keys() == moved.keys() and "draws" not in moved
+        assert expected.keys() == moved.keys() and "uniform" not in moved
         assert all(torch.equal(expected[name], moved[name]) for name in moved)
         assert moved["pair_images"].dtype == torch.float32
     assert list(on_device([], CPU, (0.5,) * 3, (0.2,) * 3)) == []
@@ -93,9 +95,9 @@ def test_augmentation_differs_between_epochs_and_leaves_the_global_generator_alo
     before, epochs = torch.get_rng_state(), []
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)
-        rows = [(b["index"].tolist(), b["draws"]) for b in loader]
+        rows = [(b["index"].tolist(), b["uniform"]) for b in loader]
         epochs.append(
-            {i: d for indices, draws in rows for i, d in zip(indices, draws, strict=True)}
+            {i: d for indices, uniform in rows for i, d in zip(indices, uniform, strict=True)}
         )
     first, second = epochs
     assert not any(torch.equal(first[i], second[i]) for i in first)
