@@ -209,8 +209,8 @@ def train_transform(
     a rectangle of 2 to 40 % of the area, filling it with the mean colour (0 after normalising).
 
     Args:
-        uniform_BK: uniform numbers in [0, 1), K = UNIFORM_AUGMENTED for all of it, UNIFORM_PLAIN for
-            the flip alone.
+        uniform_BK: uniform random numbers in [0, 1); K is UNIFORM_AUGMENTED for all of it,
+            UNIFORM_PLAIN for the flip alone.
         mean, std: of the pretrained weights' own input.
     """
     flip_B = uniform_BK[:, 0] < 0.5

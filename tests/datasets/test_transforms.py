@@ -11,9 +11,9 @@ from torchvision.transforms import v2
 from datasets.transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    ERASED_AREA,
     UNIFORM_AUGMENTED,
     UNIFORM_PLAIN,
-    ERASED_AREA,
     UPRIGHT,
     BrokenImage,
     erased_area,
