@@ -25,9 +25,9 @@ from processor.evaluator import (
     interval_table,
     intervals,
 )
-from processor.failures import explained
+from processor.failures import explain_failures
 from processor.queries import per_query, write_results
-from processor.summary import data_of, protocol_of, repeats, told_by, warn
+from processor.summary import data_of, epoch_and_best, protocol_of, repeats, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
@@ -55,7 +55,7 @@ def main() -> None:
     protocol = protocol_of(checkpoint, args, data, processes)
     content, told = data_of(checkpoint, data)
     warn(log, data)
-    epoch, best = told_by(checkpoint)
+    epoch, best = epoch_and_best(checkpoint)
     log.info(f"{path}: epoch {epoch}; {device.type}, {args.precision}")
     for note in (*model.base_model.notes, f"this checkpoint is {protocol}", *lost, *told):
         log.info(note)
@@ -66,7 +66,7 @@ def main() -> None:
     # The split that chose the checkpoint comes too, so that its figures can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
         evaluator = Evaluator(data, name, args, device, processes=processes)
-        with explained(args, device, evaluator.files, "evaluation"):
+        with explain_failures(args, device, evaluator.files, "evaluation"):
             features = evaluator.encode(model)
             galleries = evaluator.galleries(features)
         figures = {k: ranked.summary() for k, ranked in galleries.items()}

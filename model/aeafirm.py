@@ -17,7 +17,7 @@ from model.backbone import Backbone
 from model.losses.firm import SentenceTable, predict_attributes
 from model.losses.inputs import Inputs, Mean, Setting
 from model.losses.registry import LOSSES
-from utils.devices import full
+from utils.devices import at_least_float32
 from utils.distributed import SINGLE_PROCESS, Processes
 
 
@@ -51,7 +51,7 @@ class AEAFIRM(nn.Module):
         self.rows = {name: row for name, row in LOSSES.items() if name in loss_names}
         self.masked = any(row.masked for row in self.rows.values())
         self.generator = torch.Generator().manual_seed(options.seed)  # saved in checkpoints
-        dim, vocab_size = backbone.sizes.embed_dim, backbone.sizes.vocab_size
+        dim, vocab_size = backbone.config.embed_dim, backbone.config.vocab_size
         setting = Setting(dim, vocab_size, num_classes, self.loss_names, options, sentences)
         self.sentences: SentenceTable | None = None
         self.module_names: list[str] = []
@@ -62,11 +62,11 @@ class AEAFIRM(nn.Module):
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
         """Unnormalised image features [B, D], float32."""
-        return full(self.base_model.encode_images(images_BCHW)[0])
+        return at_least_float32(self.base_model.encode_images(images_BCHW)[0])
 
     def encode_text(self, ids_BL: Tensor) -> Tensor:
         """Unnormalised text features [B, D], float32."""
-        return full(self.base_model.encode_captions(ids_BL)[0])
+        return at_least_float32(self.base_model.encode_captions(ids_BL)[0])
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of a training batch; see `losses`.
@@ -145,7 +145,7 @@ class AEAFIRM(nn.Module):
             pair_BD=features.get("pair"),
             pids_B=labels["pids"],
             labels=labels,
-            sentence_SD=None if sentence_SD is None else full(sentence_SD),
+            sentence_SD=None if sentence_SD is None else at_least_float32(sentence_SD),
             own={**batch, **encoded},
             modules={name: getattr(self, name) for name in self.module_names},
             options=self.options,
@@ -159,7 +159,7 @@ class AEAFIRM(nn.Module):
         counts = self._counts(batch)
         own = counts[self.processes.rank]
         found = {name: parts[name][:own] for name in names if name in parts}
-        found = {n: full(v) if v.is_floating_point() else v for n, v in found.items()}
+        found = {n: at_least_float32(v) if v.is_floating_point() else v for n, v in found.items()}
         return self.processes.all_gather(found, counts)
 
     def _mean(self, mean: Mean, batch: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
 from model.aeafirm import AEAFIRM
-from utils.devices import autocast, full
+from utils.devices import at_least_float32, autocast
 from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 from utils.errors import UserError
 from utils.metrics import FIGURES, Ranked, Retrieval, rank
@@ -109,15 +109,15 @@ class Evaluator:
                 between()
             if not rows:  # fewer batches than processes
                 width, dtype = (
-                    model.base_model.sizes.embed_dim,
-                    full(next(model.parameters())).dtype,
+                    model.base_model.config.embed_dim,
+                    at_least_float32(next(model.parameters())).dtype,
                 )
                 rows = [torch.zeros((0, width), device=self.device, dtype=dtype)]
             return self.processes.all_gather({name: torch.cat(rows)}, counts)[name]
 
         def encode_bytes(images: Tensor) -> Tensor:
-            sizes = model.base_model.sizes
-            return model.encode_image(normalise(images, sizes.image_mean, sizes.image_std))
+            config = model.base_model.config
+            return model.encode_image(normalise(images, config.image_mean, config.image_std))
 
         with bar:
             features = Features(

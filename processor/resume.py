@@ -16,11 +16,11 @@ from model.build import check_input
 from processor.state import PARTS, load_state
 from processor.trainer import Trainer
 from utils.checkpoint import (
-    Lost,
+    UnusableFile,
     digest,
     load_checkpoint,
     older,
-    refuse_dead,
+    refuse_nonfinite,
     restore,
     save_checkpoint,
 )
@@ -37,15 +37,15 @@ class Found(NamedTuple):
 
 
 def read_state(path: str | Path, keep: int = 1) -> Found:
-    """Read a checkpoint to resume from. If it is damaged or has weights that are not finite, the
+    """Read a checkpoint to resume from. If it is corrupted or has weights that are not finite, the
     newest good one of the `keep` kept ones is taken. Raises UserError if there is none."""
     warnings: list[str] = []
     for number in range(keep):
         candidate = older(Path(path), number)
         try:
             state = load_checkpoint(candidate)
-            refuse_dead(state["model"], candidate)
-        except Lost as error:
+            refuse_nonfinite(state["model"], candidate)
+        except UnusableFile as error:
             warnings.append(str(error))
             continue
         missing = [name for name in PARTS if type(state.get(name)) not in (dict, OrderedDict)]

@@ -125,7 +125,7 @@ def protocol_of(
 ) -> Protocol:
     """Of a checkpoint that is evaluated: what it says itself, else by the run's options. No split
     chooses the last.pth of a run."""
-    best, chosen_on = told_by(checkpoint)[1], LAST_EPOCH
+    best, chosen_on = epoch_and_best(checkpoint)[1], LAST_EPOCH
     if best:
         chosen_on = best["split"]
     elif "progress" not in checkpoint:  # which last.pth has
@@ -144,7 +144,7 @@ def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], lis
     return {**here, "changed": changed}, told
 
 
-def told_by(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
     """The epoch of a checkpoint, and what chose it: `split`, `epoch` and, unless the last epoch was
     taken, figures in percent. None and empty where it says nothing, or what other code means."""
     epoch, best = checkpoint.get("epoch"), checkpoint.get("best")

@@ -22,14 +22,14 @@ from datasets.loaders import on_device
 from processor.best import Best
 from processor.epoch_log import EpochLog
 from processor.evaluator import Evaluator
-from processor.failures import explained
+from processor.failures import explain_failures
 from processor.nonfinite import NonFiniteGuard
 from processor.state import Generators, OptimizerState, Progress, save_state
 from processor.step import TrainStep
 from solver.build import set_lr
 from utils.checkpoint import save_checkpoint
 from utils.distributed import AgreedFlags
-from utils.errors import Stopped, UserError
+from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
 from utils.runs import LAST
 
@@ -94,7 +94,7 @@ class Trainer:
         self.in_step = False  # then the queue may be ahead of the weights
 
     def train(self) -> Best:
-        """Run the remaining epochs. Raises Stopped when a signal asked to stop and all is saved."""
+        """Run the remaining epochs. Raises StoppedBySignal after a signal, when all is saved."""
         self.epoch_log.open(self.progress.epoch, self.progress.step)
         try:
             with self.stop:
@@ -110,9 +110,9 @@ class Trainer:
         """What remains of an epoch: its steps, its evaluation, its checkpoint."""
         args, epoch = self.args, self.progress.epoch + 1
         images = [self.loader.dataset.images, *(x for e in self.evaluators for x in e.files)]
-        with explained(args, self.device, images, "training"):
+        with explain_failures(args, self.device, images, "training"):
             line = self._steps()
-        with explained(args, self.device, images, "evaluation"):
+        with explain_failures(args, self.device, images, "evaluation"):
             metrics, better = {}, []
             if epoch % args.eval_period == 0 or epoch == args.num_epoch:
                 metrics = self._evaluate()
@@ -132,14 +132,14 @@ class Trainer:
 
     def _steps(self) -> str:
         """The remaining steps of an epoch. Returns what the log says of it."""
-        args, progress, sampler, sizes = (
-            self.args, self.progress, self.sampler, self.model.base_model.sizes
+        args, progress, sampler, config = (
+            self.args, self.progress, self.sampler, self.model.base_model.config
         )  # fmt: skip
         lr = set_lr(self.train_step.optimizer, progress.epoch, args)
         sampler.set_epoch(progress.epoch, progress.step)
         self.epoch_log.begin(progress.epoch, progress.step, lr)
         self.model.train()
-        for batch in on_device(self.loader, self.device, sizes.image_mean, sizes.image_std):
+        for batch in on_device(self.loader, self.device, config.image_mean, config.image_std):
             batch["counts"] = sampler.counts(progress.step)
             self.epoch_log.add_skipped_images(batch.pop("skipped", []))
             self.in_step = True
@@ -194,7 +194,7 @@ class Trainer:
     def _save_or_stop(self) -> None:
         """Between steps: save if minutes are up; if any process got a signal, save and stop.
 
-        Raises Stopped.
+        Raises StoppedBySignal.
         """
         due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
         if due:
@@ -204,7 +204,7 @@ class Trainer:
             self.save()
         if stop:
             name = next(n for n in self.processes.all_gather_objects(self.stop.name) if n)
-            raise Stopped(f"{name}: {self._saved()}")
+            raise StoppedBySignal(f"{name}: {self._saved()}")
 
     def _rescue(self) -> str:
         """Save after an error that came between steps. Returns what to tell.

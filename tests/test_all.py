@@ -146,7 +146,7 @@ def test_the_last_epoch_counts_where_no_split_chooses(mini_root, tmp_path, monke
     train(monkeypatch, None, None, resume=True, resume_ckpt_file=folder / "last.pth")
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
-    assert "best.pth is missing or damaged; written, of epoch 2" in shown
+    assert "best.pth is missing or corrupted; written, of epoch 2" in shown
     assert "test split, which had no part in choosing this checkpoint\n" in shown
     results = json.loads((folder / "test_results.json").read_text())
     assert results["protocol"]["chosen_on"] == "last" and results["protocol"]["overlap"] is None
