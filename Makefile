@@ -35,6 +35,7 @@ docs: $(VENV)/installed
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
