@@ -1,0 +1,1 @@
+"""Commands beside training and evaluation: `python tools/NAME.py --help`."""
