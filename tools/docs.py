@@ -2,8 +2,8 @@
 
     make docs        # or: python tools/docs.py
 
-docs/options.md is written whole; the tables of losses, of data sets and of files, and the picture of
-the packages, wherever a document has them (README.md, docs/*.md): each is known by its first line.
+docs/options.md is written whole; the tables of losses, of data sets and of files, and the picture
+of the packages, wherever README.md or a page of docs/ has them: each is known by its first line.
 """
 
 from __future__ import annotations

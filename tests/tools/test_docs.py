@@ -18,6 +18,8 @@ def test_a_document_is_what_make_docs_writes(path):
 
 def test_every_file_and_package_says_what_it_is_for():
     rows = docs.files_table().splitlines()[2:]
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages == {*docs.PACKAGES, "tests"}
     assert len(rows) > 50 and not [row for row in rows if row.endswith("|  |")]
 
 
