@@ -14,7 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()"]
-CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+TOOL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+CONFIG = TOOL["importlinter"]
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess:
@@ -22,10 +23,12 @@ def lint(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def test_every_package_has_its_place_among_the_layers():
+def test_every_package_has_its_place_among_the_layers_and_is_installed():
     packages = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
     layers = " | ".join(CONFIG["contracts"][0]["layers"]).split(" | ")
     assert packages == sorted(CONFIG["root_packages"]) == sorted(layers)
+    installed = TOOL["setuptools"]["packages"]["find"]["include"]
+    assert packages == sorted(["tests", *(name.removesuffix("*") for name in installed)])
 
 
 def test_imports_keep_their_directions():
