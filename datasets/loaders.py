@@ -1,6 +1,6 @@
 """Loaders: batches of a data set, and their way to the device.
 
-loader = train_loader(data, args, generator, device)
+loader = train_loader(data, args, device)
 for batch in on_device(loader, device, mean, std): ...     # a dict of tensors, see TrainDataset
 """
 
@@ -20,9 +20,9 @@ from datasets.records import Data, Image
 from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
-from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, train_transform
+from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
 from utils.devices import cores
-from utils.distributed import SINGLE_PROCESS, World
+from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
 from utils.interrupt import serve_training
 
@@ -37,8 +37,8 @@ def to_device(
     }
     for view in ("", "pair_"):
         if f"{view}images" in batch:
-            draws = batch.pop(f"{view}draws")
-            batch[f"{view}images"] = train_transform(batch[f"{view}images"], draws, mean, std)
+            uniform = batch.pop(f"{view}uniform")
+            batch[f"{view}images"] = train_transform(batch[f"{view}images"], uniform, mean, std)
     return batch
 
 
@@ -74,13 +74,12 @@ def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[s
 def train_loader(
     data: Data,
     args: EasyDict,
-    generator: torch.Generator,
     device: torch.device,
-    world: World = SINGLE_PROCESS,
+    processes: Processes = SINGLE_PROCESS,
     masked: bool = False,
 ) -> DataLoader:
-    """Batches of the training set, of several processes this one's shares of them; `generator`
-    decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`.
+    """Batches of the training set, of several processes this one's shards of them. The loader's
+    `batch_sampler` is an `EpochSampler`, whose `set_epoch` is to be called before each epoch.
 
     Args:
         masked: add masked captions, for a loss that needs them.
@@ -88,11 +87,11 @@ def train_loader(
     shown = [(s.image, s.entry) for s in data.train]
     shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
     skip = args.on_bad_image == "skip"
-    images = _image_files([x for x, _ in shown], args, world, [e for _, e in shown], skip)
-    draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
+    images = _image_files([x for x, _ in shown], args, processes, [e for _, e in shown], skip)
+    numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     augment = augmentation_of(args, masked)
-    dataset = TrainDataset(data.train, images, draws, args.text_length, augment, skip)
-    epochs = (args.batch_size, generator, world)
+    dataset = TrainDataset(data.train, images, numbers, args.text_length, augment, skip)
+    epochs = (args.batch_size, args.seed, processes)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
         sampler = IdentitySampler(pids, args.num_instance, *epochs)
@@ -107,7 +106,7 @@ def train_loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=TrainDataset.collate,
-        **_workers(args, device, world),
+        **_workers(args, device, processes),
     )
 
 
@@ -115,39 +114,39 @@ def image_loader(
     images: Sequence[Image],
     args: EasyDict,
     device: torch.device,
-    world: World = SINGLE_PROCESS,
+    processes: Processes = SINGLE_PROCESS,
 ) -> DataLoader:
     """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
     several processes each gets its `evaluation_batches`."""
-    batches, _ = evaluation_batches(len(images), args.test_batch_size, world)
-    files = _image_files(images, args, world)
-    return DataLoader(files, batch_sampler=batches, **_workers(args, device, world))
+    batches, _ = evaluation_batches(len(images), args.test_batch_size, processes)
+    files = _image_files(images, args, processes)
+    return DataLoader(files, batch_sampler=batches, **_workers(args, device, processes))
 
 
 def caption_batches(
-    captions: Sequence[str], args: EasyDict, world: World = SINGLE_PROCESS
+    captions: Sequence[str], args: EasyDict, processes: Processes = SINGLE_PROCESS
 ) -> Iterator[Tensor]:
     """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
-    for batch in evaluation_batches(len(captions), args.test_batch_size, world)[0]:
+    for batch in evaluation_batches(len(captions), args.test_batch_size, processes)[0]:
         yield trim(tokenize([captions[i] for i in batch], args.text_length))
 
 
 def _image_files(
     images: Sequence[Image],
     args: EasyDict,
-    world: World,
+    processes: Processes,
     entries: Sequence[str] = (),
     skip: bool = False,
 ) -> ImageFiles:
     files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
     if args.image_cache:
-        with world.rank_0_first():
+        with processes.rank_0_first():
             files.use_cache(args.image_cache, min(args.num_workers, cores()), skip)
     return files
 
 
-def _workers(args: EasyDict, device: torch.device, world: World) -> dict:
-    workers = min(args.num_workers, cores() // world.local_size)
+def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict:
+    workers = min(args.num_workers, cores() // processes.local_size)
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
