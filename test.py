@@ -34,7 +34,7 @@ from utils.command_line import parse_test_options
 from utils.devices import allow_open_files, choose_precision
 from utils.errors import UserError, run_main
 from utils.files import check_writable
-from utils.logger import setup_logger
+from utils.run_log import setup_logger
 from utils.text import Lines, visible
 
 

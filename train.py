@@ -31,7 +31,7 @@ from utils.config import write_config
 from utils.devices import allow_open_files, choose_precision
 from utils.errors import run_main
 from utils.interrupt import leave_at_once
-from utils.logger import setup_logger
+from utils.run_log import setup_logger
 from utils.runs import CONFIG, open_run
 from utils.text import Lines
 

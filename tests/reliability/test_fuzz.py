@@ -46,8 +46,8 @@ from utils.command_line import parse_options, parse_test_options
 from utils.config import write_config
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
-from utils.logger import setup_logger
 from utils.options import OPTIONS
+from utils.run_log import setup_logger
 from utils.text import visible
 
 CPU = torch.device("cpu")

@@ -487,7 +487,7 @@ def test_a_console_that_is_closed_from_the_start_ends_no_run(tmp_path, closed):
     found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stderr.startswith("error: --lr must be more than 0") or "2" in closed
-    code = "from utils.errors import run_main; from utils.logger import setup_logger; run_main("
+    code = "from utils.errors import run_main; from utils.run_log import setup_logger; run_main("
     code += f"lambda: setup_logger(__import__('pathlib').Path('{tmp_path}/log')).info('hello'))"
     command = f'{sys.executable} -c "{code}" {closed}'
     assert subprocess.run(command, shell=True, cwd=ROOT).returncode == 0
