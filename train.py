@@ -12,8 +12,6 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
-import torch
-
 from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
@@ -51,8 +49,7 @@ def main() -> None:
     if "match2" in losses:
         attributes = read_attributes(args.attributes_file)
         check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
-    generator = torch.Generator().manual_seed(args.seed)
-    loader = train_loader(data, args, generator, device, world, needs_masked(losses))
+    loader = train_loader(data, args, device, world, needs_masked(losses))
     evaluators = [
         Evaluator(data, split, args, device, data.views[:1], world)
         for split in selecting_splits(args.val_dataset)

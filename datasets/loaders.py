@@ -1,6 +1,6 @@
 """Loaders: batches of a data set, and their way to the device.
 
-loader = train_loader(data, args, generator, device)
+loader = train_loader(data, args, device)
 for batch in on_device(loader, device, mean, std): ...     # a dict of tensors, see TrainDataset
 """
 
@@ -20,7 +20,7 @@ from datasets.records import Data, Image
 from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
-from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN, train_transform
+from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
 from utils.devices import cores
 from utils.distributed import SINGLE_PROCESS, World
 from utils.errors import UserError
@@ -37,8 +37,8 @@ def to_device(
     }
     for view in ("", "pair_"):
         if f"{view}images" in batch:
-            draws = batch.pop(f"{view}draws")
-            batch[f"{view}images"] = train_transform(batch[f"{view}images"], draws, mean, std)
+            uniform = batch.pop(f"{view}uniform")
+            batch[f"{view}images"] = train_transform(batch[f"{view}images"], uniform, mean, std)
     return batch
 
 
@@ -74,13 +74,12 @@ def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[s
 def train_loader(
     data: Data,
     args: EasyDict,
-    generator: torch.Generator,
     device: torch.device,
     world: World = SINGLE_PROCESS,
     masked: bool = False,
 ) -> DataLoader:
-    """Batches of the training set, of several processes this one's shares of them; `generator`
-    decides their order and all augmentation. Its `batch_sampler` is an `EpochSampler`.
+    """Batches of the training set, of several processes this one's shares of them. The loader's
+    `batch_sampler` is an `EpochSampler`, whose `set_epoch` is to be called before each epoch.
 
     Args:
         masked: add masked captions, for a loss that needs them.
@@ -89,10 +88,10 @@ def train_loader(
     shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
     skip = args.on_bad_image == "skip"
     images = _image_files([x for x, _ in shown], args, world, [e for _, e in shown], skip)
-    draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
+    numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     augment = augmentation_of(args, masked)
-    dataset = TrainDataset(data.train, images, draws, args.text_length, augment, skip)
-    epochs = (args.batch_size, generator, world)
+    dataset = TrainDataset(data.train, images, numbers, args.text_length, augment, skip)
+    epochs = (args.batch_size, args.seed, world)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
         sampler = IdentitySampler(pids, args.num_instance, *epochs)

@@ -1,7 +1,8 @@
 """Which samples make up an epoch. Samplers yield batches, lists of `Key`.
 
-The seed in a key makes a sample's augmentation and masking a function of run, epoch and position
-alone: the same for any number of workers and processes, and the same after a resume.
+An epoch's order is a function of the run's seed and the epoch's number, and the seed in a key makes
+a sample's augmentation and masking one of its place there: the same for any number of workers and
+processes, and the same after a resume, which has nothing but epoch and step to remember.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -29,86 +31,62 @@ class Key(NamedTuple):
 class EpochSampler(Sampler[list[Key]]):
     """Batches of an epoch, or one process's shares of them; a subclass says in which order.
 
-    Every process draws the same epoch, and takes its rows out of each batch: one after the other,
+    Every process orders the same epoch, and takes its rows out of each batch: one after the other,
     the shares of a batch are the batch that a single process would see. A process whose share of a
     last, small batch is empty gets the batch's first sample, so that it has something to encode.
 
     Args:
         batch_size: samples of all processes together.
-        generator: the only source of randomness.
+        seed: with the number of the epoch the only source of randomness.
     """
 
-    def __init__(
-        self, batch_size: int, generator: torch.Generator, world: World = SINGLE_PROCESS
-    ) -> None:
-        self.batch_size, self.generator, self.world = batch_size, generator, world
-        self.first = 0  # batches of the next epoch that are left out: they were done before
-        self.step = 0  # batches that are done of it
-        self.epoch: list[Key] = []  # the epoch that is under way
-        self.begun = generator.get_state()  # before that epoch, or the next, is drawn
+    def __init__(self, batch_size: int, seed: int, world: World = SINGLE_PROCESS) -> None:
+        self.batch_size, self.seed, self.world = batch_size, seed, world
+        self.set_epoch(0)
 
     @property
     def count(self) -> int:
         """Samples in an epoch."""
         raise NotImplementedError
 
-    def order(self) -> list[int]:
+    def order(self, generator: torch.Generator) -> list[int]:
         """Indices of a new epoch."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
+    def set_epoch(self, epoch: int, step: int = 0) -> None:
+        """Say which epoch (from 0) comes next, and how many of its batches are done already."""
+        self.epoch, self.first = epoch, step
+        self.keys: list[Key] = []  # of the whole epoch, once it has begun
+
     def __iter__(self) -> Iterator[list[Key]]:
-        self.begun = self.generator.get_state()
-        first, self.first = self.first, 0
-        order = self.order()
-        seeds = torch.randint(2**62, (len(order),), generator=self.generator).tolist()
+        seed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        order = self.order(generator)
+        seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
         again = order + order[:SPARES]
-        self.epoch = [
+        self.keys = [
             Key(index, seed, tuple(again[i + 1 : i + 1 + SPARES]))
             for i, (index, seed) in enumerate(zip(order, seeds, strict=True))
         ]
-        for step in range(first, len(self)):
+        for step in range(self.first, len(self)):
             batch, counts = self.batch(step), self.counts(step)
             start = sum(counts[: self.world.rank])
             yield batch[start : start + counts[self.world.rank]] or batch[:1]
 
     def batch(self, step: int) -> list[Key]:
-        """The whole batch of a step (from 0) of the epoch under way."""
-        return self.epoch[step * self.batch_size : (step + 1) * self.batch_size]
+        """The whole batch of a step (from 0) of the epoch that has begun."""
+        return self.keys[step * self.batch_size : (step + 1) * self.batch_size]
 
     def counts(self, step: int) -> list[int]:
         """Samples of each process in a step."""
         rest = self.count - step * self.batch_size
         return shares(min(rest, self.batch_size), self.world.size)
 
-    def end_epoch(self) -> None:
-        """The epoch that was under way is done. (Loaders draw batches ahead, so the last one that
-        was drawn does not tell.)"""
-        self.begun, self.step = self.generator.get_state(), 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the sampler stands: `step`, which its user counts, and what it was drawn from."""
-        return {"generator": self.begun, "step": self.step, "epoch": self._describe()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume there: the next epoch is the one that was under way, without its first batches.
-
-        Raises ValueError if that epoch was cut into other batches.
-        """
-        now = self._describe()
-        if state["step"] and state["epoch"] != now:
-            raise ValueError(
-                f"it was saved within an epoch of {state['epoch']}, and this one is of {now}; end "
-                "the epoch as it was begun, or go on from a save at an epoch's end"
-            )
-        self.generator.set_state(state["generator"])
-        self.begun, self.first = self.generator.get_state(), state["step"]
-        self.step = self.first
-
-    def _describe(self) -> str:
-        """What a saved epoch must have in common with this one."""
+    def describe(self) -> str:
+        """What an epoch that is resumed must have in common with its beginning."""
         return f"{self.count} samples in batches of {self.batch_size} ({type(self).__name__})"
 
 
@@ -127,8 +105,8 @@ class RandomSampler(EpochSampler):
     def count(self) -> int:
         return self._count
 
-    def order(self) -> list[int]:
-        return torch.randperm(self._count, generator=self.generator).tolist()
+    def order(self, generator: torch.Generator) -> list[int]:
+        return torch.randperm(self._count, generator=generator).tolist()
 
 
 class IdentitySampler(EpochSampler):
@@ -159,14 +137,13 @@ class IdentitySampler(EpochSampler):
     def count(self) -> int:
         return self._count
 
-    def _describe(self) -> str:
-        # Another text than that of earlier versions, whose epochs had another order.
-        return f"{super()._describe()}, {self.num_instance} of an identity in groups"
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.num_instance} of an identity"
 
-    def order(self) -> list[int]:
+    def order(self, generator: torch.Generator) -> list[int]:
         """In time that grows with the samples alone: all numbers are drawn at once, and identities
         lie in piles by the number of groups that they have left."""
-        groups, draws = self._deal()
+        groups, draws = self._deal(generator)
         piles: dict[int, list[int]] = {}
         for pid, found in groups.items():
             piles.setdefault(len(found), []).append(pid)
@@ -206,14 +183,14 @@ class IdentitySampler(EpochSampler):
                 high = middle - 1
         return low
 
-    def _deal(self) -> tuple[dict[int, list[list[int]]], Iterator[int]]:
+    def _deal(self, generator: torch.Generator) -> tuple[dict[int, list[list[int]]], Iterator[int]]:
         """The groups of every identity, and a random number below 2^62 for each that is chosen."""
         size, shuffled = self.num_instance, {pid: [] for pid in self.by_pid}
-        for index in torch.randperm(len(self.pids), generator=self.generator).tolist():
+        for index in torch.randperm(len(self.pids), generator=generator).tolist():
             shuffled[self.pids[index]].append(index)
         short = sum(-len(indices) % size for indices in self.by_pid.values())
         count = short + self.count // size
-        draws = iter(torch.randint(2**62, (count,), generator=self.generator).tolist())
+        draws = iter(torch.randint(2**62, (count,), generator=generator).tolist())
         groups = {}
         for pid, found in shuffled.items():
             own = self.by_pid[pid]

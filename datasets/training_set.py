@@ -13,14 +13,14 @@ from datasets.image_cache import ImageFiles
 from datasets.records import TrainSample
 from datasets.samplers import Key
 from datasets.text import TextAugmentation, tokenize, trim
-from datasets.transforms import DRAWS_PLAIN, BrokenImage
+from datasets.transforms import UNIFORM_PLAIN, BrokenImage
 from utils.errors import UserError
 
 
 class TrainDataset(Dataset):
     """Samples by `Key`; a batch of them is a dict of tensors:
 
-    `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `draws` (and `pair_draws`)
+    `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `uniform` (and `pair_uniform`)
     [B, K] uniform numbers for their augmentation, `pids` [B], `index` [B] of the samples,
     `caption_ids` [B, L], augmented; with attributes `attributes` and `pair_attributes` [B, A]; for
     the loss `mlm` `masked_labels` [B, L], `masked_at` [X], where the X labels stand in the
@@ -30,7 +30,7 @@ class TrainDataset(Dataset):
 
     Args:
         images: the samples' images; with two views those of all pairs follow.
-        draws: uniform numbers per image.
+        numbers: uniform random numbers per image.
         augment: what captions go through; None leaves them whole.
         skip: replace a sample whose image is broken by the next of the epoch.
     """
@@ -39,12 +39,12 @@ class TrainDataset(Dataset):
         self,
         samples: Sequence[TrainSample],
         images: ImageFiles,
-        draws: int = DRAWS_PLAIN,
+        numbers: int = UNIFORM_PLAIN,
         text_length: int = 77,
         augment: TextAugmentation | None = None,
         skip: bool = False,
     ) -> None:
-        self.samples, self.images, self.draws = samples, images, draws
+        self.samples, self.images, self.numbers = samples, images, numbers
         self.augment = augment or TextAugmentation()
         self.skip = skip
         self.caption_ids = tokenize(
@@ -73,10 +73,10 @@ class TrainDataset(Dataset):
         generator = torch.Generator().manual_seed(seed)
         item = {"index": index, "pids": sample.pid}
         item["images"] = self.images[index]
-        item["draws"] = torch.rand(self.draws, generator=generator)
+        item["uniform"] = torch.rand(self.numbers, generator=generator)
         if sample.pair is not None:
             item["pair_images"] = self.images[len(self.samples) + index]
-            item["pair_draws"] = torch.rand(self.draws, generator=generator)
+            item["pair_uniform"] = torch.rand(self.numbers, generator=generator)
         if sample.image.attributes is not None:
             item["attributes"] = torch.tensor(sample.image.attributes)
             if sample.pair is not None:

@@ -55,8 +55,9 @@ UPRIGHT = {  # what undoes each orientation of EXIF; from 5 on, width and height
     7: PILImage.Transpose.TRANSVERSE,
     8: PILImage.Transpose.ROTATE_90,
 }
-DRAWS_PLAIN = 1  # the flip
-DRAWS_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2  # flip; crop; erase?; rectangles; place
+# How many uniform random numbers an image needs.
+UNIFORM_PLAIN = 1  # the flip
+UNIFORM_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2  # flip; crop; erase?; rectangles; place
 
 
 class BrokenImage(UserError):
@@ -198,7 +199,7 @@ def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Ten
 
 def train_transform(
     images_BCHW: Tensor,
-    draws_BK: Tensor,
+    uniform_BK: Tensor,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
@@ -208,17 +209,17 @@ def train_transform(
     a rectangle of 2 to 40 % of the area, filling it with the mean colour (0 after normalising).
 
     Args:
-        draws_BK: uniform numbers in [0, 1), K = DRAWS_AUGMENTED for all of it, or DRAWS_PLAIN for
-            the flip alone.
+        uniform_BK: uniform random numbers in [0, 1); K is UNIFORM_AUGMENTED for all of it,
+            UNIFORM_PLAIN for the flip alone.
         mean, std: of the pretrained weights' own input.
     """
-    flip_B = draws_BK[:, 0] < 0.5
-    if draws_BK.shape[1] == DRAWS_PLAIN:
+    flip_B = uniform_BK[:, 0] < 0.5
+    if uniform_BK.shape[1] == UNIFORM_PLAIN:
         flipped = torch.where(flip_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
         return normalise(flipped, mean, std)
     height, width = images_BCHW.shape[-2:]
-    images = normalise(_shift(images_BCHW, flip_B, draws_BK[:, 1:3]), mean, std)
-    erased_BHW = erased_area(height, width, draws_BK[:, 3:])
+    images = normalise(_shift(images_BCHW, flip_B, uniform_BK[:, 1:3]), mean, std)
+    erased_BHW = erased_area(height, width, uniform_BK[:, 3:])
     return images.masked_fill_(erased_BHW[:, None], 0.0)
 
 
@@ -236,14 +237,14 @@ def _shift(images_BCHW: Tensor, flip_B: Tensor, place_B2: Tensor) -> Tensor:
     return padded[each_B, :, rows_BH[:, :, None], columns_BW[:, None, :]].permute(0, 3, 1, 2)
 
 
-def erased_area(height: int, width: int, draws_BK: Tensor) -> Tensor:
+def erased_area(height: int, width: int, uniform_BK: Tensor) -> Tensor:
     """Where random erasing (Zhong et al., 2020) erases: [B, H, W] bool.
 
-    draws: whether to erase; area and shape of ERASING_TRIES rectangles, of which the first that
+    uniform: whether to erase; area and shape of ERASING_TRIES rectangles, of which the first that
     fits is taken; its place. Areas are uniform, shapes log-uniform.
     """
-    erase_B, place_B2 = draws_BK[:, 0] < 0.5, draws_BK[:, -2:]
-    area_BT, shape_BT = draws_BK[:, 1:-2].unflatten(1, (ERASING_TRIES, 2)).unbind(2)
+    erase_B, place_B2 = uniform_BK[:, 0] < 0.5, uniform_BK[:, -2:]
+    area_BT, shape_BT = uniform_BK[:, 1:-2].unflatten(1, (ERASING_TRIES, 2)).unbind(2)
     low, high = ERASED_AREA
     area_BT = (low + (high - low) * area_BT) * (height * width)
     low, high = map(math.log, ERASED_SHAPE)
@@ -257,7 +258,7 @@ def erased_area(height: int, width: int, draws_BK: Tensor) -> Tensor:
     (top_B, left_B), (h_B, w_B) = (place_B2 * room_B2).floor().unbind(1), size_B2.unbind(1)
 
     def between(start_B: Tensor, length_B: Tensor, total: int) -> Tensor:
-        place = torch.arange(total, device=draws_BK.device)
+        place = torch.arange(total, device=uniform_BK.device)
         return (place >= start_B[:, None]) & (place < (start_B + length_B)[:, None])
 
     rows_BH, columns_BW = between(top_B, h_B, height), between(left_B, w_B, width)

@@ -122,10 +122,16 @@ def _load(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     try:
         load_state(trainer.parts, state)
         progress, steps = trainer.progress, len(trainer.loader)
-        if not state["sampler"]["step"] == progress.step <= steps:
+        if progress.step > steps:
             raise ValueError(f"step {progress.step} of an epoch of {steps}")
         if progress.step and not trainer.epoch_log.sums:
             raise ValueError("its sums of losses are missing")
+        then, now = state["batches"], trainer.sampler.describe()
+        if progress.step and then != now:
+            raise ValueError(
+                f"it was saved within an epoch of {then}, and this one is of {now}; finish the "
+                "epoch with the options that it began with, or resume from a save at an epoch's end"
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # an untrusted file may hold anything

@@ -19,8 +19,7 @@ from utils.distributed import World
 
 # The parts' names, which a checkpoint must have to be resumed.
 PARTS = (
-    "model", "optimizer", "scaler", "sampler", "generators", "nonfinite", "epoch_log", "best",
-    "progress",
+    "model", "optimizer", "scaler", "generators", "nonfinite", "epoch_log", "best", "progress",
 )  # fmt: skip
 
 
@@ -110,7 +109,7 @@ def save_state(parts: dict[str, Stateful | nn.Module], about: dict[str, Any]) ->
     """The content of last.pth. All processes must call it.
 
     Args:
-        about: what a reader of the file, and a resumed run, may compare: `data`, `input`, `epoch`.
+        about: what a reader of the file, and a resumed run, may compare: `data`, `input`, ...
     """
     return {**{name: part.state_dict() for name, part in parts.items()}, **about}
 

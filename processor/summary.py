@@ -124,7 +124,7 @@ def protocol_of(checkpoint: dict[str, Any], args: EasyDict, data: Data, world: W
     best, chosen_on = told_by(checkpoint)[1], LAST_EPOCH
     if best:
         chosen_on = best["split"]
-    elif "sampler" not in checkpoint:  # which goes on with a run
+    elif "progress" not in checkpoint:  # which last.pth has
         chosen_on = next(iter(selecting_splits(args.val_dataset)), LAST_EPOCH)
     return Protocol(data, chosen_on, world, args.finetune)
 

@@ -78,7 +78,6 @@ class Trainer:
             "model": self.model,
             "optimizer": OptimizerState(train_step.optimizer),
             "scaler": train_step.scaler,
-            "sampler": self.sampler,
             "generators": Generators(self.model.generator, args.seed, device, self.world),
             "nonfinite": self.guard,
             "epoch_log": self.epoch_log,
@@ -119,7 +118,6 @@ class Trainer:
                 shown = " ".join(f"{name} {value:.2f}" for name, value in values.items())
                 line += f"  {split}: {shown}" + "  best" * (split in better)
             self.progress.epoch, self.progress.step = epoch, 0
-            self.sampler.end_epoch()
             self.epoch_log.end(line, metrics)
             due = self.save_epochs and epoch % self.save_epochs == 0
             if better or due or epoch == args.num_epoch:
@@ -134,6 +132,7 @@ class Trainer:
             self.args, self.progress, self.sampler, self.model.base_model.sizes
         )  # fmt: skip
         lr = set_lr(self.train_step.optimizer, progress.epoch, args)
+        sampler.set_epoch(progress.epoch, progress.step)
         self.epoch_log.begin(progress.epoch, progress.step, lr)
         self.model.train()
         for batch in on_device(self.loader, self.device, sizes.image_mean, sizes.image_std):
@@ -164,8 +163,7 @@ class Trainer:
     def save(self) -> None:
         """Write last.pth. All processes must call it."""
         self.guard.look(wait=True)
-        self.sampler.step = self.progress.step
-        about = {"epoch": self.progress.epoch, **self._about()}
+        about = {"epoch": self.progress.epoch, "batches": self.sampler.describe(), **self._about()}
         self._write(self.run_dir / LAST, save_state(self.parts, about), self.args.keep_last)
         self.saved = time.monotonic()
 

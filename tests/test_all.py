@@ -12,6 +12,7 @@ import yaml
 
 import test as test_entry
 import train as train_entry
+from processor.history import read_history
 from processor.queries import read_queries
 from tests.helpers import SCRATCH, golden_clip, run
 from utils.checkpoint import load_checkpoint
@@ -52,11 +53,15 @@ def finished(mini_root, tmp_path_factory):
 
 def test_a_run_leaves_what_the_documentation_says(finished):
     names = {p.name for p in finished.iterdir()}
-    assert {"train_log.txt", "configs.yaml", "best.pth", "last.pth"} <= names
+    assert {"train_log.txt", "configs.yaml", "history.jsonl", "best.pth", "last.pth"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     log = (finished / "train_log.txt").read_text()
     assert len(re.findall(r"epoch \d/3  loss .*supkl .*match2 .*test: R@1", log)) == 3
     assert "best.pth is chosen by R@1 on the test split: this is the paper's protocol" in log
+    rows = read_history(finished)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert f"loss {rows[2]['loss/total']:.3f} (supkl {rows[2]['loss/supkl']:.3f}" in log
+    assert f"test: R@1 {rows[2]['test']['R@1']:.2f}" in log and rows[2]["lr"] > 0
     for name in ("best", "last"):
         assert list(load_checkpoint(finished / f"{name}.pth")["data"]["counts"]) == ["train", "val", "test"]  # fmt: skip
     best, last = (load_checkpoint(finished / f"{n}.pth") for n in ("best", "last"))

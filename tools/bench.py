@@ -40,7 +40,7 @@ from datasets.loaders import to_device, train_loader
 from datasets.registry import read_dataset
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
-from datasets.transforms import DRAWS_AUGMENTED, DRAWS_PLAIN
+from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN
 from model.aeafirm import AEAFIRM
 from model.build import build_training_model
 from model.losses.registry import needs_masked, parse_loss_names
@@ -135,7 +135,7 @@ def made_up_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, to
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
     ids = tokenize(captions(size), args.text_length)
     augment = augmentation_of(args, needs_masked(parse_loss_names(args.loss_names)))
-    draws = DRAWS_AUGMENTED if args.img_aug else DRAWS_PLAIN
+    numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     batch = TrainDataset.collate([augment(row, generator) for row in ids])
     batch["pids"] = torch.arange(size) // 2
     if pad:
@@ -144,7 +144,7 @@ def made_up_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, to
     for view in ("", "pair_") if pairs else ("",):
         shape = (size, 3, *args.img_size)
         batch[f"{view}images"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        batch[f"{view}draws"] = torch.rand((size, draws), generator=generator)
+        batch[f"{view}uniform"] = torch.rand((size, numbers), generator=generator)
         batch[f"{view}attributes"] = torch.randint(60, (size, 7), generator=generator) % classes
     return batch
 
@@ -166,10 +166,10 @@ def plain_losses(model: AEAFIRM, batch: dict[str, torch.Tensor]) -> dict[str, to
     def looped(sentence_SD: torch.Tensor, image_VD: torch.Tensor) -> torch.Tensor:
         labels_VA = torch.cat([batch["attributes"], batch["pair_attributes"]])
         state = model.generator.get_state()
-        drawn = model.sentences.draw(labels_VA, model.generator)
-        model.generator.set_state(state)  # the loss draws the same again
+        sampled = model.sentences.sample(labels_VA, model.generator)
+        model.generator.set_state(state)  # the loss samples the same again
         logits = image_VD.new_zeros((len(image_VD), len(sentence_SD), 2))
-        for index_VA in drawn:
+        for index_VA in sampled:
             for v, indices in enumerate(index_VA.tolist()):
                 for s in indices:
                     both = sentence_SD[s], image_VD[v]
@@ -204,7 +204,7 @@ def bench_data(args: EasyDict, device: torch.device) -> Iterator[Row]:
     data = read_dataset(args)
     for workers in sorted({0, 1, 2, 4, args.num_workers}):
         args.num_workers = workers
-        batches = train_loader(data, args, torch.Generator().manual_seed(0), device)
+        batches = train_loader(data, args, device)
         seconds, found = [], iter(batches)
         next(found)  # processes start
         for _ in range(min(args.repeat, len(batches) - 1)):

@@ -46,6 +46,7 @@ from easydict import EasyDict
 from tqdm import tqdm
 
 from datasets.registry import read_dataset
+from processor.history import HISTORY, read_history
 from processor.queries import CHECKPOINTS, check_figures, read_results, stem
 from processor.summary import told_by
 from tools.bench import measured_step
@@ -475,7 +476,7 @@ class Runner:
     def _call(self, job: Job, gpu: str | None, *command: str) -> None:
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
         console = job.folder / "console.txt"
-        line = ""
+        line, epochs = "", epochs_done(job)
         log = append(console)
         try:
             child = subprocess.Popen(
@@ -487,8 +488,9 @@ class Runner:
                 with suppress(OSError):  # a full disk costs these lines
                     log.write(line)
                     log.flush()
-                if re.match(r"epoch \d+/\d+  loss", line):
-                    self.bar.update()
+                if (now := epochs_logged(job)) > epochs:
+                    self.bar.update(now - epochs)
+                    epochs = now
             code = child.wait()
             self.children.discard(child)
         finally:
@@ -520,6 +522,12 @@ def run_jobs(jobs: list[Job], gpus: list[str], code: dict[str, str]) -> None:
         except KeyboardInterrupt:
             runner.stop()
             raise
+
+
+def epochs_logged(job: Job) -> int:
+    """Epochs that a job's newest run has ended, as its history says; the last may not be saved."""
+    runs = sorted(job.folder.glob(f"logs/*/*/{HISTORY}"), key=lambda path: path.stat().st_mtime_ns)
+    return max((row["epoch"] for row in read_history(runs[-1].parent)), default=0) if runs else 0
 
 
 def epochs_done(job: Job) -> int:

@@ -60,7 +60,7 @@ class SentenceTable(nn.Module):
         ):  # fmt: skip
             self.register_buffer(name, torch.as_tensor(value), persistent=False)
 
-    def draw(self, labels_VA: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, labels_VA: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Indices [V, A] of a positive and of a negative sentence, uniform within their class.
 
         Labels are those of the data set, of which the table's `columns` are taken.
@@ -159,8 +159,8 @@ def match2(inputs: Inputs) -> Tensor:
         image_VD = torch.cat([image_VD, inputs.pair_BD])
         labels_VA = torch.cat([labels_VA, inputs.labels["pair_attributes"]])
     logits_VS2 = inputs.modules["atr_matching_head"](inputs.sentence_SD, image_VD)
-    drawn = inputs.modules["sentences"].draw(labels_VA, inputs.generator)
-    return match_loss(logits_VS2, *drawn)
+    sampled = inputs.modules["sentences"].sample(labels_VA, inputs.generator)
+    return match_loss(logits_VS2, *sampled)
 
 
 def match2_modules(setting: Setting) -> dict[str, nn.Module]:

@@ -15,11 +15,11 @@ CPU = torch.device("cpu")
 
 
 def batches(root, seed=5, **more):
-    args = options(root_dir=str(root), img_aug=True, **{"loss_names": "sdm", **more})
+    more = {"loss_names": "sdm", "seed": seed, **more}
+    args = options(root_dir=str(root), img_aug=True, **more)
     data = read("AGDataAttr", args.root_dir)
     masked = needs_masked(parse_loss_names(args.loss_names))
-    generator = torch.Generator().manual_seed(seed)
-    return list(train_loader(data, args, generator, CPU, masked=masked)), data
+    return list(train_loader(data, args, CPU, masked=masked)), data
 
 
 def test_a_batch_holds_what_its_samples_hold(mini_root):
@@ -37,7 +37,9 @@ def test_a_batch_holds_what_its_samples_hold(mini_root):
             assert (ids[length:] == 0).all()
             for view, image in (("", sample.image), ("pair_", sample.pair)):
                 assert torch.equal(batch[f"{view}images"][row], load_image(image.path, (96, 32)))
-        assert (batch["draws"] != batch["pair_draws"]).all()  # views are augmented independently
+        assert (
+            batch["uniform"] != batch["pair_uniform"]
+        ).all()  # views are augmented independently
         assert (batch["caption_ids"] != 0).any(dim=0).all()  # no column of padding alone
 
 
@@ -80,7 +82,7 @@ def test_batches_one_ahead_are_the_same_in_the_same_order(mini_root):
     assert len(ahead) == len(found) > 1
     for batch, moved in zip(found, ahead, strict=True):
         expected = to_device(batch, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-        assert expected.keys() == moved.keys() and "draws" not in moved
+        assert expected.keys() == moved.keys() and "uniform" not in moved
         assert all(torch.equal(expected[name], moved[name]) for name in moved)
         assert moved["pair_images"].dtype == torch.float32
     assert list(on_device([], CPU, (0.5,) * 3, (0.2,) * 3)) == []
@@ -89,17 +91,26 @@ def test_batches_one_ahead_are_the_same_in_the_same_order(mini_root):
 def test_augmentation_differs_between_epochs_and_leaves_the_global_generator_alone(mini_root):
     args = options(root_dir=str(mini_root), img_aug=True)
     data = read("AGDataAttr", args.root_dir)
-    loader = train_loader(data, args, torch.Generator().manual_seed(5), CPU)
-    before = torch.get_rng_state()
-    first, second = ({int(i): d for b in loader for i, d in zip(b["index"], b["draws"], strict=True)} for _ in range(2))  # fmt: skip
+    loader = train_loader(data, args, CPU)
+    before, epochs = torch.get_rng_state(), []
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)
+        rows = [(b["index"].tolist(), b["uniform"]) for b in loader]
+        epochs.append(
+            {i: d for indices, uniform in rows for i, d in zip(indices, uniform, strict=True)}
+        )
+    first, second = epochs
     assert not any(torch.equal(first[i], second[i]) for i in first)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_random_sampler_visits_all_once_in_new_orders():
-    sampler = RandomSampler(20, 6, torch.Generator().manual_seed(0))
+    sampler = RandomSampler(20, 6, 0)
     assert [len(batch) for batch in sampler] == [6, 6, 6, 2]
-    first, second = ([key for batch in sampler for key in batch] for _ in range(2))
+    first = [key for batch in sampler for key in batch]
+    assert [key for batch in sampler for key in batch] == first
+    sampler.set_epoch(1)
+    second = [key for batch in sampler for key in batch]
     assert sorted(k.index for k in first) == sorted(k.index for k in second) == list(range(20))
     assert [k.index for k in first] != [k.index for k in second]
     assert len({k.seed for k in first + second}) == 40
@@ -108,8 +119,9 @@ def test_random_sampler_visits_all_once_in_new_orders():
 @pytest.mark.parametrize("counts", [[4] * 6, [1, 9, 2, 5, 3, 8, 4], [30, 1, 1, 1]])
 def test_identity_sampler_fills_batches_with_distinct_identities(counts):
     pids = [pid for pid, count in enumerate(counts) for _ in range(count)]
-    sampler = IdentitySampler(pids, 3, 6, torch.Generator().manual_seed(0))
-    for _ in range(2):
+    sampler = IdentitySampler(pids, 3, 6, 0)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
         order = [key.index for batch in sampler for key in batch]
         assert len(order) == 6 * len(sampler) > 0
         for start in range(0, len(order), 6):

@@ -11,9 +11,9 @@ from torchvision.transforms import v2
 from datasets.transforms import (
     CLIP_MEAN,
     CLIP_STD,
-    DRAWS_AUGMENTED,
-    DRAWS_PLAIN,
     ERASED_AREA,
+    UNIFORM_AUGMENTED,
+    UNIFORM_PLAIN,
     UPRIGHT,
     BrokenImage,
     erased_area,
@@ -32,7 +32,7 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
 
 
-def draws(count: int, kind: int, seed: int = 0) -> torch.Tensor:
+def uniform(count: int, kind: int, seed: int = 0) -> torch.Tensor:
     return torch.rand((count, kind), generator=torch.Generator().manual_seed(seed))
 
 
@@ -180,7 +180,7 @@ def test_a_broken_picture_is_told_with_its_entry_only_where_it_has_one(tmp_path,
 
 
 def test_the_plain_transform_flips_half_of_the_images_and_changes_nothing_else():
-    images, numbers = pictures(64), draws(64, DRAWS_PLAIN)
+    images, numbers = pictures(64), uniform(64, UNIFORM_PLAIN)
     flipped = numbers[:, 0] < 0.5
     assert 20 < flipped.sum() < 44
     found = train_transform(images, numbers)
@@ -189,7 +189,7 @@ def test_the_plain_transform_flips_half_of_the_images_and_changes_nothing_else()
 
 
 def test_augmentation_of_a_batch_equals_one_image_after_another():
-    images, numbers = pictures(40), draws(40, DRAWS_AUGMENTED)
+    images, numbers = pictures(40), uniform(40, UNIFORM_AUGMENTED)
     found = train_transform(images, numbers)
     erased = erased_area(HEIGHT, WIDTH, numbers[:, 3:])
     for row in range(40):
@@ -206,7 +206,7 @@ def test_augmentation_of_a_batch_equals_one_image_after_another():
 
 def test_crops_reach_every_place_and_no_other():
     white = torch.full((1, 3, HEIGHT, WIDTH), 255, dtype=torch.uint8)
-    numbers = torch.full((2, DRAWS_AUGMENTED), 0.9)
+    numbers = torch.full((2, UNIFORM_AUGMENTED), 0.9)
     numbers[0, 1:3], numbers[1, 1:3] = 0.0, 1 - 1e-7
     first, last = train_transform(white.expand(2, -1, -1, -1), numbers)
     black = normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0]
@@ -216,7 +216,7 @@ def test_crops_reach_every_place_and_no_other():
 
 
 def test_erasing_takes_one_rectangle_of_2_to_40_percent_in_half_of_the_images():
-    areas = erased_area(HEIGHT, WIDTH, draws(2000, DRAWS_AUGMENTED - 3))
+    areas = erased_area(HEIGHT, WIDTH, uniform(2000, UNIFORM_AUGMENTED - 3))
     shares = areas.float().mean(dim=(1, 2))
     assert (shares > 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
     rectangles = areas[shares > 0]
@@ -235,7 +235,7 @@ def test_erasing_agrees_with_torchvision_in_its_mean_area():
     torch.manual_seed(0)
     image = torch.zeros(1, HEIGHT, WIDTH)
     theirs = torch.stack([(reference(image) < 0).float().mean() for _ in range(1500)])
-    numbers = draws(1500, DRAWS_AUGMENTED - 3)
+    numbers = uniform(1500, UNIFORM_AUGMENTED - 3)
     numbers[:, 0] = 0
     ours = erased_area(HEIGHT, WIDTH, numbers).float().mean(dim=(1, 2))
     assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=0.012)
@@ -243,6 +243,6 @@ def test_erasing_agrees_with_torchvision_in_its_mean_area():
 
 
 def test_an_image_for_which_no_rectangle_fits_stays_whole():
-    numbers = torch.full((1, DRAWS_AUGMENTED - 3), 0.999)  # 40 % of the area, 3.3 times as high
+    numbers = torch.full((1, UNIFORM_AUGMENTED - 3), 0.999)  # 40 % of the area, 3.3 times as high
     numbers[:, 0] = 0
     assert not erased_area(32, 32, numbers).any()

@@ -35,7 +35,7 @@ def test_vectorised_matching_equals_the_loop_over_samples(fusion):
     sentences, images = torch.randn(9, 6), torch.randn(5, 6)
     weight, bias = torch.randn(2, 6 if fusion == "dot" else 12), torch.randn(2)
     labels = torch.tensor([[0, 2], [1, 0], [1, 1], [0, 0], [1, 2]])
-    positive, negative = table().draw(labels, torch.Generator().manual_seed(4))
+    positive, negative = table().sample(labels, torch.Generator().manual_seed(4))
     total = 0.0
     for index, target in ((positive, 1), (negative, 0)):
         for v in range(5):
@@ -51,7 +51,7 @@ def test_vectorised_matching_equals_the_loop_over_samples(fusion):
 @pytest.mark.parametrize("negatives", ["next", "random"])
 def test_draws_are_of_the_right_class_and_reach_every_sentence(negatives):
     labels = torch.cartesian_prod(torch.arange(2), torch.arange(3)).repeat(200, 1)
-    positive, negative = table(negatives).draw(labels, torch.Generator().manual_seed(0))
+    positive, negative = table(negatives).sample(labels, torch.Generator().manual_seed(0))
     other = {}
     for v in range(len(labels)):
         for a in range(2):
@@ -67,7 +67,7 @@ def test_draws_are_of_the_right_class_and_reach_every_sentence(negatives):
 
 def test_random_negatives_are_uniform_over_the_other_classes():
     labels = torch.zeros(6000, 2, dtype=torch.long)
-    _, negative = table("random").draw(labels, torch.Generator().manual_seed(0))
+    _, negative = table("random").sample(labels, torch.Generator().manual_seed(0))
     drawn = torch.tensor([owner(s)[1] for s in negative[:, 1].tolist()])
     assert (drawn == 1).float().mean().item() == pytest.approx(0.5, abs=0.03)
 
@@ -76,8 +76,8 @@ def test_draws_repeat_with_the_generators_state():
     labels = torch.zeros(50, 2, dtype=torch.long)
     generator = torch.Generator().manual_seed(7)
     state = generator.get_state()
-    first = table("random").draw(labels, generator)
-    again = table("random").draw(labels, generator.set_state(state))
+    first = table("random").sample(labels, generator)
+    again = table("random").sample(labels, generator.set_state(state))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -110,7 +110,7 @@ def test_some_attributes_take_their_own_columns_of_the_labels():
               for c, group in enumerate(attributes[n].sentences) for _ in group]  # fmt: skip
     assert len(owners) == len(chosen.ids)
     labels = torch.tensor([[0, 2, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 1, 0]])
-    positive, negative = chosen.draw(labels, torch.Generator().manual_seed(0))
+    positive, negative = chosen.sample(labels, torch.Generator().manual_seed(0))
     assert [[owners[s] for s in row] for row in positive.tolist()] == [
         [("altitude", 1), ("age", 2)], [("altitude", 0), ("age", 0)]
     ]  # fmt: skip

@@ -175,8 +175,8 @@ def test_attribute_matching_of_one_view_is_that_of_its_images_alone(clip_file):
     model = build_model(args, ["match2", "dot"], num_classes=0).eval()
     single = golden_batch(two_views=False)
     double = {**single, "pair_images": single["images"], "pair_attributes": single["attributes"]}
-    drawn = model.sentences.draw(single["attributes"], torch.Generator().manual_seed(0))
-    model.sentences.draw = lambda labels, _: [d.repeat(len(labels) // 4, 1) for d in drawn]
+    drawn = model.sentences.sample(single["attributes"], torch.Generator().manual_seed(0))
+    model.sentences.sample = lambda labels, _: [d.repeat(len(labels) // 4, 1) for d in drawn]
     with torch.no_grad():
         torch.testing.assert_close(model(single)["match2"], model(double)["match2"])
 

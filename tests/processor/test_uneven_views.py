@@ -84,10 +84,11 @@ def test_results_and_report_show_every_gallery_as_long_as_it_is(evaluated):
         captions = galleries["aerial"]["queries"] + galleries["aerial"]["unmatched"]
         assert len(queries["test/ground/first"]) == captions
     given = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
-    page = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
+    sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
     # Worst and random, two captions each: ten images of 12, all 4, ten of 16.
-    assert page.count("<img") == 2 * 2 * (10 + 4 + 10)
-    assert " of 12)" in page and " of 4)" in page and " of 16)" in page
+    assert [len(best) for sheet in sheets for *_, best in sheet.captions] == [10] * 4 + [4] * 4 + [10] * 4  # fmt: skip
+    told = [rank.split()[-1] for sheet in sheets for _, rank, _ in sheet.captions]
+    assert told == ["12"] * 4 + ["4"] * 4 + ["16"] * 4
 
 
 def test_the_check_counts_and_reads_every_view(uneven_root, monkeypatch, capsys):
@@ -103,8 +104,8 @@ def test_a_view_without_images_is_left_out_everywhere(evaluated):
     results = json.loads((evaluated / "test_results.json").read_text())
     assert list(results["splits"]["test"]["galleries"])[:2] == ["aerial", "aerial + ground"]
     given = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
-    page = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
-    assert page.count("<img") == 2 * 2 * (10 + 10)
+    sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
+    assert [len(best) for sheet in sheets for *_, best in sheet.captions] == [10] * 8
 
 
 def test_attributes_are_judged_in_the_views_that_have_images(mini_root, clip_file):

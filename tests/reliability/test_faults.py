@@ -223,9 +223,9 @@ def test_a_broken_image_gives_way_to_the_next_sample_of_the_epoch(mini_copy):
     broken_image(mini_copy, view=3)  # of the pair
     data = read("AGDataAttr", mini_copy)
     args = options(root_dir=str(mini_copy), on_bad_image="skip")
-    loader = train_loader(data, args, torch.Generator().manual_seed(1), CPU)
+    loader = train_loader(data, args, CPU)
     found = [batch for batch in loader]
-    epoch = loader.batch_sampler.epoch
+    epoch = loader.batch_sampler.keys
     place = next(i for i, key in enumerate(epoch) if key.index == 5)
     indices = torch.cat([batch["index"] for batch in found]).tolist()
     expected = [key.index for key in epoch]
@@ -586,7 +586,7 @@ def keep_loading(root, method, printed):
     datasets.loaders.DataLoader = Loader
     data = read("AGDataAttr", root)
     args = options(root_dir=root, num_workers=1)
-    loader = train_loader(data, args, torch.Generator().manual_seed(1), CPU)
+    loader = train_loader(data, args, CPU)
     for _ in loader:
         break
     with open(printed, "w") as file:

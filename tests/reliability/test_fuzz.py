@@ -199,7 +199,7 @@ def test_annotations(request, data):
         read = tolerated(lambda: read_dataset(args))
         if read is not None:
             check(read, folders[name])
-            tolerated(lambda: train_loader(read, args, torch.Generator(), CPU))
+            tolerated(lambda: train_loader(read, args, CPU))
     finally:
         path.write_bytes(original)
 
@@ -442,7 +442,7 @@ def trainer(trained, mini_root):
     args = parse_options(["--config_file", str(trained / "configs.yaml")])
     args.root_dir = str(mini_root)
     data = read_dataset(args)
-    loader = train_loader(data, args, torch.Generator(), CPU)
+    loader = train_loader(data, args, CPU)
     model = build_training_model(args, args.loss_names.split("+"), data.num_identities)
     train_step = TrainStep(model, build_optimizer(model.named_parameters(), args), args)
     log = logging.getLogger("fuzz")

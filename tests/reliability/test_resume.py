@@ -203,27 +203,34 @@ def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
     same(load_checkpoint(folder / "best.aside1.pth"), later)
 
 
-def test_an_epoch_that_is_under_way_cannot_change_its_batches(mini_root, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"batch_size": 8}, "of 16 samples in batches of 5 .*of 16 samples in batches of 8"),
+        ({"sampler": "identity", "batch_size": 5, "num_instance": 1}, "RandomSampler.*Identity"),
+    ],
+    ids=["batch size", "sampler"],
+)
+def test_an_epoch_that_is_under_way_cannot_change_its_batches(
+    other, told, mini_root, tmp_path, monkeypatch
+):
     words = flags(mini_root, tmp_path, loss_names="itc")
     with monkeypatch.context() as patch:
         raise_at_step(patch, 2, signal.SIGTERM)
         with pytest.raises(Stopped):
             run(train_entry.main, patch, *words)
-    again = ["--resume", "--output_dir", tmp_path, "--batch_size", 8]
-    with pytest.raises(UserError, match=r"of 16 samples in batches of 5 .*of 16 samples in batch.* 8"):  # fmt: skip
+    given = [word for name, value in other.items() for word in (f"--{name}", value)]
+    again = ["--resume", "--output_dir", tmp_path, *given]
+    with pytest.raises(UserError, match=told):
         run(train_entry.main, monkeypatch, *again)
     run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path)  # its own options
     run(train_entry.main, monkeypatch, *again, "--num_epoch", 4)  # between epochs it may
 
 
-def test_an_epoch_of_identities_that_is_under_way_cannot_change_its_batches():
+def test_batches_of_identities_are_described_by_all_that_makes_them():
     pids = [0, 0, 1, 1, 2, 2, 3, 3]
-    sampler = IdentitySampler(pids, 2, 4, torch.Generator())
-    next(iter(sampler))
-    sampler.step = 1
-    state = sampler.state_dict()
-    with pytest.raises(ValueError, match="2 of an identity.*1 of an identity"):
-        IdentitySampler(pids, 1, 4, torch.Generator()).load_state_dict(state)
+    two, one = (IdentitySampler(pids, n, 4, 0).describe() for n in (2, 1))
+    assert two == "8 samples in batches of 4 (IdentitySampler), 2 of an identity" != one
 
 
 def test_a_run_is_left_to_the_process_that_works_on_it(mini_root, tmp_path, monkeypatch):

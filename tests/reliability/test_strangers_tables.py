@@ -24,7 +24,9 @@ from torch.utils.tensorboard import writer as tensorboard
 from processor import queries
 from processor.queries import per_query, read_queries, read_results, write_results
 from tests.helpers import run
+from tools import _report_charts as charts
 from tools import compare_runs, report, reproduce
+from tools._report_runs import Run, read_scalars
 from utils import files
 from utils.errors import UserError
 from utils.metrics import Ranked
@@ -256,7 +258,7 @@ def test_curves_of_older_versions_are_whole_though_the_clock_went_back(tmp_path,
     write(2_000_000.0, 1, [9, 8, 7, 6])
     write(1_000_000.0, 3, [70, 60, 50])  # went on from epoch 2
     monkeypatch.undo()
-    found = report.read_scalars(tmp_path)["loss/total"]
+    found = read_scalars(tmp_path)["loss/total"]
     assert found == [(1, 9), (2, 8), (3, 70), (4, 60), (5, 50)]
 
 
@@ -279,7 +281,7 @@ def test_curves_are_ordered_by_epoch_though_the_clock_went_back(tmp_path, monkey
     write(2, range(4, 9), 200, 4)
     now[0] = 1_500_000.0
     write(3, range(7, 8), 300, 7)  # went back to epoch 6, and has done one more
-    found = report.read_scalars(tmp_path)["loss/total"]
+    found = read_scalars(tmp_path)["loss/total"]
     assert found == [(1, 101), (2, 102), (3, 103), (4, 204), (5, 205), (6, 206), (7, 307)]
     attempt("1", "a run that went on under an earlier clock, in the report", "half of its epochs", f"epochs {[step for step, _ in found]}")  # fmt: skip
 
@@ -294,7 +296,7 @@ def test_a_run_counts_its_starts(mini_root, tmp_path, monkeypatch):
     more = ["--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 2]
     run(train_entry.main, monkeypatch, *more)
     assert sorted(path.suffix for path in folder.glob("events.*")) == [".00001", ".00002"]
-    assert [step for step, _ in report.read_scalars(folder)["loss/total"]] == [1, 2]
+    assert [step for step, _ in read_scalars(folder)["loss/total"]] == [1, 2]
 
 
 # 3: text that is not ours
@@ -494,7 +496,7 @@ def test_notes_of_a_job_that_are_damaged_are_told(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("curve", "polylines"),
+    ("curve", "pieces"),
     [
         ([(1, 1.0), (2, math.nan), (3, 3.0), (4, 2.0)], 2),
         ([(1, math.inf), (2, 1.0)], 1),
@@ -504,7 +506,7 @@ def test_notes_of_a_job_that_are_damaged_are_told(content, tmp_path):
         ([(1, 3e38)], 1),
     ],
 )
-def test_a_curve_with_nan_or_infinity_has_a_gap(curve, polylines, tmp_path, attempt):
+def test_a_curve_with_nan_or_infinity_has_a_gap(curve, pieces, tmp_path, attempt):
     folder = evaluated(tmp_path / "a")
     with SummaryWriter(folder) as writer:
         for step, value in curve:
@@ -512,26 +514,32 @@ def test_a_curve_with_nan_or_infinity_has_a_gap(curve, polylines, tmp_path, atte
     given = argparse.Namespace(queries=0, root_dir="", attributes_file="", device="cpu")
     runs = [report.read_run(folder, "red")]
     page = report.report(runs, given)
-    drawn = report.curves(runs)
-    assert drawn.count("<polyline") == polylines and "nan" not in drawn
-    assert page.encode() and ("no finite value" in drawn) == (not polylines)
-    if polylines == 2:
-        attempt("5", "a curve of 1, NaN, 3, 2 in the report", "traceback", f"{polylines} lines with a gap")  # fmt: skip
+    drawn = charts.training(runs)["loss"][0].svg
+    lines = reproduce.re.findall(r'<path d="([^"]*)"[^>]*fill: none; stroke: #ff0000', drawn)
+    assert sum(line.count("M ") for line in lines) == pieces and "nan" not in drawn
+    assert page.encode() and ("no finite value" in page) == (not pieces)
+    if pieces == 2:
+        attempt("5", "a curve of 1, NaN, 3, 2 in the report", "traceback", f"{pieces} lines with a gap")  # fmt: skip
 
 
-def test_axes_and_single_points_can_be_read():
-    chart = report.plot("lr", {"a": ("red", [(1, 1e-5), (2, 1e-5)])}, "epoch")
-    ticks = reproduce.re.findall(r'"end">([^<]*)', chart)
-    assert len(set(ticks)) == len(ticks) > 2
-    nearly = 3 * math.nextafter(1000, 0)  # whose logarithm is rounded up
-    assert len(report.round_values(0, nearly)) > 2
+@pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-5), (0, 3 * math.nextafter(1000, 0)), (79.59, 100), (-3, 4)])  # fmt: skip
+def test_axes_can_be_read(low, high, tmp_path):
+    run = Run(tmp_path, "a", {}, {"lr": [(1, low), (2, high)]}, "red")
+    ticks = reproduce.re.findall(r"end;[^>]*>([^<]*)", charts.training([run])[""][0].svg)
+    assert 2 < len(set(ticks)) == len(ticks) < 9
+
+
+def test_a_single_point_between_gaps_can_be_seen(tmp_path):
     long = [(n, math.nan if n != 50 else 1.0) for n in range(100)]
-    chart = report.plot("loss", {"a": ("red", long)}, "epoch")
-    assert chart.count("<circle") == 1 and "(99 of 100 points are not finite)" in chart
+    chart = charts.training([Run(tmp_path, "a", {}, {"loss": long}, "red")])[""][0]
+    assert chart.svg.count("<use") == 1 and chart.notes == ["a: 99 of 100 points are not finite"]
 
 
 def test_halves_of_characters_are_shown_in_a_page(tmp_path, attempt):
-    shown = report.table(["caption"], [["half \ud800 <b> \x1b"]])
+    run = report.read_run(evaluated(tmp_path / "a"), "red")
+    run.name = "half \ud800 <b> \x1b"
+    given = argparse.Namespace(queries=0, root_dir="", attributes_file="", device="cpu")
+    shown = report.report([run], given)
     assert shown.encode() and r"half \ud800 &lt;b&gt; \x1b" in shown
     attempt("5", "half a character in a caption, in the report", "'?' or UnicodeEncodeError", r"half \ud800")  # fmt: skip
 

@@ -1,8 +1,12 @@
+import argparse
 import base64
 import html.parser
 import io
 import json
+import math
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image as PILImage
@@ -12,7 +16,12 @@ import tools.report as tool
 import train as train_entry
 from processor.queries import read_queries
 from tests.helpers import SCRATCH, run
+from tools import _report_charts as charts
+from tools._report_runs import Run, read_run
 from utils.errors import UserError
+
+HOSTILE = """ "'><script>x</script><b onload=y> {{ 7 * 7 }} $\\frac \x1b \u202e \ud800 &amp;"""
+GIVEN = argparse.Namespace(queries=2, root_dir="", attributes_file="", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +44,35 @@ def evaluated(mini_root, tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """Counts tags, checks that they are closed, and keeps images."""
+    """Checks that tags are closed, and keeps each with its attributes."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.images, self.tags = [], [], []
+        self.open, self.tags = [], []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag == "img":
-            self.images.append(dict(attrs))
-        elif tag not in ("meta",):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def values(self, name):
+        return [attrs[name] for _, attrs in self.tags if name in attrs]
+
+
+def synthetic(**scalars):
+    """A run's curves without its folder."""
+    return Run(Path("a"), "a", {}, scalars, "#ff0000")
 
 
 def test_a_page_of_two_runs_is_whole_and_needs_nothing_else(evaluated, tmp_path, monkeypatch):
@@ -62,27 +80,43 @@ def test_a_page_of_two_runs_is_whole_and_needs_nothing_else(evaluated, tmp_path,
     run(tool.main, monkeypatch, *evaluated, "--output", out, "--queries", 3, "--device", "cpu")
     text = out.read_text()
     page = Page(text)
-    assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
-    assert 'name="viewport"' in text
-    assert "chosen by R@1 on the test split: this is the paper&#x27;s protocol." in text
+    links = page.values("href") + page.values("xlink:href") + page.values("src")
+    ids = page.values("id")
+    assert len(ids) == len(set(ids)) and {x[1:] for x in links if x[0] == "#"} <= set(ids)
+    assert all(x.startswith(("#", "data:image/jpeg;base64,")) for x in links)
+    assert set(re.findall(r"url\(.", text)) <= {"url(#"} and "@import" not in text
+    assert set(re.findall(r"(\S*)=\"https?:", text)) == {"xmlns", "xmlns:xlink"}
+    assert 'name="viewport"' in text and "default-src 'none'" in text
+    assert "chosen by R@1 on the test split: this is the paper&#39;s protocol." in text
     for words in ("Recall against rank", "loss/supkl", "samples_per_second", "R@1", "All options",
-                  "FIRM&#x27;s accuracy per attribute" if "FIRM&#x27;s" in text else "FIRM's accuracy"):  # fmt: skip
+                  "FIRM's accuracy"):  # fmt: skip
         assert words in text
     # Two runs, three galleries, the worst and random ones, three captions, ten images.
-    assert len(page.images) == 2 * 3 * 2 * 3 * 10
-    picture = base64.b64decode(page.images[0]["src"].split(",")[1])
-    assert PILImage.open(io.BytesIO(picture)).height == tool.THUMBNAIL
+    shown = re.findall(r"<title>(rank \d+: (?:hit|miss), identity \d+, .*?)</title><use href", text)
+    assert len(shown) == 2 * 3 * 2 * 3 * 10
+    pictures = page.all("image")
+    assert len({picture["href"] for picture in pictures}) == len(pictures) < len(shown) / 3
+    picture = PILImage.open(io.BytesIO(base64.b64decode(pictures[0]["href"].split(",")[1])))
+    assert picture.height <= tool.THUMBNAIL == int(pictures[0]["height"])
+    assert abs(picture.width / picture.height * tool.THUMBNAIL - int(pictures[0]["width"])) <= 1
+    assert len(text) < 700_000
+
+
+def test_the_same_runs_give_the_same_bytes(evaluated):
+    runs = [read_run(folder, "#ff0000") for folder in evaluated]
+    assert tool.report(runs, GIVEN) == tool.report(runs, GIVEN)
 
 
 def test_frames_agree_with_the_results_of_every_caption(evaluated, tmp_path, monkeypatch):
     """The first green frame of a sheet stands at the rank that test_queries.npz has."""
     out = tmp_path / "report.html"
     run(tool.main, monkeypatch, evaluated[0], "--output", out, "--queries", 20, "--device", "cpu")
-    found = re.findall(r"first match at rank (\d+) of.*?<div class=\"row\">(.*?)</div>", out.read_text())  # fmt: skip
+    found = re.findall(r"first match at rank (\d+) of.*?<div class=\"row\">(.*?)</div>", out.read_text(), re.DOTALL)  # fmt: skip
     assert len(found) > 20
     for rank, images in found:
-        frames = re.findall(r'class="(hit|miss)"', images)
-        assert (frames.index("hit") + 1 if "hit" in frames else 0) == (int(rank) if int(rank) <= 10 else 0)  # fmt: skip
+        frames = [bool(hit) for hit in re.findall(r'role="img"( class="hit")?>', images)]
+        assert frames == [told == "hit" for told in re.findall(r"<title>rank \d+: (\w+)", images)]
+        assert (frames.index(True) + 1 if any(frames) else 0) == (int(rank) if int(rank) <= 10 else 0)  # fmt: skip
     ranked = read_queries(evaluated[0] / "test_queries.npz", "test", "aerial")
     assert {int(r) for r, _ in found} & {int(r) for r in ranked.rows_Q3[:, 0]}
 
@@ -117,15 +151,85 @@ def test_a_run_that_was_not_evaluated_is_told(evaluated, tmp_path, monkeypatch):
         run(tool.main, monkeypatch, tmp_path, "--output", tmp_path / "x.html")
 
 
-def test_captions_and_names_are_escaped():
-    assert "<b>" not in tool.table(["<b>"], [["a & <b>"]])
-    chart = tool.plot("<b>", {"<b>": ("red", [(0, 1.0), (1, 1.0)])}, "epoch")
-    assert "<b>" not in chart and "nan" not in chart
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_package_that_is_missing_is_named(package, evaluated, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "tools._report_charts")
+    monkeypatch.delattr(sys.modules["tools"], "_report_charts")
+    with pytest.raises(UserError, match=f"{package} is not installed; pip install -r requirem"):
+        tool.report([read_run(evaluated[0], "#ff0000")], GIVEN)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (79.59, 100), (1.19, 1.32), (-3, 4), (0, 2e-5)])
-def test_axes_have_a_few_round_values(low, high):
-    values = tool.round_values(low, high)
-    assert 3 <= len(values) <= 8 and low - 1e-9 <= values[0] and values[-1] <= high + 1e-9
-    step = values[1] - values[0]
-    assert f"{step:.0e}"[0] in "125"
+def test_what_others_wrote_changes_no_tag_of_the_page(evaluated, monkeypatch):
+    """Names, tags, galleries, captions, options: the page is built as with harmless ones."""
+    pages = {}
+    for text in ("harm/less", HOSTILE):
+        runs = [read_run(folder, "#ff0000") for folder in evaluated]
+        for one in runs:
+            one.name = text
+            one.results["protocol"] = {"text": text}
+            one.results["data"] = {"changed": {text: text}}
+            split = one.results["splits"]["test"]
+            one.results["splits"][text] = {"galleries": {text: split["galleries"]["aerial"]}}
+            split["attribute_accuracy"] = {text: {text: 50.0}}
+            one.scalars = {text: [(1, 1.0)], f"{text}/b": [(1, math.nan), (2, 1.0)]}
+        picture = tool.Picture("x", True, text)
+        monkeypatch.setattr(tool, "sheets", lambda *_, t=text, p=picture: [tool.Sheet(t, [(t, t, [p])])])  # fmt: skip
+        monkeypatch.setattr(tool, "thumbnail", lambda path: (1, "data:,"))
+        monkeypatch.setattr(tool, "options_table", lambda _, t=text: [(t, t, "")])
+        pages[text] = tool.report(runs, GIVEN)
+    assert pages[HOSTILE].encode()
+    built = [[(tag, list(attrs)) for tag, attrs in Page(page).tags] for page in pages.values()]
+    assert built[0] == built[1]
+    shown = html.unescape(pages[HOSTILE])
+    assert "{{ 7 * 7 }} $\\frac \\x1b \\u202e \\ud800 &amp;" in shown and "\x1b" not in shown
+
+
+def test_the_table_can_be_narrowed_and_has_the_best_of_each_place_in_bold(evaluated):
+    runs = [read_run(folder, "#ff0000") for folder in evaluated]
+    for one, value in zip(runs, (50, 60), strict=True):
+        gallery = one.results["splits"]["test"]["galleries"]["ground"]
+        gallery.update(dict.fromkeys(gallery, value), mAP=40)
+    rows = [r for r in tool.figures(runs) if r["gallery"] == "ground" and r["split"] == "test"]
+    assert [row["best"] for row in rows] == [
+        [False, False, False, True, False], [True, True, True, True, True]
+    ]  # fmt: skip
+    assert not any(any(row["best"]) for row in tool.figures(runs[:1]))
+    page = Page(tool.report(runs, argparse.Namespace(**{**vars(GIVEN), "queries": 0})))
+    offered = {attrs["value"] for attrs in page.all("option")} - {""}
+    assert offered == {*page.values("data-split"), *page.values("data-gallery")}
+    assert {attrs["scope"] for attrs in page.all("th")} == {"col", "row"}
+
+
+def test_runs_of_different_length_share_the_axis_of_epochs(monkeypatch):
+    drawn, figure = [], charts.figure
+    monkeypatch.setattr(charts, "figure", lambda *a: drawn.append(figure(*a)) or drawn[-1])
+    short, long = ([(n, 1000.0 / n) for n in range(1, most + 1)] for most in (3, 12))
+    found = charts.training([synthetic(lr=short, **{"loss/a": long}), synthetic(**{"loss/a": short})])  # fmt: skip
+    assert {group: [c.title for c in of] for group, of in found.items()} == {"loss": ["loss/a"], "": ["lr"]}  # fmt: skip
+    axes = [one.axes[0] for one in drawn]
+    assert len({a.get_xlim() for a in axes}) == len({a.get_position().bounds for a in axes}) == 1
+    assert all(a.get_xlim()[0] < 1 and 12 < a.get_xlim()[1] < 13 for a in axes)
+
+
+def test_a_long_line_is_thinned_to_its_extremes_and_keeps_its_gaps():
+    points = [(n, math.sin(n)) for n in range(1, 5001)]
+    points[1233] = (1234, 9.0)
+    points[4321] = (4322, -9.0)
+    points[2000:2003] = [(n, math.nan) for n in (2001, 2002, 2003)]
+    found = charts.thinned(points)
+    assert len(found) <= charts.MOST and found == sorted(set(found) & set(points), key=points.index)
+    assert {points[0], points[-1], points[1233], points[4321]} <= set(found)
+    assert any(2001 <= x <= 2003 and math.isnan(y) for x, y in found)
+    assert charts.thinned(points[:500]) == points[:500]
+    assert len(charts.thinned([(n, math.nan if n % 2 else 1.0) for n in range(9999)])) <= charts.MOST  # fmt: skip
+    (line,) = charts.figure([("#ff0000", points)], "epoch", (1, 5000), None).axes[0].lines
+    assert line.get_markevery() == [] and line.get_linewidth() <= 1
+
+
+def test_a_chart_takes_its_text_from_the_page_and_leaves_the_page_its_style():
+    chart = charts.training([synthetic(a=[(1, 1.0), (2, 2.0)])])[""][0]
+    assert chart.told == "a: 2 in the end, 1 to 2" and not chart.notes
+    assert "currentColor" in chart.svg and charts.INK not in chart.svg
+    assert "<style" not in chart.svg and "width=" not in chart.svg.split(">")[0]
+    assert not re.search(r"fill: #(?!ff0000)", chart.svg)  # no background of its own

@@ -1,0 +1,78 @@
+"""What a report reads: the figures of evaluated runs, and the curves of their training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from processor.queries import check_figures, read_results
+from utils.errors import UserError
+from utils.runs import EVENTS
+
+DIGITS = len(EVENTS.format(0)) - 1  # of the number at the end of a file of curves
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Run:
+    """What a run's folder says."""
+
+    folder: Path
+    name: str
+    results: dict[str, Any]
+    scalars: dict[str, Points]  # by TensorBoard's tag: (epoch, value)
+    colour: str
+
+
+def read_run(folder: Path, colour: str) -> Run:
+    """Raises UserError if the folder is no evaluated run."""
+    path = folder / "test_results.json"
+    results = read_results(path, folder / "test_queries.npz")
+    check_figures(results, path)
+    return Run(folder, folder.absolute().name, results, read_scalars(folder), colour)
+
+
+def percentages(gallery: dict[str, Any]) -> list[float]:
+    """R@1, R@5, R@10, mAP and mINP of a gallery in test_results.json."""
+    return [gallery[key] for key in ("r1", "r5", "r10", "mAP", "mINP")]
+
+
+def read_scalars(folder: Path) -> dict[str, Points]:
+    """(epoch, value) of every curve that TensorBoard has of a run, by epoch.
+
+    A run that went on has a file of each start. TensorBoard orders them by the clock, which may
+    have been put back; here by the number at the end of their names, which the trainer counts up.
+    From the first epoch of a file on, what older ones say does not count; files of older versions
+    have no number, and of theirs all epochs count.
+    """
+    files = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        if not path.is_file():
+            continue
+        events = EventAccumulator(
+            str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False
+        )
+        try:
+            events.Reload()
+            found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        except Exception as error:  # what reads a stranger's file may raise anything
+            raise UserError(f"{path}: no events of TensorBoard: {error}") from None
+        first = min((event.step for curve in found.values() for event in curve), default=math.inf)
+        number = path.suffix.removeprefix(".")
+        number = int(number) if number.isdecimal() and len(number) == DIGITS else 0
+        files.append((number, first, found))
+    files.sort(key=lambda file: file[0])
+    older = [file for file in files if not file[0]]
+    # A run begins with its first epoch. If another's file has the earlier time, a clock went back.
+    if any(first < older[0][1] for _, first, _ in older):
+        files.sort(key=lambda file: (file[0], 0 if file[0] else file[1]))
+    curves: dict[str, dict[int, float]] = {}
+    for number, first, found in files:
+        for tag in (*curves, *found):
+            before = {s: v for s, v in curves.get(tag, {}).items() if s < first or not number}
+            curves[tag] = before | {e.step: e.value for e in found.get(tag, ())}
+    return {tag: sorted(points.items()) for tag, points in curves.items()}
