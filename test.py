@@ -44,15 +44,15 @@ def main() -> None:
         raise UserError(f"--bootstrap {args.bootstrap}: draws must be 0 or more")
     allow_open_files(args.num_workers)
     check_writable(path.parent)
-    world, device = distributed.start(args.device)
-    log = setup_logger(rank=world.rank)
+    processes, device = distributed.start(args.device)
+    log = setup_logger(rank=processes.rank)
     for note in notes:
         log.info(note)
     args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
     model = build_evaluation_model(args, checkpoint, str(path)).to(device)
     data, lost = read_for_test(args)
-    protocol = protocol_of(checkpoint, args, data, world)
+    protocol = protocol_of(checkpoint, args, data, processes)
     content, told = data_of(checkpoint, data)
     warn(log, data)
     epoch, best = told_by(checkpoint)
@@ -65,7 +65,7 @@ def main() -> None:
     results |= {"protocol": protocol.results(), "data": content}
     # The split that chose the checkpoint comes too, so that its figures can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
-        evaluator = Evaluator(data, name, args, device, world=world)
+        evaluator = Evaluator(data, name, args, device, processes=processes)
         with explained(args, device, evaluator.files, "evaluation"):
             features = evaluator.encode(model)
             galleries = evaluator.galleries(features)
@@ -86,7 +86,7 @@ def main() -> None:
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(Lines(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()
-    if not world.is_rank_0:
+    if not processes.is_rank_0:
         return
     log.info(write_results(path, results, queries))
 

@@ -32,7 +32,7 @@ from model.weights import (
 )
 from utils.attributes import read_attributes
 from utils.checkpoint import refuse_dead
-from utils.distributed import SINGLE_PROCESS, World
+from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError, suggest
 
 PREFIX = "base_model."  # of the backbone's weights in a checkpoint
@@ -103,7 +103,7 @@ def build_model(
     loss_names: Sequence[str],
     num_classes: int,
     weights: dict[str, Tensor] | None = None,
-    world: World = SINGLE_PROCESS,
+    processes: Processes = SINGLE_PROCESS,
 ) -> AEAFIRM:
     """The model that the options describe, on the CPU.
 
@@ -120,7 +120,7 @@ def build_model(
         args,
         num_classes=num_classes,
         sentences=build_sentences(args) if attributes else None,
-        world=world,
+        processes=processes,
     )
     if args.precision == "half":
         open_clip.model.convert_weights_to_fp16(model)
@@ -128,11 +128,14 @@ def build_model(
 
 
 def build_training_model(
-    args: EasyDict, loss_names: Sequence[str], num_classes: int, world: World = SINGLE_PROCESS
+    args: EasyDict,
+    loss_names: Sequence[str],
+    num_classes: int,
+    processes: Processes = SINGLE_PROCESS,
 ) -> AEAFIRM:
     """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
-    model = build_model(args, loss_names, num_classes, world=world)
-    if model.base_model.sizes.is_resnet and (args.accum_steps > 1 or world.size > 1):
+    model = build_model(args, loss_names, num_classes, processes=processes)
+    if model.base_model.sizes.is_resnet and (args.accum_steps > 1 or processes.size > 1):
         flag = "--accum_steps" if args.accum_steps > 1 else "torchrun with several processes"
         raise UserError(
             f"{flag}: a ResNet normalises by the statistics of what is encoded together, so "

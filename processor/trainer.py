@@ -63,28 +63,32 @@ class Trainer:
             evaluators,
         )
         self.run_dir, self.log, self.data = run_dir, log, data
-        self.model, self.world, device = train_step.model, train_step.world, train_step.device
+        self.model, self.processes, device = (
+            train_step.model,
+            train_step.processes,
+            train_step.device,
+        )
         self.device, self.sampler = device, loader.batch_sampler
         self.progress = Progress()
         self.best = Best([e.name for e in evaluators], run_dir)
         self.guard = NonFiniteGuard(
-            args, loader.dataset, run_dir if self.world.is_rank_0 else None, log
+            args, loader.dataset, run_dir if self.processes.is_rank_0 else None, log
         )
         self.epoch_log = EpochLog(
-            args, len(loader), self.sampler.count, device, run_dir, log, self.world
+            args, len(loader), self.sampler.count, device, run_dir, log, self.processes
         )
         # All that survives the run, by name; see processor/state.py.
         self.parts = {
             "model": self.model,
             "optimizer": OptimizerState(train_step.optimizer),
             "scaler": train_step.scaler,
-            "generators": Generators(self.model.generator, args.seed, device, self.world),
+            "generators": Generators(self.model.generator, args.seed, device, self.processes),
             "nonfinite": self.guard,
             "epoch_log": self.epoch_log,
             "best": self.best,
             "progress": self.progress,
         }
-        self.stop, self.flags = StopRequest(), AgreedFlags(self.world)
+        self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)
         self.save_epochs, self.save_seconds = parse_period(args.save_period)
         self.saved = time.monotonic()
         self.in_step = False  # then the queue may be ahead of the weights
@@ -158,7 +162,7 @@ class Trainer:
             for e in self.evaluators
         }
         # Other processors may round a similarity otherwise, and all must choose alike.
-        return self.world.from_rank_0(metrics)
+        return self.processes.from_rank_0(metrics)
 
     def save(self) -> None:
         """Write last.pth. All processes must call it."""
@@ -183,9 +187,9 @@ class Trainer:
     def _write(self, path: Path, content: dict[str, Any], keep: int = 1) -> None:
         """Save a checkpoint at rank 0. The others wait: a step's collectives have less patience
         than a slow disk may ask for."""
-        if self.world.is_rank_0:
+        if self.processes.is_rank_0:
             save_checkpoint(path, content, keep)
-        self.world.barrier()
+        self.processes.barrier()
 
     def _save_or_stop(self) -> None:
         """Between steps: save if minutes are up; if any process got a signal, save and stop.
@@ -195,11 +199,11 @@ class Trainer:
         due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
         if due:
             self.saved = time.monotonic()  # several processes agree a step later; ask once
-        stop, due = self.flags(bool(self.stop.name), self.world.is_rank_0 and due)
+        stop, due = self.flags(bool(self.stop.name), self.processes.is_rank_0 and due)
         if stop or due:
             self.save()
         if stop:
-            name = next(n for n in self.world.all_gather_objects(self.stop.name) if n)
+            name = next(n for n in self.processes.all_gather_objects(self.stop.name) if n)
             raise Stopped(f"{name}: {self._saved()}")
 
     def _rescue(self) -> str:
@@ -207,7 +211,7 @@ class Trainer:
 
         Several processes may each be in another place, so they do not.
         """
-        if self.world.size > 1 or self.in_step:
+        if self.processes.size > 1 or self.in_step:
             return ""
         self.guard.waiting.clear()
         try:
@@ -217,7 +221,7 @@ class Trainer:
         return f" ({self._saved()})"
 
     def _saved(self) -> str:
-        program = "python" if self.world.size == 1 else "torchrun ..."
+        program = "python" if self.processes.size == 1 else "torchrun ..."
         words = ["--resume", "--resume_ckpt_file", str(self.run_dir / LAST)]
         words += ["--image_cache", self.args.image_cache] if self.args.image_cache else []
         return (

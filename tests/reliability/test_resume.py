@@ -268,7 +268,7 @@ def test_minutes_between_saves_are_kept_and_older_saves_stay(mini_root, tmp_path
 
 def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_path, monkeypatch):
     class Late:
-        def __init__(self, world):
+        def __init__(self, processes):
             self.flags = [False, False]
 
         def __call__(self, *flags):
