@@ -1,6 +1,6 @@
 # make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
 # make test   the test suite
-# make reliability   its part on kills, faults and strangers' files, with far more of each (9 minutes)
+# make reliability   its part on kills, faults and untrusted files, with far more of each (9 minutes)
 # make resolve   can the requirements be installed on every supported Python?
 # make docs   what follows from the code: docs/options.md, and tables and a picture in other pages
 # They make a virtual environment first (.venv, or VENV=elsewhere).

@@ -51,7 +51,7 @@ def finished(mini_root, tmp_path_factory):
         return train(monkeypatch, mini_root, tmp_path_factory.mktemp("logs"))
 
 
-def test_a_run_leaves_what_the_readme_says(finished):
+def test_a_run_leaves_what_the_documentation_says(finished):
     names = {p.name for p in finished.iterdir()}
     assert {"train_log.txt", "configs.yaml", "history.jsonl", "best.pth", "last.pth"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)

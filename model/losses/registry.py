@@ -118,7 +118,7 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
 
 
 def losses_table() -> str:
-    """The table of losses in Markdown, for the README."""
+    """The table of losses in Markdown, for docs/training.md."""
     lines = ["| name | what it is | needs |", "|---|---|---|"]
     for name, row in LOSSES.items():
         needs = ["both views"] * row.pairs + ["attributes"] * row.attributes

@@ -194,5 +194,5 @@ def test_views_are_for_single_images_alone(mini_root):
         read("AGData", mini_root, views="a")
 
 
-def test_the_readme_holds_the_table_of_data_sets_as_it_is():
-    assert datasets_table() in (ROOT / "README.md").read_text()
+def test_the_documentation_holds_the_table_of_data_sets_as_it_is():
+    assert datasets_table() in (ROOT / "docs/data.md").read_text()
