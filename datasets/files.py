@@ -68,14 +68,6 @@ def composed(path: str) -> str:
     return unicodedata.normalize("NFC", path.replace("\\", "/"))
 
 
-class _Listing(NamedTuple):
-    """A folder's content."""
-
-    files: frozenset[str]
-    names: dict[str, str]  # of files and folders, by their composed form
-    problem: str  # why it could not be listed, unless there is no such folder
-
-
 class ImageFolder:
     """Finds images below a folder; one listing per folder beats a look at every image."""
 
@@ -123,13 +115,6 @@ class ImageFolder:
             problem = error.strerror
         listing = self._listed[str(folder)] = _Listing(frozenset(files), names, problem)
         return listing
-
-
-def _is_file(item: os.DirEntry) -> bool:
-    try:
-        return item.is_file()
-    except OSError:  # a link into a folder that is not to be read: opening it will say so
-        return True
 
 
 class Said:
@@ -220,3 +205,18 @@ def same_content(paths: Sequence[str]) -> list[int]:
         contents = dict(zip(alike, pool.map(digest, alike), strict=True))
     numbers: dict[str, int] = {}
     return [numbers.setdefault(contents.get(path, path), len(numbers)) for path in paths]
+
+
+class _Listing(NamedTuple):
+    """A folder's content."""
+
+    files: frozenset[str]
+    names: dict[str, str]  # of files and folders, by their composed form
+    problem: str  # why it could not be listed, unless there is no such folder
+
+
+def _is_file(item: os.DirEntry) -> bool:
+    try:
+        return item.is_file()
+    except OSError:  # a link into a folder that is not to be read: opening it will say so
+        return True

@@ -42,15 +42,6 @@ def fingerprint(data: Data) -> dict[str, Any]:
     return found
 
 
-def _content(split: Split, shown) -> list:
-    galleries = [
-        [view, [shown(image) for image in g.images], g.pids, g.sources]
-        for view, g in split.galleries.items()
-    ]
-    captions = [split.captions, split.caption_pids, split.caption_sources]
-    return [split.sources, galleries, captions]
-
-
 def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
     """By split what differs between two of `fingerprint`, in words; None if `then` is none (a
     checkpoint of before, or of other code)."""
@@ -67,6 +58,15 @@ def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
         same = "; the same counts, but other content or another order" if old == new else ""
         told[split] = f"{old} then, {new} now{same}"
     return told
+
+
+def _content(split: Split, shown) -> list:
+    galleries = [
+        [view, [shown(image) for image in g.images], g.pids, g.sources]
+        for view, g in split.galleries.items()
+    ]
+    captions = [split.captions, split.caption_pids, split.caption_sources]
+    return [split.sources, galleries, captions]
 
 
 def _counted(counts: Any) -> str:

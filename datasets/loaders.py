@@ -27,50 +27,6 @@ from utils.errors import UserError
 from utils.interrupt import serve_training
 
 
-def to_device(
-    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Tensor]:
-    """Move a training batch and make its images the encoder's input (`train_transform`)."""
-    batch = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-    for view in ("", "pair_"):
-        if f"{view}images" in batch:
-            uniform = batch.pop(f"{view}uniform")
-            batch[f"{view}images"] = train_transform(batch[f"{view}images"], uniform, mean, std)
-    return batch
-
-
-def on_device(
-    batches: Iterable[dict[str, Tensor]],
-    device: torch.device,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Iterator[dict[str, Tensor]]:
-    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented, on a
-    stream of its own, while the last is computed on. (On a CPU streams are empty shells.)"""
-    streams = torch.get_device_module(device)
-    copies, ahead = streams.Stream(), None
-    for batch in batches:
-        with streams.stream(copies):
-            moved = to_device(batch, device, mean, std), copies.record_event()
-        if ahead is not None:
-            yield _arrived(*ahead, streams.current_stream())
-        ahead = moved
-    if ahead is not None:
-        yield _arrived(*ahead, streams.current_stream())
-
-
-def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[str, Tensor]:
-    """Let the computing stream wait for its batch, and the allocator know who uses it."""
-    stream.wait_event(copied)
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.is_cuda:
-            value.record_stream(stream)
-    return batch
-
-
 def train_loader(
     data: Data,
     args: EasyDict,
@@ -129,6 +85,50 @@ def caption_batches(
     """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
     for batch in evaluation_batches(len(captions), args.test_batch_size, processes)[0]:
         yield trim(tokenize([captions[i] for i in batch], args.text_length))
+
+
+def on_device(
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Iterator[dict[str, Tensor]]:
+    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented, on a
+    stream of its own, while the last is computed on. (On a CPU streams are empty shells.)"""
+    streams = torch.get_device_module(device)
+    copies, ahead = streams.Stream(), None
+    for batch in batches:
+        with streams.stream(copies):
+            moved = to_device(batch, device, mean, std), copies.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead, streams.current_stream())
+        ahead = moved
+    if ahead is not None:
+        yield _arrived(*ahead, streams.current_stream())
+
+
+def to_device(
+    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Tensor]:
+    """Move a training batch and make its images the encoder's input (`train_transform`)."""
+    batch = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    for view in ("", "pair_"):
+        if f"{view}images" in batch:
+            uniform = batch.pop(f"{view}uniform")
+            batch[f"{view}images"] = train_transform(batch[f"{view}images"], uniform, mean, std)
+    return batch
+
+
+def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[str, Tensor]:
+    """Let the computing stream wait for its batch, and the allocator know who uses it."""
+    stream.wait_event(copied)
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.is_cuda:
+            value.record_stream(stream)
+    return batch
 
 
 def _image_files(

@@ -64,6 +64,16 @@ class BrokenImage(UserError):
     """An image that cannot be read, which `--on_bad_image skip` passes over."""
 
 
+def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
+    """Read an image and resize it (bilinear, antialiased) to height and width: [3, H, W] uint8.
+
+    A JPEG of more than four times the size is decoded smaller, but at twice the size or more, so
+    that the resizing filter still decides: the bytes differ by a level or two.
+    """
+    image = read_image(path, entry, at_least=(2 * size[0], 2 * size[1]))
+    return tv.pil_to_tensor(tv.resize(image, list(size)))
+
+
 def read_image(
     path: str, entry: str = "", at_least: tuple[int, int] | None = None
 ) -> PILImage.Image:
@@ -108,6 +118,92 @@ def read_image(
     raise BrokenImage(f"{path}{where}: the image cannot be read: {error}. {advice}.") from None
 
 
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """8-bit RGB of a decoded image of any mode. Transparency is dropped, as in the original: the
+    colours that stand in the file count. Raises ValueError for grey values of unknown scale.
+
+    Grey of 16 bits (12 in some TIFFs) is scaled by its depth; PIL's own conversion would clip it.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        tags = getattr(image, "tag_v2", {})  # a TIFF's
+        white, values = 2 ** tags.get(BITS, (16,))[0] - 1, np.asarray(image)
+        scaled = np.empty(values.shape, np.uint8)
+        for row, grey in enumerate(values):  # whole, the wide numbers would take much memory
+            grey = (grey.astype(np.int64) * 255 + white // 2) // white
+            scaled[row] = (255 - grey if tags.get(WHITE_IS) == 0 else grey).clip(0, 255)
+        image = PILImage.fromarray(scaled)
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its grey values are {'32-bit numbers' if image.mode == 'F' else 'integers'} whose "
+            "white is unknown; save it with 8 or 16 bits"
+        )
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns of the direct way
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def train_transform(
+    images_BCHW: Tensor,
+    uniform_BK: Tensor,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Augment and normalise a batch of bytes; float32, on the device of the images.
+
+    Flip with 0.5. With `--img_aug` also: pad 10 with black and crop at random, then with 0.5 erase
+    a rectangle of 2 to 40 % of the area, filling it with the mean colour (0 after normalising).
+
+    Args:
+        uniform_BK: uniform random numbers in [0, 1); K is UNIFORM_AUGMENTED for all of it,
+            UNIFORM_PLAIN for the flip alone.
+        mean, std: of the pretrained weights' own input.
+    """
+    flip_B = uniform_BK[:, 0] < 0.5
+    if uniform_BK.shape[1] == UNIFORM_PLAIN:
+        flipped = torch.where(flip_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+        return normalise(flipped, mean, std)
+    height, width = images_BCHW.shape[-2:]
+    images = normalise(_shift(images_BCHW, flip_B, uniform_BK[:, 1:3]), mean, std)
+    erased_BHW = erased_area(height, width, uniform_BK[:, 3:])
+    return images.masked_fill_(erased_BHW[:, None], 0.0)
+
+
+def normalise(
+    images_BCHW: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Tensor:
+    """Bytes to the encoder's input: (x / 255 - mean) / std, float32."""
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images_BCHW.device)
+    return images_BCHW.float().mul_(scale).sub_(shift)
+
+
+def erased_area(height: int, width: int, uniform_BK: Tensor) -> Tensor:
+    """Where random erasing (Zhong et al., 2020) erases: [B, H, W] bool.
+
+    uniform: whether to erase; area and shape of ERASING_TRIES rectangles, of which the first that
+    fits is taken; its place. Areas are uniform, shapes log-uniform.
+    """
+    erase_B, place_B2 = uniform_BK[:, 0] < 0.5, uniform_BK[:, -2:]
+    area_BT, shape_BT = uniform_BK[:, 1:-2].unflatten(1, (ERASING_TRIES, 2)).unbind(2)
+    low, high = ERASED_AREA
+    area_BT = (low + (high - low) * area_BT) * (height * width)
+    low, high = map(math.log, ERASED_SHAPE)
+    shape_BT = (low + (high - low) * shape_BT).exp()
+    h_BT, w_BT = (area_BT * shape_BT).sqrt().round(), (area_BT / shape_BT).sqrt().round()
+    fits_BT = (h_BT < height) & (w_BT < width)
+    first_B1 = fits_BT.int().argmax(dim=1, keepdim=True)  # argmax takes the first of equals
+    erase_B &= fits_BT.any(dim=1)
+    size_B2 = torch.cat([h_BT.gather(1, first_B1), w_BT.gather(1, first_B1)], dim=1)
+    room_B2 = torch.stack([height - size_B2[:, 0], width - size_B2[:, 1]], dim=1) + 1
+    (top_B, left_B), (h_B, w_B) = (place_B2 * room_B2).floor().unbind(1), size_B2.unbind(1)
+
+    def between(start_B: Tensor, length_B: Tensor, total: int) -> Tensor:
+        place = torch.arange(total, device=uniform_BK.device)
+        return (place >= start_B[:, None]) & (place < (start_B + length_B)[:, None])
+
+    rows_BH, columns_BW = between(top_B, h_B, height), between(left_B, w_B, width)
+    return erase_B[:, None, None] & rows_BH[:, :, None] & columns_BW[:, None, :]
+
+
 def _scans(file: BinaryIO) -> int:
     """How many scans a JPEG has, by its markers; 0 for another format. Raises ValueError if it is a
     PPM whose header is long, since that is read byte by byte."""
@@ -149,80 +245,6 @@ def _orientation(image: PILImage.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """8-bit RGB of a decoded image of any mode. Transparency is dropped, as in the original: the
-    colours that stand in the file count. Raises ValueError for grey values of unknown scale.
-
-    Grey of 16 bits (12 in some TIFFs) is scaled by its depth; PIL's own conversion would clip it.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        tags = getattr(image, "tag_v2", {})  # a TIFF's
-        white, values = 2 ** tags.get(BITS, (16,))[0] - 1, np.asarray(image)
-        scaled = np.empty(values.shape, np.uint8)
-        for row, grey in enumerate(values):  # whole, the wide numbers would take much memory
-            grey = (grey.astype(np.int64) * 255 + white // 2) // white
-            scaled[row] = (255 - grey if tags.get(WHITE_IS) == 0 else grey).clip(0, 255)
-        image = PILImage.fromarray(scaled)
-    elif image.mode in ("I", "F"):
-        raise ValueError(
-            f"its grey values are {'32-bit numbers' if image.mode == 'F' else 'integers'} whose "
-            "white is unknown; save it with 8 or 16 bits"
-        )
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns of the direct way
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
-    """Read an image and resize it (bilinear, antialiased) to height and width: [3, H, W] uint8.
-
-    A JPEG of more than four times the size is decoded smaller, but at twice the size or more, so
-    that the resizing filter still decides: the bytes differ by a level or two.
-    """
-    image = read_image(path, entry, at_least=(2 * size[0], 2 * size[1]))
-    return tv.pil_to_tensor(tv.resize(image, list(size)))
-
-
-def normalise(
-    images_BCHW: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
-) -> Tensor:
-    """Bytes to the encoder's input: (x / 255 - mean) / std, float32."""
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images_BCHW.device)
-    return images_BCHW.float().mul_(scale).sub_(shift)
-
-
-@functools.cache  # once per device: a copy to it in every step would be a wait
-def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (mean, std))
-    return (1 / (255 * std_C11)).to(device), (mean_C11 / std_C11).to(device)
-
-
-def train_transform(
-    images_BCHW: Tensor,
-    uniform_BK: Tensor,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
-) -> Tensor:
-    """Augment and normalise a batch of bytes; float32, on the device of the images.
-
-    Flip with 0.5. With `--img_aug` also: pad 10 with black and crop at random, then with 0.5 erase
-    a rectangle of 2 to 40 % of the area, filling it with the mean colour (0 after normalising).
-
-    Args:
-        uniform_BK: uniform random numbers in [0, 1); K is UNIFORM_AUGMENTED for all of it,
-            UNIFORM_PLAIN for the flip alone.
-        mean, std: of the pretrained weights' own input.
-    """
-    flip_B = uniform_BK[:, 0] < 0.5
-    if uniform_BK.shape[1] == UNIFORM_PLAIN:
-        flipped = torch.where(flip_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
-        return normalise(flipped, mean, std)
-    height, width = images_BCHW.shape[-2:]
-    images = normalise(_shift(images_BCHW, flip_B, uniform_BK[:, 1:3]), mean, std)
-    erased_BHW = erased_area(height, width, uniform_BK[:, 3:])
-    return images.masked_fill_(erased_BHW[:, None], 0.0)
-
-
 def _shift(images_BCHW: Tensor, flip_B: Tensor, place_B2: Tensor) -> Tensor:
     """Flip where told, pad, and crop to the old size at one of (2 * PADDING + 1)^2 places."""
     batch, _, height, width = images_BCHW.shape
@@ -237,29 +259,7 @@ def _shift(images_BCHW: Tensor, flip_B: Tensor, place_B2: Tensor) -> Tensor:
     return padded[each_B, :, rows_BH[:, :, None], columns_BW[:, None, :]].permute(0, 3, 1, 2)
 
 
-def erased_area(height: int, width: int, uniform_BK: Tensor) -> Tensor:
-    """Where random erasing (Zhong et al., 2020) erases: [B, H, W] bool.
-
-    uniform: whether to erase; area and shape of ERASING_TRIES rectangles, of which the first that
-    fits is taken; its place. Areas are uniform, shapes log-uniform.
-    """
-    erase_B, place_B2 = uniform_BK[:, 0] < 0.5, uniform_BK[:, -2:]
-    area_BT, shape_BT = uniform_BK[:, 1:-2].unflatten(1, (ERASING_TRIES, 2)).unbind(2)
-    low, high = ERASED_AREA
-    area_BT = (low + (high - low) * area_BT) * (height * width)
-    low, high = map(math.log, ERASED_SHAPE)
-    shape_BT = (low + (high - low) * shape_BT).exp()
-    h_BT, w_BT = (area_BT * shape_BT).sqrt().round(), (area_BT / shape_BT).sqrt().round()
-    fits_BT = (h_BT < height) & (w_BT < width)
-    first_B1 = fits_BT.int().argmax(dim=1, keepdim=True)  # argmax takes the first of equals
-    erase_B &= fits_BT.any(dim=1)
-    size_B2 = torch.cat([h_BT.gather(1, first_B1), w_BT.gather(1, first_B1)], dim=1)
-    room_B2 = torch.stack([height - size_B2[:, 0], width - size_B2[:, 1]], dim=1) + 1
-    (top_B, left_B), (h_B, w_B) = (place_B2 * room_B2).floor().unbind(1), size_B2.unbind(1)
-
-    def between(start_B: Tensor, length_B: Tensor, total: int) -> Tensor:
-        place = torch.arange(total, device=uniform_BK.device)
-        return (place >= start_B[:, None]) & (place < (start_B + length_B)[:, None])
-
-    rows_BH, columns_BW = between(top_B, h_B, height), between(left_B, w_B, width)
-    return erase_B[:, None, None] & rows_BH[:, :, None] & columns_BW[:, None, :]
+@functools.cache  # once per device: a copy to it in every step would be a wait
+def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    return (1 / (255 * std_C11)).to(device), (mean_C11 / std_C11).to(device)

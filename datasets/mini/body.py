@@ -38,6 +38,24 @@ _TRUNK_D = (
 )
 
 
+def figure(person: Person, phase: float, stride: float) -> tuple[np.ndarray, ...]:
+    """Mesh of a person at a moment of the walk.
+
+    phase (radians) is where in the step, stride (radians) how far the legs swing. Returns quads
+    [Q, 4, 3] in metres with the lower sole at z = 0, colours [Q, 3] in 0..255, bias [Q] metres.
+    """
+    tailor = _Tailor(person, phase, stride)
+    sole = tailor.legs()
+    for part in (tailor.hips, tailor.trunk, tailor.arms, tailor.bag, tailor.head_and_hair):
+        part()
+    quads, colours, bias = tailor.mesh.stack()
+    rise = np.clip(quads[..., 2] - 0.5 * tailor.h, 0, None)
+    stoop = 0.42 if person.age == 2 else 0.06
+    quads[..., 1] += stoop * rise**2 / tailor.h
+    quads[..., 2] -= 0.1 * stoop * rise + sole
+    return quads, np.clip(colours, 0, 255), bias
+
+
 class _Tailor:
     """Builds the mesh of one person; keeps the numbers that several parts share."""
 
@@ -356,21 +374,3 @@ class _Tailor:
             band = (v > 0.3) & (v < 0.45)
             self.mesh.add(quads[band], colour * 0.55, -0.05)
         self.mesh.add(brim[0], colour * 0.88, -0.04)
-
-
-def figure(person: Person, phase: float, stride: float) -> tuple[np.ndarray, ...]:
-    """Mesh of a person at a moment of the walk.
-
-    phase (radians) is where in the step, stride (radians) how far the legs swing. Returns quads
-    [Q, 4, 3] in metres with the lower sole at z = 0, colours [Q, 3] in 0..255, bias [Q] metres.
-    """
-    tailor = _Tailor(person, phase, stride)
-    sole = tailor.legs()
-    for part in (tailor.hips, tailor.trunk, tailor.arms, tailor.bag, tailor.head_and_hair):
-        part()
-    quads, colours, bias = tailor.mesh.stack()
-    rise = np.clip(quads[..., 2] - 0.5 * tailor.h, 0, None)
-    stoop = 0.42 if person.age == 2 else 0.06
-    quads[..., 1] += stoop * rise**2 / tailor.h
-    quads[..., 2] -= 0.1 * stoop * rise + sole
-    return quads, np.clip(colours, 0, 255), bias

@@ -59,18 +59,16 @@ _WEIGHTS = {1: ("slim", "thin", "slender"), 2: ("heavy-set", "stout", "overweigh
 _HEIGHTS = {1: ("tall",), 2: ("short",)}
 
 
-def _article(phrase: str) -> str:
-    return ("an " if phrase[0].lower() in "aeiou" else "a ") + phrase
-
-
-def _listing(parts: list[str]) -> str:
-    """a; a and b; a, b and c."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
-
-
-def _sentence(text: str) -> str:
-    text = re.sub(r"\s+", " ", text).strip().rstrip(",")
-    return text[0].upper() + text[1:] + "."
+def caption(person: Person, views: tuple[View, View], rng: np.random.Generator) -> str:
+    """Describe the person of a pair of views (aerial, ground) in English."""
+    long = rng.random() < LONG_SHARE
+    low, high = LONG_WORDS if long else (SHORTEST, LONGEST)
+    keep = float(rng.uniform(0.6, 1.0))
+    while True:
+        text = (_long if long else _ordinary)(_Speaker(person, views, rng, keep))
+        if low <= len(text.split()) <= high:
+            return text
+        keep = min(1.0, keep + 0.1) if len(text.split()) < low else max(0.0, keep - 0.1)
 
 
 class _Speaker:
@@ -227,12 +225,6 @@ class _Speaker:
         return f"{verb} sideways to the camera" if still else f"{verb} past the camera"
 
 
-def _clause(he: str, phrases: list[str]) -> str:
-    """Participle and "with" phrases as a clause: he has a bag and is holding a phone."""
-    verbs = [f"has {x[5:]}" if x.startswith("with ") else f"is {x}" for x in phrases]
-    return f"{he} {_listing(verbs)}"
-
-
 def _ordinary(say: _Speaker) -> str:
     """A caption that tells the facts in one of six orders."""
     keep, form = say.keep, say.rng.integers(6)
@@ -321,13 +313,21 @@ def _long(say: _Speaker) -> str:
     return " ".join(_sentence(part) for part in parts)
 
 
-def caption(person: Person, views: tuple[View, View], rng: np.random.Generator) -> str:
-    """Describe the person of a pair of views (aerial, ground) in English."""
-    long = rng.random() < LONG_SHARE
-    low, high = LONG_WORDS if long else (SHORTEST, LONGEST)
-    keep = float(rng.uniform(0.6, 1.0))
-    while True:
-        text = (_long if long else _ordinary)(_Speaker(person, views, rng, keep))
-        if low <= len(text.split()) <= high:
-            return text
-        keep = min(1.0, keep + 0.1) if len(text.split()) < low else max(0.0, keep - 0.1)
+def _clause(he: str, phrases: list[str]) -> str:
+    """Participle and "with" phrases as a clause: he has a bag and is holding a phone."""
+    verbs = [f"has {x[5:]}" if x.startswith("with ") else f"is {x}" for x in phrases]
+    return f"{he} {_listing(verbs)}"
+
+
+def _article(phrase: str) -> str:
+    return ("an " if phrase[0].lower() in "aeiou" else "a ") + phrase
+
+
+def _listing(parts: list[str]) -> str:
+    """a; a and b; a, b and c."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+
+
+def _sentence(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).strip().rstrip(",")
+    return text[0].upper() + text[1:] + "."

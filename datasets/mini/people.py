@@ -104,47 +104,6 @@ class Person:
         return upper, lower, self.bag, self.hat, (self.hair, self.hair_colour)
 
 
-def pick(rng: np.random.Generator, weights: dict[str, float]) -> str:
-    """One key of `weights`, drawn in proportion to its value."""
-    values = np.fromiter(weights.values(), float)
-    return list(weights)[rng.choice(len(values), p=values / values.sum())]
-
-
-def _hair(rng: np.random.Generator, woman: bool, age: int) -> tuple[str, str]:
-    if woman:
-        style = pick(rng, {"long": 38, "ponytail": 27, "bob": 20, "bun": 10, "short": 5})
-    else:
-        style = "bald" if rng.random() < (0.3 if age == 2 else 0.05) else "short"
-    colours = {"black": 54, "brown": 27, "blond": 13, "red": 6}
-    return style, "grey" if age == 2 else pick(rng, colours)
-
-
-def _garments(rng: np.random.Generator, woman: bool, warm: bool) -> tuple[str, str, str]:
-    """Upper type, sleeve and lower type that go together in the season."""
-    if woman and rng.random() < 0.18:
-        return "dress", pick(rng, {"short": 5, "none": 3} if warm else {"long": 1}), "dress"
-    upper = pick(rng, _WARM_TOPS if warm else _COLD_TOPS)
-    sleeve = "none" if upper == "tank top" else "long"
-    if upper in ("t-shirt", "polo shirt"):
-        sleeve = "long" if upper == "t-shirt" and rng.random() < 0.15 else "short"
-    elif upper == "shirt" and rng.random() < 0.35:
-        sleeve = "short"
-    lowers = {"trousers": 42, "jeans": 36}
-    if warm:
-        lowers["shorts"] = 24
-    if woman:
-        lowers |= {"leggings": 14, "skirt": 26 if upper != "coat" else 0}
-    return upper, sleeve, pick(rng, lowers)
-
-
-def _shoes(rng: np.random.Generator, woman: bool, age: int, warm: bool) -> tuple[str, str]:
-    if age == 1:
-        return "sneakers", pick(rng, _BRIGHT_SNEAKERS)
-    kinds = {"sneakers": 54, "leather shoes": 30, "sandals": 10 * warm, "boots": 16 * (not warm)}
-    kind = pick(rng, kinds)
-    return kind, pick(rng, _SNEAKERS if kind == "sneakers" else _LEATHER)
-
-
 def sample_person(rng: np.random.Generator) -> Person:
     """Draw an identity; clothes, hair and things carried follow gender, age and season."""
     woman, warm = bool(rng.random() < 0.48), bool(rng.random() < 0.55)
@@ -197,3 +156,44 @@ def sample_person(rng: np.random.Generator) -> Person:
         item=pick(rng, items),
         tone=float(rng.uniform(0.9, 1.08)),
     )
+
+
+def _garments(rng: np.random.Generator, woman: bool, warm: bool) -> tuple[str, str, str]:
+    """Upper type, sleeve and lower type that go together in the season."""
+    if woman and rng.random() < 0.18:
+        return "dress", pick(rng, {"short": 5, "none": 3} if warm else {"long": 1}), "dress"
+    upper = pick(rng, _WARM_TOPS if warm else _COLD_TOPS)
+    sleeve = "none" if upper == "tank top" else "long"
+    if upper in ("t-shirt", "polo shirt"):
+        sleeve = "long" if upper == "t-shirt" and rng.random() < 0.15 else "short"
+    elif upper == "shirt" and rng.random() < 0.35:
+        sleeve = "short"
+    lowers = {"trousers": 42, "jeans": 36}
+    if warm:
+        lowers["shorts"] = 24
+    if woman:
+        lowers |= {"leggings": 14, "skirt": 26 if upper != "coat" else 0}
+    return upper, sleeve, pick(rng, lowers)
+
+
+def _hair(rng: np.random.Generator, woman: bool, age: int) -> tuple[str, str]:
+    if woman:
+        style = pick(rng, {"long": 38, "ponytail": 27, "bob": 20, "bun": 10, "short": 5})
+    else:
+        style = "bald" if rng.random() < (0.3 if age == 2 else 0.05) else "short"
+    colours = {"black": 54, "brown": 27, "blond": 13, "red": 6}
+    return style, "grey" if age == 2 else pick(rng, colours)
+
+
+def _shoes(rng: np.random.Generator, woman: bool, age: int, warm: bool) -> tuple[str, str]:
+    if age == 1:
+        return "sneakers", pick(rng, _BRIGHT_SNEAKERS)
+    kinds = {"sneakers": 54, "leather shoes": 30, "sandals": 10 * warm, "boots": 16 * (not warm)}
+    kind = pick(rng, kinds)
+    return kind, pick(rng, _SNEAKERS if kind == "sneakers" else _LEATHER)
+
+
+def pick(rng: np.random.Generator, weights: dict[str, float]) -> str:
+    """One key of `weights`, drawn in proportion to its value."""
+    values = np.fromiter(weights.values(), float)
+    return list(weights)[rng.choice(len(values), p=values / values.sum())]

@@ -65,6 +65,32 @@ def sample_view(rng: np.random.Generator, person: Person, source: int, aerial: b
     )
 
 
+def paint(person: Person | None, view: View) -> Image.Image:
+    """The picture of `person` (or of the empty place, if None) taken as `view` says; RGB."""
+    rng = np.random.default_rng(view.seed)
+    camera = _Camera(view)
+    image = Image.new("RGB", view.size, (150, 150, 150))
+    (_floor if view.aerial else _street)(_Canvas(image, camera), view, rng)
+    image = _mottle(image.filter(ImageFilter.GaussianBlur(0.8)), rng, 0.04)
+    azimuth, rise = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.1)
+    if not view.aerial:  # in front of the person, or every figure would be a silhouette
+        azimuth = -np.pi / 2 + rng.uniform(-1.1, 1.1)
+    flat = np.cos(rise)
+    sun = np.array((flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(rise)))
+    mesh = None
+    if person is not None:
+        mesh = _placed(person, view.phase, view.stride, view.yaw)
+        image = _shadow(image, camera, mesh[0], sun, view)
+    width, height = view.size
+    image = image.resize((width * _FINE, height * _FINE), Image.Resampling.NEAREST)
+    canvas = _Canvas(image, _Camera(view, _FINE))
+    if mesh is not None:
+        _draw_figure(canvas, mesh, sun, view.dim)
+    if view.occluder != "none":
+        _occlude(canvas, view, rng, sun)
+    return _develop(image.reduce(_FINE), view, rng)
+
+
 class _Camera:
     """Perspective camera that looks at the middle of a person standing at the origin."""
 
@@ -118,14 +144,6 @@ class _Canvas:
             r = scale * rng.uniform(0.14, 0.34)
             box = (x + dx - r, y + dy - r, x + dx + r, y + dy + r)
             self.draw.ellipse(box, fill=_ink(np.array(colour) * rng.uniform(0.65, 1.25)))
-
-
-def _ink(colour) -> tuple[int, ...]:
-    return tuple(int(c) for c in np.clip(colour, 0, 255))
-
-
-def _shade(colour, rng, spread=0.08) -> np.ndarray:
-    return np.array(colour, float) * rng.uniform(1 - spread, 1 + spread)
 
 
 def _street(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
@@ -344,27 +362,9 @@ def _develop(image: Image.Image, view: View, rng: np.random.Generator) -> Image.
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def paint(person: Person | None, view: View) -> Image.Image:
-    """The picture of `person` (or of the empty place, if None) taken as `view` says; RGB."""
-    rng = np.random.default_rng(view.seed)
-    camera = _Camera(view)
-    image = Image.new("RGB", view.size, (150, 150, 150))
-    (_floor if view.aerial else _street)(_Canvas(image, camera), view, rng)
-    image = _mottle(image.filter(ImageFilter.GaussianBlur(0.8)), rng, 0.04)
-    azimuth, rise = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.1)
-    if not view.aerial:  # in front of the person, or every figure would be a silhouette
-        azimuth = -np.pi / 2 + rng.uniform(-1.1, 1.1)
-    flat = np.cos(rise)
-    sun = np.array((flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(rise)))
-    mesh = None
-    if person is not None:
-        mesh = _placed(person, view.phase, view.stride, view.yaw)
-        image = _shadow(image, camera, mesh[0], sun, view)
-    width, height = view.size
-    image = image.resize((width * _FINE, height * _FINE), Image.Resampling.NEAREST)
-    canvas = _Canvas(image, _Camera(view, _FINE))
-    if mesh is not None:
-        _draw_figure(canvas, mesh, sun, view.dim)
-    if view.occluder != "none":
-        _occlude(canvas, view, rng, sun)
-    return _develop(image.reduce(_FINE), view, rng)
+def _shade(colour, rng, spread=0.08) -> np.ndarray:
+    return np.array(colour, float) * rng.uniform(1 - spread, 1 + spread)
+
+
+def _ink(colour) -> tuple[int, ...]:
+    return tuple(int(c) for c in np.clip(colour, 0, 255))
