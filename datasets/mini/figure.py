@@ -1,4 +1,4 @@
-"""A figure for the documentation: people of the test split with their pictures and captions."""
+"""A figure for the documentation: test people with their two pictures and a caption."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ _WIDTH, _MARGIN, _TITLE, _GAP, _LINE = 1200, 38, 34, 10, 22  # pixels
 
 
 def draw_figure(root: Path, out: Path, which: tuple[int, ...] = (18, 10, 71, 90)) -> None:
-    """Write a PNG of the test people with these running numbers in the set at `root`."""
+    """Write a PNG with some test people of the data set in `root`. `which`: their positions in the
+    list of test people."""
     entries = _entries(root)
     entries = [entries[i % len(entries)] for i in which]
     title, text = ImageFont.load_default(size=19), ImageFont.load_default(size=16)
@@ -42,8 +43,8 @@ def draw_figure(root: Path, out: Path, which: tuple[int, ...] = (18, 10, 71, 90)
 
 
 def _entries(root: Path) -> list[tuple[str, Path, Path, str]]:
-    """(source, aerial image, ground image, caption) of test people, sources in turn."""
-    found = []
+    """(source, aerial image, ground image, caption) of each test person, source by source."""
+    entries = []
     for name in SOURCES:
         split = read_json(root / name / JSON_NAME[name].format("test"))
         for i, (pid, aerial, ground) in enumerate(
@@ -52,12 +53,12 @@ def _entries(root: Path) -> list[tuple[str, Path, Path, str]]:
             if split["image_pids"].index(pid) == i:
                 text = split["captions"][split["caption_pids"].index(pid)]
                 images = (root.joinpath(name, *path) for path in (aerial, ground))
-                found.append((name, *images, text))
-    return found
+                entries.append((name, *images, text))
+    return entries
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of text that fit into width pixels."""
+    """Break text into lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
