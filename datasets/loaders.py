@@ -1,4 +1,4 @@
-"""Loaders: batches of a data set, and their way to the device.
+"""Loaders: they make batches of a data set and move them to the device.
 
 loader = train_loader(data, args, device)
 for batch in on_device(loader, device, mean, std): ...     # a dict of tensors, see TrainDataset
@@ -34,30 +34,30 @@ def train_loader(
     processes: Processes = SINGLE_PROCESS,
     masked: bool = False,
 ) -> DataLoader:
-    """Batches of the training set, of several processes this one's shards of them. The loader's
-    `batch_sampler` is an `EpochSampler`, whose `set_epoch` is to be called before each epoch.
+    """Batches of the training set. With several processes, each gets its shard of every batch. The
+    loader's `batch_sampler` is an `EpochSampler`: call its `set_epoch` before each epoch.
 
     Args:
         masked: add masked captions, for a loss that needs them.
     """
-    shown = [(s.image, s.entry) for s in data.train]
-    shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
+    images = [(s.image, s.entry) for s in data.train]
+    images += [(s.pair, s.entry) for s in data.train if s.pair is not None]
     skip = args.on_bad_image == "skip"
-    images = _image_files([x for x, _ in shown], args, processes, [e for _, e in shown], skip)
+    files = _image_files([x for x, _ in images], args, processes, [e for _, e in images], skip)
     numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     augment = augmentation_of(args, masked)
-    dataset = TrainDataset(data.train, images, numbers, args.text_length, augment, skip)
-    epochs = (args.batch_size, args.seed, processes)
+    dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip)
+    sampling = (args.batch_size, args.seed, processes)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
-        sampler = IdentitySampler(pids, args.num_instance, *epochs)
+        sampler = IdentitySampler(pids, args.num_instance, *sampling)
         if not len(sampler):
             raise UserError(
                 f"--sampler identity: {len(set(pids))} identities are fewer than the "
                 f"{sampler.per_batch} that a batch of {args.batch_size} needs"
             )
     else:
-        sampler = RandomSampler(len(dataset), *epochs)
+        sampler = RandomSampler(len(dataset), *sampling)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -72,8 +72,8 @@ def image_loader(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> DataLoader:
-    """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
-    several processes each gets its `evaluation_batches`."""
+    """Batches [B, 3, H, W] uint8 of a gallery's images, in order; `normalise` turns them into the
+    encoder's input. With several processes, each gets its `evaluation_batches`."""
     batches, _ = evaluation_batches(len(images), args.test_batch_size, processes)
     files = _image_files(images, args, processes)
     return DataLoader(files, batch_sampler=batches, **_workers(args, device, processes))
@@ -82,7 +82,8 @@ def image_loader(
 def caption_batches(
     captions: Sequence[str], args: EasyDict, processes: Processes = SINGLE_PROCESS
 ) -> Iterator[Tensor]:
-    """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
+    """Batches [B, L] of token ids, in order, each trimmed to its longest caption. With several
+    processes, each gets its `evaluation_batches`."""
     for batch in evaluation_batches(len(captions), args.test_batch_size, processes)[0]:
         yield trim(tokenize([captions[i] for i in batch], args.text_length))
 
@@ -93,8 +94,8 @@ def on_device(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented, on a
-    stream of its own, while the last is computed on. (On a CPU streams are empty shells.)"""
+    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented on a
+    second stream, while the model computes on the current one. (On a CPU, streams do nothing.)"""
     streams = torch.get_device_module(device)
     copies, ahead = streams.Stream(), None
     for batch in batches:
@@ -110,7 +111,8 @@ def on_device(
 def to_device(
     batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Move a training batch and make its images the encoder's input (`train_transform`)."""
+    """Move a training batch to the device, and turn its images into the encoder's input there
+    (`train_transform`)."""
     batch = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
@@ -123,7 +125,7 @@ def to_device(
 
 
 def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[str, Tensor]:
-    """Let the computing stream wait for its batch, and the allocator know who uses it."""
+    """Make the computing stream wait for its batch, and tell the allocator which stream uses it."""
     stream.wait_event(copied)
     for value in batch.values():
         if isinstance(value, Tensor) and value.is_cuda:
@@ -152,6 +154,7 @@ def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",
         "worker_init_fn": functools.partial(serve_training, os.getpid()),
-        # Of the workers' base seed, which nothing uses: the global generator stays untouched.
+        # For the workers' base seed. Nothing uses it, but otherwise the loader would take it from
+        # the global generator and change that.
         "generator": torch.Generator(),
     }

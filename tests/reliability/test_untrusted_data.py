@@ -106,7 +106,9 @@ def test_a_cache_of_other_images_is_refused(pictures, tmp_path, attempt):
     path = made(pictures, tmp_path / "cache")
     content = np.load(path)
     np.save(path, content[::-1].copy())
-    with pytest.raises(UserError, match=r"holds for .*png something else .*; delete it") as error:
+    with pytest.raises(
+        UserError, match=r"holds another image than .*png; delete the cache"
+    ) as error:
         cached(pictures, tmp_path / "cache")
     attempt("1", "an image cache with other images", "used: R@1 0.00 without a word", error.value)
     np.save(path, content)
@@ -119,7 +121,7 @@ def test_a_cache_of_other_images_is_refused(pictures, tmp_path, attempt):
     ("change", "said"),
     [
         (lambda a: a.astype(np.float32), "holds float32"),
-        (lambda a: np.asfortranarray(a), "by columns"),
+        (lambda a: np.asfortranarray(a), "in Fortran order"),
         (lambda a: a[:-1], r"holds uint8\(11, 3"),
         (lambda a: a.view("V1"), r"holds \|V1"),
     ],
@@ -137,7 +139,7 @@ def test_a_cache_that_calls_images_broken_is_compared_too(pictures, tmp_path, at
     path = made(pictures, tmp_path / "cache")
     beside = path.with_suffix(".broken.json")
     beside.write_text(json.dumps({"0": "x\npass"}))
-    with pytest.raises(UserError, match="something else") as error:
+    with pytest.raises(UserError, match="holds another image") as error:
         cached(pictures, tmp_path / "cache", skip=True)
     attempt("1", "a cache that names a whole image broken", "the image is skipped", error.value)
     for content in ("[1]", '{"0": 1}', "[" * 100_000):
@@ -225,7 +227,7 @@ def test_two_processes_make_one_cache_and_no_clock_ends_one_of_them(
     two.join()
     assert one.exitcode == two.exitcode == 0
     assert len(counted.read_text().split()) == 12 + 2 * 8  # one made it; both compared
-    assert len(list(folder.iterdir())) == 2 and "another process is making it" in told[0]
+    assert len(list(folder.iterdir())) == 2 and "another process is making this cache" in told[0]
     before = "the one being made is deleted, its maker ends with an error"
     attempt("8", "a cache is made while another machine's clock is ahead", before, told[0])
 
@@ -283,7 +285,7 @@ def test_a_cache_that_is_cut_while_it_is_used_is_an_error(workers, mini_root, tm
     loader = train_loader(data, args, CPU)
     (path,) = tmp_path.glob("*.npy")
     os.truncate(path, 5000)
-    with pytest.raises(UserError, match="another program has cut it; delete it") as error:
+    with pytest.raises(UserError, match="another program has truncated it; delete it") as error:
         list(loader)
     with pytest.raises(UserError, match="has 5000 bytes instead of .*; delete it") as after:
         train_loader(data, args, CPU)
@@ -529,7 +531,7 @@ def test_captions_that_are_cut_are_told_of_and_long_sentences_refused(tmp_path, 
     (tmp_path / "dataset.json").write_text(json.dumps(rows))
     (warning,) = [w for w in read("custom", tmp_path).warnings if w.startswith("cut")]
     assert warning == (
-        "cut: of 4 captions the first 4096 characters are read, or of their words the first 256 "
+        "cut: 4 captions have over 4096 characters, or a word of over 256; the rest is not read "
         "(dataset.json, entry 0, caption 1)"
     )
     attempt("4", "captions of 5,200 characters", "read whole", warning)
@@ -604,7 +606,7 @@ def test_a_full_disk_under_the_renderer_is_one_error_and_nothing_stays(tmp_path,
     (line,) = [x for x in done.stderr.split("\n") if x and "person" not in x]
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert line.startswith(f"error: {tmp_path}/set: could not be rendered: ")
-    assert line.endswith(": File too large; make room there, or choose another folder")
+    assert line.endswith(": File too large; free disk space, or choose another folder")
     attempt("8", "python -m datasets.mini on a full disk", "a traceback, and a half set", line)
 
 
@@ -617,13 +619,13 @@ def test_a_set_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, attempt):
 
     with monkeypatch.context() as disk:
         disk.setattr(Path, "write_bytes", full)
-        with pytest.raises(UserError, match="No space left on device; make room"):
+        with pytest.raises(UserError, match="No space left on device; free disk space"):
             render(root, force=True, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["set"] and not render(root, **SMALL)
     assert render(root, force=True, **SMALL) and [p.name for p in tmp_path.iterdir()] == ["set"]
     for odd in ("{", "[" * 100_000, "[]"):
         (root / "mini.json").write_text(odd)
-        with pytest.raises(FileExistsError, match="is not the complete set") as error:
+        with pytest.raises(FileExistsError, match="is not a complete set") as error:
             render(root, **SMALL)
     attempt("8", "a mini.json of other content", "a traceback (RecursionError)", error.value)
     (tmp_path / "link").symlink_to(root)

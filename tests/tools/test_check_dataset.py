@@ -92,9 +92,7 @@ def test_what_the_reader_warned_of_is_a_warning(copy, monkeypatch, capsys):
     change(copy, lambda e: e.append(e[-1]))
     assert check(monkeypatch, "CUHK-PEDES", copy) == 0
     shown = capsys.readouterr().out
-    assert (
-        "warning: oddities in the files: 2\n    said twice: 1 images of test, which count" in shown
-    )
+    assert "warning: oddities in the files: 2\n    repeated: 1 images of test, which count" in shown
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
 
 
