@@ -2,7 +2,7 @@
 
     python test.py --config_file logs/AGDataAttr/<run>/configs.yaml --root_dir data/mini-TBAGPR
 
-The figures are printed and written to test_results.json beside the checkpoint. torchrun spreads the
+The metrics are printed and written to test_results.json beside the checkpoint. torchrun spreads the
 encoding over GPUs, as it does for train.py.
 """
 
@@ -11,8 +11,6 @@ from __future__ import annotations
 import utils  # noqa: F401  before torch is loaded
 
 # isort: split
-
-from dataclasses import asdict
 
 import numpy as np
 
@@ -63,24 +61,24 @@ def main() -> None:
     queries: dict[str, np.ndarray] = {}
     results = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
     results |= {"protocol": protocol.results(), "data": content}
-    # The split that chose the checkpoint comes too, so that its figures can be compared.
+    # The split that chose the checkpoint comes too, so that its metrics can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
         evaluator = Evaluator(data, name, args, device, world=world)
         with explained(args, device, evaluator.files, "evaluation"):
             features = evaluator.encode(model)
             galleries = evaluator.galleries(features)
-        figures = {k: ranked.summary() for k, ranked in galleries.items()}
-        results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
+        metrics = {k: ranked.summary() for k, ranked in galleries.items()}
+        results["splits"][name] = {"galleries": {k: r.results() for k, r in metrics.items()}}
         queries |= per_query(name, galleries)
         heading = visible(f"{name} split, which {protocol.role(name)}")
-        log.info(Lines(f"\n{heading}\n{gallery_table(figures)}"))
+        log.info(Lines(f"\n{heading}\n{gallery_table(metrics)}"))
         if args.bootstrap:
             found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
             results["splits"][name]["intervals"] = found
             heading = f"95 % intervals, {args.bootstrap} draws of identities"
             log.info(Lines(f"\n{heading}\n{interval_table(found)}"))
         if best.get("split") == name:
-            log.info(repeats(best, next(iter(figures.values()))))
+            log.info(repeats(best, next(iter(metrics.values()))))
         if data.attribute_names and hasattr(model, "atr_matching_head"):
             accuracy = evaluator.attribute_accuracy(model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy

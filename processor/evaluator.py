@@ -20,7 +20,7 @@ from model.aeafirm import AEAFIRM
 from utils.devices import autocast, full
 from utils.distributed import SINGLE_PROCESS, World, shares
 from utils.errors import UserError
-from utils.metrics import FIGURES, Ranked, Retrieval, rank
+from utils.metrics import METRICS, Ranked, Retrieval, rank
 from utils.text import visible
 from utils.uncertainty import bootstrap
 
@@ -73,7 +73,7 @@ class Evaluator:
 
     def check_images(self) -> None:
         """Read every image of this process's share once. Raises UserError for a broken one: of a
-        gallery none is skipped, since figures of a smaller gallery would not compare."""
+        gallery none is skipped, since metrics of a smaller gallery would not compare."""
         total = sum(map(len, self.loaders.values()))
         with tqdm(total=total, desc=f"check {self.name}", leave=False, disable=None) as bar:
             for loader in self.loaders.values():
@@ -138,7 +138,7 @@ class Evaluator:
         )[1]
 
     def evaluate(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Retrieval:
-        """All captions against the first view's images: the paper's figures."""
+        """All captions against the first view's images: the paper's metrics."""
         return next(iter(self.galleries(self.encode(model, between)).values())).summary()
 
     def galleries(self, features: Features) -> dict[str, Ranked]:
@@ -198,12 +198,12 @@ class Evaluator:
 
 
 def gallery_table(galleries: dict[str, Retrieval]) -> str:
-    """The galleries' figures in percent, a row each."""
-    table = PrettyTable(["gallery", "queries", "images", *FIGURES])
+    """The galleries' metrics in percent, a row each."""
+    table = PrettyTable(["gallery", "queries", "images", *METRICS])
     table.align = "r"
     table.align["gallery"] = "l"
     for name, r in galleries.items():
-        shown = [f"{value:.2f}" for value in r.percentages().values()]
+        shown = [f"{value:.2f}" for value in r.metrics.values()]
         table.add_row([name, r.queries, r.gallery, *shown])
     lines = [table.get_string()]
     lines += [
@@ -215,14 +215,14 @@ def gallery_table(galleries: dict[str, Retrieval]) -> str:
 
 
 def intervals(ranked: Ranked, draws: int, seed: int) -> dict[str, list[float]]:
-    """95 % interval of each figure of a gallery, bootstrapped over identities."""
+    """95 % interval of each metric of a gallery, bootstrapped over identities."""
     low, high = bootstrap(ranked.percentages(), ranked.pids_Q, draws, seed).tolist()
-    return {name: [a, b] for name, a, b in zip(FIGURES, low, high, strict=True)}
+    return {name: [a, b] for name, a, b in zip(METRICS, low, high, strict=True)}
 
 
 def interval_table(galleries: dict[str, dict[str, list[float]]]) -> str:
     """The intervals, a gallery a row."""
-    table = PrettyTable(["gallery", *FIGURES])
+    table = PrettyTable(["gallery", *METRICS])
     table.align = "r"
     table.align["gallery"] = "l"
     for name, found in galleries.items():

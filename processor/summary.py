@@ -21,7 +21,7 @@ from datasets.registry import selecting_splits
 from processor.evaluator import Evaluator
 from utils.command_line import typed_again
 from utils.distributed import World
-from utils.metrics import FIGURES, Retrieval
+from utils.metrics import METRICS, Retrieval
 from utils.runs import LAST_EPOCH
 from utils.text import visible
 
@@ -142,7 +142,7 @@ def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], lis
 
 def told_by(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
     """The epoch of a checkpoint, and what chose it: `split`, `epoch` and, unless the last epoch was
-    taken, figures in percent. None and empty where it says nothing, or what other code means."""
+    taken, metrics in percent. None and empty where it says nothing, or what other code means."""
     epoch, best = checkpoint.get("epoch"), checkpoint.get("best")
     plain = isinstance(best, dict) and all(
         type(value) is (str if key == "split" else int if key == "epoch" else float)
@@ -150,15 +150,14 @@ def told_by(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
     )
     whole = plain and {"epoch", "split"} <= set(best)
     whole = whole and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
-    whole = whole and (best["split"] == LAST_EPOCH or set(FIGURES) <= set(best))
+    whole = whole and (best["split"] == LAST_EPOCH or set(METRICS) <= set(best))
     return (epoch if type(epoch) is int else None), (best if whole else {})
 
 
 def repeats(best: dict[str, Any], now: Retrieval) -> str:
-    """Whether an evaluation gives the figures that training had at the best epoch."""
-    figures = now.percentages()
-    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in figures.items())
-    then = " ".join(f"{k} {best[k]:.2f}" for k in figures)
+    """Whether an evaluation gives the metrics that training had at the best epoch."""
+    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in now.metrics.items())
+    then = " ".join(f"{k} {best[k]:.2f}" for k in now.metrics)
     return f"training at epoch {best['epoch']}: {then}: {'equal' if same else 'DIFFERENT'}"
 
 
@@ -180,12 +179,12 @@ def evaluate_with(config: Path, checkpoints: Sequence[Path], args: EasyDict) -> 
 
 
 def best_table(best: dict[str, dict[str, Any]]) -> str:
-    """The best epoch by each split that chose one, with all splits' figures there."""
-    table = PrettyTable(["best epoch", "chosen on", "figures of", *FIGURES])
+    """The best epoch by each split that chose one, with all splits' metrics there."""
+    table = PrettyTable(["best epoch", "chosen on", "metrics of", *METRICS])
     table.float_format = ".2"
     for chosen_on, found in best.items():
-        for split, figures in found["metrics"].items():
-            table.add_row([found["epoch"], chosen_on, split, *figures.values()])
+        for split, metrics in found["metrics"].items():
+            table.add_row([found["epoch"], chosen_on, split, *metrics.values()])
         if chosen_on == LAST_EPOCH:
-            table.add_row([found["epoch"], "no split: the last epoch", *[""] * (1 + len(FIGURES))])
+            table.add_row([found["epoch"], "no split: the last epoch", *[""] * (1 + len(METRICS))])
     return table.get_string()

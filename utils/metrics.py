@@ -6,7 +6,7 @@ What is counted
 - A match is a gallery item of the query's identity; its rank counts from 1.
 - Ties: similarities within TIE of each other count as equal, and of equals the matches are ranked
   last. So a picture that is there twice has one rank wherever it stands, and a model that gives
-  every item the same score gets the worst figure. (Without TIE they would not: kernels round a
+  every item the same score gets the worst metrics. (Without TIE they would not: kernels round a
   row's last bits by its position in a batch.)
 - A query whose identity the gallery lacks has no rank; it is left out of every mean and counted
   in `Retrieval.unmatched`.
@@ -23,28 +23,24 @@ from utils.devices import full
 from utils.errors import UserError
 
 CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
-FIGURES = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
+METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
 TIE = 1e-6  # some ten times what float32 rounds a cosine by, and far below what separates people
 COUNTED = 64  # matches per query up to which counting is faster than sorting
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Means over queries, in percent."""
+    """Means over queries."""
 
-    r1: float
-    r5: float
-    r10: float
-    mAP: float
-    mINP: float
+    metrics: dict[str, float]  # those of METRICS, in percent
     queries: int  # queries with at least one match
     unmatched: int  # queries without any
     gallery: int
 
-    def percentages(self) -> dict[str, float]:
-        """The five figures by their usual names, in the usual order."""
-        values = (self.r1, self.r5, self.r10, self.mAP, self.mINP)
-        return dict(zip(FIGURES, values, strict=True))
+    def results(self) -> dict[str, float]:
+        """All of it by name, as test_results.json has it."""
+        counts = {"queries": self.queries, "unmatched": self.unmatched, "gallery": self.gallery}
+        return {**self.metrics, **counts}
 
 
 @dataclass(frozen=True)
@@ -179,11 +175,11 @@ def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
         return 100 * values.double().mean().item()
 
     return Retrieval(
-        r1=percent(first <= 1),
-        r5=percent(first <= 5),
-        r10=percent(first <= 10),
-        mAP=percent(ap),
-        mINP=percent(inp),
+        {
+            **{f"R@{k}": percent(first <= k) for k in (1, 5, 10)},
+            "mAP": percent(ap),
+            "mINP": percent(inp),
+        },
         queries=len(first),
         unmatched=len(rows_Q3) - len(first),
         gallery=gallery,
