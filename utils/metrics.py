@@ -147,20 +147,15 @@ def _not_below(similarity_QG: Tensor, least_QM: Tensor) -> Tensor:
     Ranks of the matches are all that the metrics need. Counting takes one pass over the
     similarities per match; sorting them takes as long as some COUNTED passes.
     """
-    queries, gallery = similarity_QG.shape
     if least_QM.shape[1] > COUNTED:
         ascending_QG = similarity_QG.sort(dim=1).values
-        return gallery - torch.searchsorted(ascending_QG, least_QM)
-    # Bytes of 0 and 1 are added eight at a time, as integers: up to 255 of them cannot carry into
-    # the next byte. This is a hundred times faster on a CPU than summing booleans.
-    padded = -(-gallery // (8 * 255)) * 8 * 255
-    above = torch.zeros((queries, padded), dtype=torch.bool, device=similarity_QG.device)
-    columns = []
-    for least_Q in least_QM.unbind(1):
-        torch.ge(similarity_QG, least_Q[:, None], out=above[:, :gallery])
-        eights = above.view(torch.int64).view(queries, -1, 255).sum(dim=2)
-        columns.append(eights.view(torch.uint8).sum(dim=1))
-    return torch.stack(columns, dim=1)
+        return similarity_QG.shape[1] - torch.searchsorted(ascending_QG, least_QM)
+    # Query by query the comparisons stay in the processor's cache. Counts have their place from the
+    # start: small tensors allocated between large ones would fragment the memory.
+    count_QM = torch.empty_like(least_QM, dtype=torch.int32)
+    for similarity_G, least_M, count_M in zip(similarity_QG, least_QM, count_QM, strict=True):
+        torch.sum(similarity_G >= least_M[:, None], dim=1, dtype=torch.int32, out=count_M)
+    return count_QM
 
 
 def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
