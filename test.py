@@ -14,22 +14,15 @@ import utils  # noqa: F401  before torch is loaded
 
 import numpy as np
 
-from datasets.registry import read_for_test
-from model.build import build_evaluation_model
-from processor.evaluator import (
-    Evaluator,
-    attribute_table,
-    gallery_table,
-    interval_table,
-    intervals,
-)
+from processor.evaluator import attribute_table, gallery_table, interval_table, intervals
 from processor.failures import explained
+from processor.inference import Run
 from processor.queries import per_query, write_results
 from processor.summary import data_of, protocol_of, repeats, told_by, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
-from utils.devices import allow_open_files, choose_precision
+from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.logger import setup_logger
@@ -46,16 +39,15 @@ def main() -> None:
     log = setup_logger(rank=world.rank)
     for note in notes:
         log.info(note)
-    args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
-    model = build_evaluation_model(args, checkpoint, str(path)).to(device)
-    data, lost = read_for_test(args)
+    run = Run(args, checkpoint, path, device)
+    data = run.data()
     protocol = protocol_of(checkpoint, args, data, world)
     content, told = data_of(checkpoint, data)
     warn(log, data)
     epoch, best = told_by(checkpoint)
     log.info(f"{path}: epoch {epoch}; {device.type}, {args.precision}")
-    for note in (*model.base_model.notes, f"this checkpoint is {protocol}", *lost, *told):
+    for note in (*run.notes, f"this checkpoint is {protocol}", *told):
         log.info(note)
 
     queries: dict[str, np.ndarray] = {}
@@ -63,9 +55,9 @@ def main() -> None:
     results |= {"protocol": protocol.results(), "data": content}
     # The split that chose the checkpoint comes too, so that its metrics can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
-        evaluator = Evaluator(data, name, args, device, world=world)
+        evaluator = run.evaluator(name, world)
         with explained(args, device, evaluator.files, "evaluation"):
-            features = evaluator.encode(model)
+            features = evaluator.encode(run.model)
             galleries = evaluator.galleries(features)
         metrics = {k: ranked.summary() for k, ranked in galleries.items()}
         results["splits"][name] = {"galleries": {k: r.results() for k, r in metrics.items()}}
@@ -79,8 +71,8 @@ def main() -> None:
             log.info(Lines(f"\n{heading}\n{interval_table(found)}"))
         if best.get("split") == name:
             log.info(repeats(best, next(iter(metrics.values()))))
-        if data.attribute_names and hasattr(model, "atr_matching_head"):
-            accuracy = evaluator.attribute_accuracy(model, features)
+        if data.attribute_names and hasattr(run.model, "atr_matching_head"):
+            accuracy = evaluator.attribute_accuracy(run.model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(Lines(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from easydict import EasyDict
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.image_cache import ImageFiles
 from datasets.records import Data, Image
@@ -118,9 +118,15 @@ def image_loader(
 ) -> DataLoader:
     """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
     several processes each gets its `evaluation_batches`."""
+    return in_batches(_image_files(images, args, world), args, device, world)
+
+
+def in_batches(
+    images: Dataset, args: EasyDict, device: torch.device, world: World = SINGLE_PROCESS
+) -> DataLoader:
+    """The same of a data set whose items are images [3, H, W] uint8."""
     batches, _ = evaluation_batches(len(images), args.test_batch_size, world)
-    files = _image_files(images, args, world)
-    return DataLoader(files, batch_sampler=batches, **_workers(args, device, world))
+    return DataLoader(images, batch_sampler=batches, **_workers(args, device, world))
 
 
 def caption_batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from easydict import EasyDict
@@ -31,6 +32,12 @@ class Features:
 
     captions: Tensor
     views: dict[str, Tensor]
+
+
+def encode_images(model: AEAFIRM, images_BCHW: Tensor) -> Tensor:
+    """Unnormalised features [B, D] of bytes, as loaders give them."""
+    sizes = model.base_model.sizes
+    return model.encode_image(normalise(images_BCHW, sizes.image_mean, sizes.image_std))
 
 
 class Evaluator:
@@ -115,15 +122,11 @@ class Evaluator:
                 rows = [torch.zeros((0, width), device=self.device, dtype=dtype)]
             return self.world.all_gather({name: torch.cat(rows)}, counts)[name]
 
-        def encode_bytes(images: Tensor) -> Tensor:
-            sizes = model.base_model.sizes
-            return model.encode_image(normalise(images, sizes.image_mean, sizes.image_std))
-
         with bar:
             features = Features(
                 run("captions", model.encode_text, self.captions),
                 {
-                    view: run(view, encode_bytes, loader)[self.rows[view]]
+                    view: run(view, partial(encode_images, model), loader)[self.rows[view]]
                     for view, loader in self.loaders.items()
                 },
             )

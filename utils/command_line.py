@@ -229,8 +229,7 @@ def parse_test_options(
 
     `extra` adds a tool's own options, which come back with the others.
 
-    Returns (options, checkpoint path, notes). Notes are lines to log: which entries of configs.yaml
-    are not used, because they are unknown here or in `COMMAND_LINE_ONLY`.
+    Returns (options, checkpoint path, notes), the notes those of `options_of_run`.
     """
     parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
     parser.add_argument(
@@ -251,6 +250,16 @@ def parse_test_options(
     own = {n: given.pop(n) for n in list(given) if n not in (*TEST_OPTIONS, *_CHECKPOINT_OPTIONS)}
     config_file = Path(given.pop("config_file"))
     checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
+    args, notes = options_of_run(config_file, given)
+    return EasyDict(args, **own), checkpoint, notes
+
+
+def options_of_run(config_file: Path, given: dict[str, Any]) -> tuple[EasyDict, list[str]]:
+    """The options in a run's configs.yaml, overridden by those given, and the lines to log: which
+    entries are not used, because they are unknown here or in `COMMAND_LINE_ONLY`.
+
+    Raises UserError.
+    """
     recorded = read_yaml(config_file)
     unknown = sorted(set(recorded) - set(OPTIONS) - _BOOKKEEPING)
     notes = [f"{config_file}: ignored, unknown here: {', '.join(unknown)}"] if unknown else []
@@ -263,8 +272,7 @@ def parse_test_options(
         value, default = recorded.pop(name, ""), OPTIONS[name].default
         if value not in ("", default, os.path.join(PROJECT, default)) and name not in given:
             notes.append(_not_taken(config_file, name, value))
-    args = EasyDict(resolve({**recorded, **given}), **own)
-    return args, checkpoint, notes
+    return resolve({**recorded, **given}), notes
 
 
 def parse_some(
