@@ -1,8 +1,8 @@
 # make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
 # make test   the test suite
-# make reliability   its part on kills, faults and strangers' files, with far more of each (9 minutes)
+# make reliability   its part on kills, faults and untrusted files, with far more of each (9 minutes)
 # make resolve   can the requirements be installed on every supported Python?
-# make docs   docs/options.md from the table of options
+# make docs   what follows from the code: docs/options.md, and tables and a picture in other pages
 # They make a virtual environment first (.venv, or VENV=elsewhere).
 
 PYTHON ?= python3
@@ -30,11 +30,12 @@ resolve: $(VENV)/installed-dev
 	$(BIN)/python .ci/resolve.py
 
 docs: $(VENV)/installed
-	$(BIN)/python -m utils.option_docs
+	$(BIN)/python tools/docs.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -15,17 +15,17 @@ import utils  # noqa: F401  before torch is loaded
 import numpy as np
 
 from processor.evaluator import attribute_table, gallery_table, interval_table, intervals
-from processor.failures import explained
+from processor.failures import explain_failures
 from processor.inference import Run
 from processor.queries import per_query, write_results
-from processor.summary import data_of, protocol_of, repeats, told_by, warn
+from processor.summary import data_of, epoch_and_best, protocol_of, repeats, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
 from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
-from utils.logger import setup_logger
+from utils.run_log import setup_logger
 from utils.text import Lines, visible
 
 
@@ -35,17 +35,17 @@ def main() -> None:
         raise UserError(f"--bootstrap {args.bootstrap}: draws must be 0 or more")
     allow_open_files(args.num_workers)
     check_writable(path.parent)
-    world, device = distributed.start(args.device)
-    log = setup_logger(rank=world.rank)
+    processes, device = distributed.start(args.device)
+    log = setup_logger(rank=processes.rank)
     for note in notes:
         log.info(note)
     checkpoint = load_checkpoint(path)
     run = Run(args, checkpoint, path, device)
     data = run.data()
-    protocol = protocol_of(checkpoint, args, data, world)
+    protocol = protocol_of(checkpoint, args, data, processes)
     content, told = data_of(checkpoint, data)
     warn(log, data)
-    epoch, best = told_by(checkpoint)
+    epoch, best = epoch_and_best(checkpoint)
     log.info(f"{path}: epoch {epoch}; {device.type}, {args.precision}")
     for note in (*run.notes, f"this checkpoint is {protocol}", *told):
         log.info(note)
@@ -55,8 +55,8 @@ def main() -> None:
     results |= {"protocol": protocol.results(), "data": content}
     # The split that chose the checkpoint comes too, so that its metrics can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
-        evaluator = run.evaluator(name, world)
-        with explained(args, device, evaluator.files, "evaluation"):
+        evaluator = run.evaluator(name, processes)
+        with explain_failures(args, device, evaluator.files, "evaluation"):
             features = evaluator.encode(run.model)
             galleries = evaluator.galleries(features)
         metrics = {k: ranked.summary() for k, ranked in galleries.items()}
@@ -76,7 +76,7 @@ def main() -> None:
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(Lines(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()
-    if not world.is_rank_0:
+    if not processes.is_rank_0:
         return
     log.info(write_results(path, results, queries))
 

@@ -31,7 +31,7 @@ from utils.config import write_config
 from utils.devices import allow_open_files, choose_precision
 from utils.errors import run_main
 from utils.interrupt import leave_at_once
-from utils.logger import setup_logger
+from utils.run_log import setup_logger
 from utils.runs import CONFIG, open_run
 from utils.text import Lines
 
@@ -40,8 +40,8 @@ def main() -> None:
     args = parse_options(description=__doc__.split("\n")[0])
     # All that can be wrong is checked before anything is built, and before a folder is made.
     allow_open_files(args.num_workers)
-    world, device = distributed.start(args.device)
-    args = world.from_rank_0(args)  # each may have found another run to go on with
+    processes, device = distributed.start(args.device)
+    args = processes.from_rank_0(args)  # each may have found another run to go on with
     args.precision = choose_precision(args.precision, device)
     losses = parse_loss_names(args.loss_names)
     data = read_dataset(args)
@@ -49,26 +49,26 @@ def main() -> None:
     if "match2" in losses:
         attributes = read_attributes(args.attributes_file)
         check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
-    loader = train_loader(data, args, device, world, needs_masked(losses))
+    loader = train_loader(data, args, device, processes, needs_masked(losses))
     evaluators = [
-        Evaluator(data, split, args, device, data.views[:1], world)
+        Evaluator(data, split, args, device, data.views[:1], processes)
         for split in selecting_splits(args.val_dataset)
     ]
     if args.on_bad_image == "skip":
         for evaluator in evaluators:
             evaluator.check_images()
-    with world.rank_0_first():  # the first downloads weights, the others find them
-        model = build_training_model(args, losses, data.num_identities, world).to(device)
+    with processes.rank_0_first():  # the first downloads weights, the others find them
+        model = build_training_model(args, losses, data.num_identities, processes).to(device)
     last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
     check_batch_norm(model, args, last_batch * len(data.views))
     resumed, notes = bool(args.resume_ckpt_file), model.base_model.notes
     if args.finetune and not resumed:
         notes = [*notes, load_fitting(model, load_checkpoint(args.finetune), args.finetune)]
-    run_dir = open_run(args, world)
+    run_dir = open_run(args, processes)
     found = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
-    log = setup_logger(run_dir / "train_log.txt", world.rank)
+    log = setup_logger(run_dir / "train_log.txt", processes.rank)
     log.info(f"run folder: {run_dir}")
-    describe(log, data, loader, evaluators, args, device, world)
+    describe(log, data, loader, evaluators, args, device, processes)
     for note in notes:
         log.info(note)
     optimizer = build_optimizer(model.named_parameters(), args)
@@ -79,7 +79,7 @@ def main() -> None:
         for note in (*notes, *resume(trainer, found)):
             log.info(note)
         del found  # or its tensors would stay in memory
-    if world.is_rank_0:
+    if processes.is_rank_0:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()
 

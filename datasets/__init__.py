@@ -1,0 +1,1 @@
+"""What a sample is, how it is read from disk and how it becomes a batch. Knows no model."""

@@ -22,7 +22,7 @@ from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
 from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
 from utils.devices import cores
-from utils.distributed import SINGLE_PROCESS, World
+from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
 from utils.interrupt import serve_training
 
@@ -75,10 +75,10 @@ def train_loader(
     data: Data,
     args: EasyDict,
     device: torch.device,
-    world: World = SINGLE_PROCESS,
+    processes: Processes = SINGLE_PROCESS,
     masked: bool = False,
 ) -> DataLoader:
-    """Batches of the training set, of several processes this one's shares of them. The loader's
+    """Batches of the training set, of several processes this one's shards of them. The loader's
     `batch_sampler` is an `EpochSampler`, whose `set_epoch` is to be called before each epoch.
 
     Args:
@@ -87,11 +87,11 @@ def train_loader(
     shown = [(s.image, s.entry) for s in data.train]
     shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
     skip = args.on_bad_image == "skip"
-    images = _image_files([x for x, _ in shown], args, world, [e for _, e in shown], skip)
+    images = _image_files([x for x, _ in shown], args, processes, [e for _, e in shown], skip)
     numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     augment = augmentation_of(args, masked)
     dataset = TrainDataset(data.train, images, numbers, args.text_length, augment, skip)
-    epochs = (args.batch_size, args.seed, world)
+    epochs = (args.batch_size, args.seed, processes)
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
         sampler = IdentitySampler(pids, args.num_instance, *epochs)
@@ -106,7 +106,7 @@ def train_loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=TrainDataset.collate,
-        **_workers(args, device, world),
+        **_workers(args, device, processes),
     )
 
 
@@ -114,45 +114,45 @@ def image_loader(
     images: Sequence[Image],
     args: EasyDict,
     device: torch.device,
-    world: World = SINGLE_PROCESS,
+    processes: Processes = SINGLE_PROCESS,
 ) -> DataLoader:
     """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
     several processes each gets its `evaluation_batches`."""
-    return in_batches(_image_files(images, args, world), args, device, world)
+    return in_batches(_image_files(images, args, processes), args, device, processes)
 
 
 def in_batches(
-    images: Dataset, args: EasyDict, device: torch.device, world: World = SINGLE_PROCESS
+    images: Dataset, args: EasyDict, device: torch.device, processes: Processes = SINGLE_PROCESS
 ) -> DataLoader:
     """The same of a data set whose items are images [3, H, W] uint8."""
-    batches, _ = evaluation_batches(len(images), args.test_batch_size, world)
-    return DataLoader(images, batch_sampler=batches, **_workers(args, device, world))
+    batches, _ = evaluation_batches(len(images), args.test_batch_size, processes)
+    return DataLoader(images, batch_sampler=batches, **_workers(args, device, processes))
 
 
 def caption_batches(
-    captions: Sequence[str], args: EasyDict, world: World = SINGLE_PROCESS
+    captions: Sequence[str], args: EasyDict, processes: Processes = SINGLE_PROCESS
 ) -> Iterator[Tensor]:
     """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
-    for batch in evaluation_batches(len(captions), args.test_batch_size, world)[0]:
+    for batch in evaluation_batches(len(captions), args.test_batch_size, processes)[0]:
         yield trim(tokenize([captions[i] for i in batch], args.text_length))
 
 
 def _image_files(
     images: Sequence[Image],
     args: EasyDict,
-    world: World,
+    processes: Processes,
     entries: Sequence[str] = (),
     skip: bool = False,
 ) -> ImageFiles:
     files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
     if args.image_cache:
-        with world.rank_0_first():
+        with processes.rank_0_first():
             files.use_cache(args.image_cache, min(args.num_workers, cores()), skip)
     return files
 
 
-def _workers(args: EasyDict, device: torch.device, world: World) -> dict:
-    workers = min(args.num_workers, cores() // world.local_size)
+def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict:
+    workers = min(args.num_workers, cores() // processes.local_size)
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,

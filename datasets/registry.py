@@ -1,6 +1,9 @@
 """The registry of data sets: one row each, and what reads a data set by its name.
 
 data = read_dataset(args)        # a `records.Data`, checked
+
+To add one: one file here with a reader that returns `records.Data`, one row in DATASETS, one test;
+docs/extending.md has an example.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from utils.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A row of the registry: how to read it, and what the README says of it."""
+    """A row of the registry: how to read it, and what docs/data.md says of it."""
 
     read: Callable[[EasyDict], Data]
     meaning: str
@@ -68,7 +71,7 @@ DATASETS: dict[str, DatasetSpec] = {
     **{name: _pedes(name) for name in PEDES},
     "custom": DatasetSpec(
         lambda args: read_custom(args.root_dir, read_attributes(args.attributes_file)),
-        "your own: `dataset.json`, see [docs/custom.md](docs/custom.md)",
+        "your own: `dataset.json`, see [custom.md](custom.md)",
         "one view or both; attributes if given",
     ),
 }
@@ -116,7 +119,7 @@ def selecting_splits(val_dataset: str) -> tuple[str, ...]:
 
 
 def datasets_table() -> str:
-    """The registry in Markdown, for the README."""
+    """The registry in Markdown, for docs/data.md."""
     lines = ["| `--dataset_name` | what it is | a sample has |", "|---|---|---|"]
     lines += [f"| `{name}` | {row.meaning} | {row.has} |" for name, row in DATASETS.items()]
     return "\n".join(lines)

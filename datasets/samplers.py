@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from utils.distributed import SINGLE_PROCESS, World, shares
+from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 
 SPARES = 3  # samples that may stand in for one whose image is broken
 
@@ -29,10 +29,10 @@ class Key(NamedTuple):
 
 
 class EpochSampler(Sampler[list[Key]]):
-    """Batches of an epoch, or one process's shares of them; a subclass says in which order.
+    """Batches of an epoch, or one process's shards of them; a subclass says in which order.
 
     Every process orders the same epoch, and takes its rows out of each batch: one after the other,
-    the shares of a batch are the batch that a single process would see. A process whose share of a
+    the shards of a batch are the batch that a single process would see. A process whose shard of a
     last, small batch is empty gets the batch's first sample, so that it has something to encode.
 
     Args:
@@ -40,8 +40,8 @@ class EpochSampler(Sampler[list[Key]]):
         seed: with the number of the epoch the only source of randomness.
     """
 
-    def __init__(self, batch_size: int, seed: int, world: World = SINGLE_PROCESS) -> None:
-        self.batch_size, self.seed, self.world = batch_size, seed, world
+    def __init__(self, batch_size: int, seed: int, processes: Processes = SINGLE_PROCESS) -> None:
+        self.batch_size, self.seed, self.processes = batch_size, seed, processes
         self.set_epoch(0)
 
     @property
@@ -73,8 +73,8 @@ class EpochSampler(Sampler[list[Key]]):
         ]
         for step in range(self.first, len(self)):
             batch, counts = self.batch(step), self.counts(step)
-            start = sum(counts[: self.world.rank])
-            yield batch[start : start + counts[self.world.rank]] or batch[:1]
+            start = sum(counts[: self.processes.rank])
+            yield batch[start : start + counts[self.processes.rank]] or batch[:1]
 
     def batch(self, step: int) -> list[Key]:
         """The whole batch of a step (from 0) of the epoch that has begun."""
@@ -83,7 +83,7 @@ class EpochSampler(Sampler[list[Key]]):
     def counts(self, step: int) -> list[int]:
         """Samples of each process in a step."""
         rest = self.count - step * self.batch_size
-        return shares(min(rest, self.batch_size), self.world.size)
+        return shard_sizes(min(rest, self.batch_size), self.processes.size)
 
     def describe(self) -> str:
         """What an epoch that is resumed must have in common with its beginning."""
@@ -200,16 +200,16 @@ class IdentitySampler(EpochSampler):
 
 
 def evaluation_batches(
-    count: int, batch_size: int, world: World = SINGLE_PROCESS
+    count: int, batch_size: int, processes: Processes = SINGLE_PROCESS
 ) -> tuple[list[list[int]], list[int]]:
     """This process's batches of a list's positions, and how many rows each process has.
 
-    Processes share whole batches, one run of them each: so batches, and with them features to the
+    Each process gets a run of whole batches: so batches, and with them features to the
     last bit, are those of a single process.
     """
     batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
     ends = [0]
-    for share in shares(len(batches), world.size):
+    for share in shard_sizes(len(batches), processes.size):
         ends.append(ends[-1] + share)
     runs = [batches[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    return runs[world.rank], [sum(map(len, run)) for run in runs]
+    return runs[processes.rank], [sum(map(len, run)) for run in runs]

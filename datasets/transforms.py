@@ -98,7 +98,7 @@ def read_image(
         error = f"it is none of {', '.join(FORMATS)}"
     except MemoryError:
         raise
-    except Exception as reason:  # decoders of damaged files raise nearly anything
+    except Exception as reason:  # decoders of corrupted files raise nearly anything
         error = f"{reason}" or type(reason).__name__
         if isinstance(reason, OSError) and reason.errno:
             error = reason.strerror
@@ -141,7 +141,7 @@ def _refuse_bomb(width: int, height: int, scans: int) -> None:
 
 
 def _orientation(image: PILImage.Image) -> int:
-    """EXIF's, 1 to 8; 1, upright, if there is none or it is damaged, as viewers take it."""
+    """EXIF's, 1 to 8; 1, upright, if there is none or it is corrupted, as viewers take it."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # as decoders do

@@ -17,8 +17,8 @@ from model.backbone import Backbone
 from model.losses.firm import SentenceTable, predict_attributes
 from model.losses.inputs import Inputs, Mean, Setting
 from model.losses.registry import LOSSES
-from utils.devices import full
-from utils.distributed import SINGLE_PROCESS, World
+from utils.devices import at_least_float32
+from utils.distributed import SINGLE_PROCESS, Processes
 
 
 class AEAFIRM(nn.Module):
@@ -30,7 +30,7 @@ class AEAFIRM(nn.Module):
         options: all options; each loss reads its own.
         num_classes: training identities, for `id`.
         sentences: FIRM's sentence table; needed if `match2` is named.
-        world: the processes that encode a batch's shares; the losses are those of all of it.
+        processes: the processes that encode a batch's shards; the losses are those of all of it.
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class AEAFIRM(nn.Module):
         *,
         num_classes: int = 0,
         sentences: SentenceTable | None = None,
-        world: World = SINGLE_PROCESS,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
-        self.world = world
+        self.processes = processes
         self.base_model = backbone
         self.loss_names = tuple(loss_names)
         self.options = options
         self.rows = {name: row for name, row in LOSSES.items() if name in loss_names}
         self.masked = any(row.masked for row in self.rows.values())
         self.generator = torch.Generator().manual_seed(options.seed)  # saved in checkpoints
-        dim, vocab_size = backbone.sizes.embed_dim, backbone.sizes.vocab_size
+        dim, vocab_size = backbone.config.embed_dim, backbone.config.vocab_size
         setting = Setting(dim, vocab_size, num_classes, self.loss_names, options, sentences)
         self.sentences: SentenceTable | None = None
         self.module_names: list[str] = []
@@ -62,11 +62,11 @@ class AEAFIRM(nn.Module):
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
         """Unnormalised image features [B, D], float32."""
-        return full(self.base_model.encode_images(images_BCHW)[0])
+        return at_least_float32(self.base_model.encode_images(images_BCHW)[0])
 
     def encode_text(self, ids_BL: Tensor) -> Tensor:
         """Unnormalised text features [B, D], float32."""
-        return full(self.base_model.encode_captions(ids_BL)[0])
+        return at_least_float32(self.base_model.encode_captions(ids_BL)[0])
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of a training batch; see `losses`.
@@ -112,8 +112,8 @@ class AEAFIRM(nn.Module):
     def losses(self, encoded: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted losses by name, their sum `total`, and what losses log (`Inputs.log`).
 
-        Of several processes each gives what it `encode`d of its share, `batch["counts"]` says how
-        many samples each has, and all get the same losses of all shares.
+        Of several processes each gives what it `encode`d of its shard, `batch["counts"]` says how
+        many samples each has, and all get the same losses of all shards.
         """
         device = encoded["text"].device.type
         in_float32 = torch.autocast(device, enabled=False)
@@ -145,7 +145,7 @@ class AEAFIRM(nn.Module):
             pair_BD=features.get("pair"),
             pids_B=labels["pids"],
             labels=labels,
-            sentence_SD=None if sentence_SD is None else full(sentence_SD),
+            sentence_SD=None if sentence_SD is None else at_least_float32(sentence_SD),
             own={**batch, **encoded},
             modules={name: getattr(self, name) for name in self.module_names},
             options=self.options,
@@ -157,17 +157,17 @@ class AEAFIRM(nn.Module):
     ) -> dict[str, Tensor]:
         """The named tensors [b, ...] that are there, of all processes, [B, ...]."""
         counts = self._counts(batch)
-        own = counts[self.world.rank]
+        own = counts[self.processes.rank]
         found = {name: parts[name][:own] for name in names if name in parts}
-        found = {n: full(v) if v.is_floating_point() else v for n, v in found.items()}
-        return self.world.all_gather(found, counts)
+        found = {n: at_least_float32(v) if v.is_floating_point() else v for n, v in found.items()}
+        return self.processes.all_gather(found, counts)
 
     def _mean(self, mean: Mean, batch: dict[str, Tensor]) -> Tensor:
         """The sums of all processes over their counts. A process without a sample of its own has
         encoded a stand-in, which does not count."""
         both_2 = torch.stack([mean.sum, torch.full_like(mean.sum, mean.count)])
-        both_2 = both_2 * (self._counts(batch)[self.world.rank] > 0)
-        gathered = self.world.all_gather({"mean": both_2[None]}, [1] * self.world.size)
+        both_2 = both_2 * (self._counts(batch)[self.processes.rank] > 0)
+        gathered = self.processes.all_gather({"mean": both_2[None]}, [1] * self.processes.size)
         total, count = gathered["mean"].sum(0)
         return total / count
 

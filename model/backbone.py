@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.weights import (
-    BackboneSizes,
+    BackboneConfig,
+    config_of,
     find_weights,
     fit_positions,
-    named_sizes,
+    named_config,
     openai_assumed,
     parse_choice,
     patch_grid,
-    sizes_of,
 )
-from utils.checkpoint import load_checkpoint, refuse_dead
+from utils.checkpoint import load_checkpoint, refuse_nonfinite
 from utils.errors import UserError
 
 PLAIN_ATTENTION_BELOW = 128  # tokens
@@ -43,7 +43,7 @@ class Backbone(open_clip.CLIP):
     feature the projected token at the end-of-text position, which has the largest id.
 
     Args:
-        sizes: the architecture.
+        config: the architecture.
         image_size: height and width, pixels.
         stride: step between patches, pixels; None means the patch size. ResNets have none.
         half: keep the weights of linear, convolution and attention layers in half precision.
@@ -51,32 +51,32 @@ class Backbone(open_clip.CLIP):
 
     def __init__(
         self,
-        sizes: BackboneSizes,
+        config: BackboneConfig,
         image_size: tuple[int, int],
         stride: int | None = None,
         half: bool = False,
     ) -> None:
         vision = CLIPVisionCfg(
-            layers=sizes.vision_layers,
-            width=sizes.vision_width,
-            patch_size=sizes.vision_patch_size,
+            layers=config.vision_layers,
+            width=config.vision_width,
+            patch_size=config.vision_patch_size,
             # open_clip's ResNet takes squares only; its position embedding is remade below.
-            image_size=224 if sizes.is_resnet else image_size,
-            head_width=sizes.head_width,
-            mlp_ratio=sizes.mlp_ratio,
+            image_size=224 if config.is_resnet else image_size,
+            head_width=config.head_width,
+            mlp_ratio=config.mlp_ratio,
         )
         text = CLIPTextCfg(
-            context_length=sizes.context_length,
-            vocab_size=sizes.vocab_size,
-            width=sizes.text_width,
-            heads=sizes.text_heads or sizes.text_width // 64,
-            layers=sizes.text_layers,
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+            width=config.text_width,
+            heads=config.text_heads or config.text_width // 64,
+            layers=config.text_layers,
         )
         cast = torch.float16 if half else None
         super().__init__(
-            sizes.embed_dim, vision, text, quick_gelu=sizes.quick_gelu, cast_dtype=cast
+            config.embed_dim, vision, text, quick_gelu=config.quick_gelu, cast_dtype=cast
         )
-        self.sizes = sizes
+        self.config = config
         self.image_size = image_size
         self.notes: list[str] = []  # what was assumed of its weights; for the log
         # The temperature is fixed (0.02 in the paper) and belongs to the losses.
@@ -88,7 +88,7 @@ class Backbone(open_clip.CLIP):
     def _adapt_vision(self, stride: int | None) -> None:
         """Set the patch grid for the image size and stride, and its position embedding's shape."""
         height, width = self.image_size
-        if self.sizes.is_resnet:
+        if self.config.is_resnet:
             if stride is not None:
                 raise UserError("--stride_size: a ResNet has no patches; leave it out")
             if height % 32 or width % 32:
@@ -97,7 +97,7 @@ class Backbone(open_clip.CLIP):
             pool = self.visual.attnpool
             pool.positional_embedding = _position_embedding(self.grid, pool.q_proj.in_features)
             return
-        patch = self.sizes.vision_patch_size
+        patch = self.config.vision_patch_size
         stride = stride or patch
         if stride > patch:
             raise UserError(f"--stride_size {stride} exceeds the patch size {patch}: pixels lost")
@@ -106,18 +106,18 @@ class Backbone(open_clip.CLIP):
         self.grid = patch_grid(patch, self.image_size, stride)
         self.visual.conv1.stride = (stride, stride)
         self.visual.grid_size = self.grid
-        self.visual.positional_embedding = _position_embedding(self.grid, self.sizes.vision_width)
+        self.visual.positional_embedding = _position_embedding(self.grid, self.config.vision_width)
         self.visual.output_tokens = True
 
     @property
     def input(self) -> dict[str, Any]:
         """What its position embedding belongs to, for checkpoints: `img_size` and `stride_size`."""
-        stride = None if self.sizes.is_resnet else self.visual.conv1.stride[0]
+        stride = None if self.config.is_resnet else self.visual.conv1.stride[0]
         return {"img_size": list(self.image_size), "stride_size": stride}
 
     def reset_from_scratch(self) -> None:
         """Initial values for training from scratch: open_clip's, and CLIP's for the text tower."""
-        width, layers = self.sizes.text_width, self.sizes.text_layers
+        width, layers = self.config.text_width, self.config.text_layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for transformer in (self.transformer, getattr(self.visual, "transformer", None)):
@@ -129,11 +129,11 @@ class Backbone(open_clip.CLIP):
                 nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
                 nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
                 nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-        nn.init.normal_(self.text_projection, std=self.sizes.text_width**-0.5)
+        nn.init.normal_(self.text_projection, std=self.config.text_width**-0.5)
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations inside the blocks; the backward pass computes them again."""
-        if self.sizes.is_resnet:
+        if self.config.is_resnet:
             raise UserError("--grad_checkpointing: open_clip's ResNets have none; leave it out")
         self.set_grad_checkpointing(True)
 
@@ -160,7 +160,7 @@ class Backbone(open_clip.CLIP):
         For a ResNet the tokens are the pooled feature alone, [B, 1, D].
         """
         images = images_BCHW.to(self.visual.conv1.weight.dtype)
-        if self.sizes.is_resnet:
+        if self.config.is_resnet:
             pooled_BD = self.visual(images)
             return pooled_BD, pooled_BD[:, None]
         with self._attention(1 + self.grid[0] * self.grid[1], images.device):
@@ -205,7 +205,7 @@ def load_backbone(
     choice: str,
     image_size: tuple[int, int],
     stride: int | None = None,
-    scratch: BackboneSizes | None = None,
+    scratch: BackboneConfig | None = None,
     half: bool = False,
 ) -> Backbone:
     """A backbone with pretrained weights, or from scratch.
@@ -226,12 +226,12 @@ def load_backbone(
         return backbone
     path = find_weights(choice)
     checkpoint = load_checkpoint(path)
-    weights, named = checkpoint["model"], named_sizes(choice)
-    sizes = named or sizes_of(weights, str(path))
-    backbone = Backbone(sizes, image_size, stride, half)
-    weights, told = fit_positions(weights, sizes, backbone.grid, checkpoint, str(path))
+    weights, named = checkpoint["model"], named_config(choice)
+    config = named or config_of(weights, str(path))
+    backbone = Backbone(config, image_size, stride, half)
+    weights, told = fit_positions(weights, config, backbone.grid, checkpoint, str(path))
     if parse_choice(choice).file:
-        notes = ["" if named else openai_assumed(path, sizes), checkpoint.get("assumed", ""), told]
+        notes = ["" if named else openai_assumed(path, config), checkpoint.get("assumed", ""), told]
         backbone.notes = [note for note in notes if note]
     own = backbone.state_dict()
     counters = {n for n in own if n.endswith("num_batches_tracked")}  # old archives lack them
@@ -244,7 +244,7 @@ def load_backbone(
             + (f" shape of {wrong[0]} is {tuple(weights[wrong[0]].shape)}" if wrong else "")
         )
     weights = {n: weights[n] for n in own if n in weights}
-    refuse_dead(weights, path)
+    refuse_nonfinite(weights, path)
     backbone.load_state_dict(weights, strict=False)
     return backbone
 

@@ -22,17 +22,17 @@ from model.losses.firm import SentenceTable
 from model.losses.registry import LOSSES
 from model.weights import (
     UNSEEN,
-    BackboneSizes,
+    BackboneConfig,
+    config_of,
     described,
     fit_positions,
-    named_sizes,
+    named_config,
     parse_choice,
     recorded_input,
-    sizes_of,
 )
 from utils.attributes import read_attributes
-from utils.checkpoint import refuse_dead
-from utils.distributed import SINGLE_PROCESS, World
+from utils.checkpoint import refuse_nonfinite
+from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError, suggest
 
 PREFIX = "base_model."  # of the backbone's weights in a checkpoint
@@ -66,18 +66,18 @@ def build_backbone(args: EasyDict, weights: dict[str, Tensor] | None = None) -> 
     """
     image_size, half = tuple(args.img_size), args.precision == "half"
     if weights is not None:
-        sizes = sizes_of(weights, "checkpoint")
+        config = config_of(weights, "checkpoint")
         if parse_choice(args.pretrain_choice).tag != "openai":
-            named = named_sizes(args.pretrain_choice) or sizes
-            sizes = replace(sizes, **{name: getattr(named, name) for name in UNSEEN})
-            if replace(sizes, mlp_ratio=named.mlp_ratio) != named:
+            named = named_config(args.pretrain_choice) or config
+            config = replace(config, **{name: getattr(named, name) for name in UNSEEN})
+            if replace(config, mlp_ratio=named.mlp_ratio) != named:
                 raise UserError(
                     f"--pretrain_choice {args.pretrain_choice}: the checkpoint is of another "
                     "architecture; configs.yaml and checkpoint must be of one run"
                 )
-        backbone = Backbone(sizes, image_size, args.stride_size, half)
+        backbone = Backbone(config, image_size, args.stride_size, half)
     else:
-        scratch = BackboneSizes(
+        scratch = BackboneConfig(
             embed_dim=args.embed_dim,
             vision_layers=args.vision_layers,
             vision_width=args.vision_width,
@@ -87,13 +87,13 @@ def build_backbone(args: EasyDict, weights: dict[str, Tensor] | None = None) -> 
             vocab_size=args.vocab_size,
         )
         backbone = load_backbone(args.pretrain_choice, image_size, args.stride_size, scratch, half)
-    sizes = backbone.sizes
-    if sizes.vocab_size != args.vocab_size:
-        raise UserError(f"--vocab_size {args.vocab_size}: the weights have {sizes.vocab_size}")
-    if sizes.context_length < args.text_length:
+    config = backbone.config
+    if config.vocab_size != args.vocab_size:
+        raise UserError(f"--vocab_size {args.vocab_size}: the weights have {config.vocab_size}")
+    if config.context_length < args.text_length:
         raise UserError(
             f"--text_length {args.text_length}: the weights have positions for "
-            f"{sizes.context_length} tokens"
+            f"{config.context_length} tokens"
         )
     return backbone
 
@@ -103,7 +103,7 @@ def build_model(
     loss_names: Sequence[str],
     num_classes: int,
     weights: dict[str, Tensor] | None = None,
-    world: World = SINGLE_PROCESS,
+    processes: Processes = SINGLE_PROCESS,
 ) -> AEAFIRM:
     """The model that the options describe, on the CPU.
 
@@ -120,7 +120,7 @@ def build_model(
         args,
         num_classes=num_classes,
         sentences=build_sentences(args) if attributes else None,
-        world=world,
+        processes=processes,
     )
     if args.precision == "half":
         open_clip.model.convert_weights_to_fp16(model)
@@ -128,11 +128,14 @@ def build_model(
 
 
 def build_training_model(
-    args: EasyDict, loss_names: Sequence[str], num_classes: int, world: World = SINGLE_PROCESS
+    args: EasyDict,
+    loss_names: Sequence[str],
+    num_classes: int,
+    processes: Processes = SINGLE_PROCESS,
 ) -> AEAFIRM:
     """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
-    model = build_model(args, loss_names, num_classes, world=world)
-    if model.base_model.sizes.is_resnet and (args.accum_steps > 1 or world.size > 1):
+    model = build_model(args, loss_names, num_classes, processes=processes)
+    if model.base_model.config.is_resnet and (args.accum_steps > 1 or processes.size > 1):
         flag = "--accum_steps" if args.accum_steps > 1 else "torchrun with several processes"
         raise UserError(
             f"{flag}: a ResNet normalises by the statistics of what is encoded together, so "
@@ -149,7 +152,7 @@ def check_batch_norm(model: AEAFIRM, args: EasyDict, images: int) -> None:
     """Raise UserError if the smallest batch of a training, of so many images, leaves a ResNet's
     last layers a single value of each channel: it has no variance to normalise by."""
     rows, columns = model.base_model.grid
-    if model.base_model.sizes.is_resnet and images * rows * columns == 1:
+    if model.base_model.config.is_resnet and images * rows * columns == 1:
         height, width = args.img_size
         raise UserError(
             f"--batch_size {args.batch_size}: an epoch's last batch is a single image, of which a "
@@ -184,7 +187,7 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
                 f"run make it {tuple(value.shape)}; configs.yaml and checkpoint must be of one run"
             )
     weights = {name: weights[name] for name in wanted}
-    refuse_dead(weights, where)
+    refuse_nonfinite(weights, where)
     model.load_state_dict(weights)
     if "assumed" in checkpoint:
         model.base_model.notes.append(checkpoint["assumed"])
@@ -210,7 +213,7 @@ def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
     """
     own, weights, backbone = model.state_dict(), checkpoint["model"], model.base_model
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
-    clip, told = fit_positions(clip, backbone.sizes, backbone.grid, checkpoint, where, same=True)
+    clip, told = fit_positions(clip, backbone.config, backbone.grid, checkpoint, where, same=True)
     source = {**weights, **{PREFIX + n: v for n, v in clip.items()}}
     resized = [n for n, v in source.items() if v is not weights[n]]
     fitting = {n: v for n, v in source.items() if n in own and v.shape == own[n].shape}
@@ -219,7 +222,7 @@ def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
             f"--finetune {where}: nothing fits: none of its {len(weights)} weights has the name "
             f"and shape of one of the backbone's (found {', '.join(sorted(weights)[:3])}, ...)"
         )
-    refuse_dead(fitting, where)
+    refuse_nonfinite(fitting, where)
     model.load_state_dict(fitting, strict=False)
     other = [n for n in source if n in own and n not in fitting]
     groups = {

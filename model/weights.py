@@ -43,7 +43,7 @@ WEIGHTS_CACHE = Path("~/.cache/clip")  # where OpenAI's CLIP, IRRA and open_clip
 
 
 @dataclass(frozen=True)
-class BackboneSizes:
+class BackboneConfig:
     """A CLIP's architecture and input. The defaults are those of all of OpenAI's models."""
 
     embed_dim: int
@@ -137,13 +137,13 @@ def find_weights(choice: str) -> Path:
     )
 
 
-def named_sizes(choice: str) -> BackboneSizes | None:
+def named_config(choice: str) -> BackboneConfig | None:
     """Architecture and input that a `--pretrain_choice` names; None if it names a file alone."""
     named = parse_choice(choice)
-    return sizes_of_name(named.model, named.tag) if named.model else None
+    return config_of_name(named.model, named.tag) if named.model else None
 
 
-def sizes_of_name(model: str, tag: str = "") -> BackboneSizes:
+def config_of_name(model: str, tag: str = "") -> BackboneConfig:
     """Architecture and input of an open_clip model, with the weights of a tag.
 
     Without a tag: activation as the model's own configuration has it, mean and std of OpenAI.
@@ -169,7 +169,7 @@ def sizes_of_name(model: str, tag: str = "") -> BackboneSizes:
             f"{', '.join(other)}); models with open_clip's own image and text encoder work"
         )
     layers = vision["layers"]
-    return BackboneSizes(
+    return BackboneConfig(
         embed_dim=config["embed_dim"],
         vision_layers=tuple(layers) if isinstance(layers, list) else layers,
         vision_width=vision["width"],
@@ -187,7 +187,7 @@ def sizes_of_name(model: str, tag: str = "") -> BackboneSizes:
     )
 
 
-def sizes_of(weights: dict[str, Tensor], where: str) -> BackboneSizes:
+def config_of(weights: dict[str, Tensor], where: str) -> BackboneConfig:
     """Read the architecture off the shapes of a state dict. Raises UserError if it is no CLIP."""
 
     def layers(prefix: str) -> int:
@@ -210,7 +210,7 @@ def sizes_of(weights: dict[str, Tensor], where: str) -> BackboneSizes:
                 raise UserError(
                     f"{where}: {name} has {weights[name].shape[0]} channels, not n * 64"
                 )
-        return BackboneSizes(
+        return BackboneConfig(
             embed_dim=weights["text_projection"].shape[1],
             vision_layers=tuple(layers(f"visual.layer{i}") for i in (1, 2, 3, 4))
             if resnet
@@ -235,9 +235,9 @@ def sizes_of(weights: dict[str, Tensor], where: str) -> BackboneSizes:
         ) from None
 
 
-def position_name(sizes: BackboneSizes) -> str:
+def position_name(config: BackboneConfig) -> str:
     """Name of the image position embedding in a state dict."""
-    tower = "visual.attnpool" if sizes.is_resnet else "visual"
+    tower = "visual.attnpool" if config.is_resnet else "visual"
     return f"{tower}.positional_embedding"
 
 
@@ -271,7 +271,7 @@ def described(recorded: dict[str, Any]) -> str:
 
 def fit_positions(
     weights: dict[str, Tensor],
-    sizes: BackboneSizes,
+    config: BackboneConfig,
     grid: tuple[int, int],
     checkpoint: dict[str, Any],
     where: str,
@@ -289,7 +289,7 @@ def fit_positions(
     Returns the weights, and what was assumed of the grid that they come from, if the file does not
     say it and it is not certain.
     """
-    name = position_name(sizes)
+    name = position_name(config)
     source = weights.get(name)
     if source is None:
         return weights, ""
@@ -300,7 +300,7 @@ def fit_positions(
     count, told = len(source) - 1, ""
     recorded = recorded_input(checkpoint)
     if recorded:
-        patch, conv1 = sizes.vision_patch_size, weights.get("visual.conv1.weight")
+        patch, conv1 = config.vision_patch_size, weights.get("visual.conv1.weight")
         if patch and conv1 is not None and conv1.dim() == 4:  # it may be of another model
             patch = conv1.shape[-1] or patch
         old = patch_grid(patch, recorded["img_size"], recorded["stride_size"])
@@ -350,13 +350,13 @@ def _possible_grids(count: int, shape: float) -> list[tuple[int, int]]:
     return list(dict.fromkeys(square + near))
 
 
-def openai_assumed(path: Path, sizes: BackboneSizes) -> str:
+def openai_assumed(path: Path, config: BackboneConfig) -> str:
     """What is taken for granted of weights that come as a file alone."""
-    shapes = {n: v for n, v in vars(sizes).items() if n not in UNSEEN}
+    shapes = {n: v for n, v in vars(config).items() if n not in UNSEEN}
     fitting = []
     for model in open_clip.list_models():
         try:
-            found = vars(sizes_of_name(model))
+            found = vars(config_of_name(model))
         except (UserError, KeyError):
             continue
         if shapes == {name: found[name] for name in shapes}:

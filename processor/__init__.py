@@ -1,0 +1,1 @@
+"""The training loop, what survives a run that is cut off, and evaluation."""

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from processor.summary import told_by
-from utils.checkpoint import Lost, load_checkpoint
+from processor.summary import epoch_and_best
+from utils.checkpoint import UnusableFile, load_checkpoint
 from utils.metrics import METRICS
 from utils.runs import LAST_EPOCH
 
@@ -74,7 +74,7 @@ class Best:
         """Make the files those of a run that is resumed. Returns what the log should say.
 
         One that a kill came before is written, since the resumed checkpoint has its weights; one
-        that the run does not know, since it resumes from before it, is set aside; and the best of
+        that the run does not know, since it resumes from before it, is renamed; and the best of
         which there is no file is forgotten.
 
         Args:
@@ -87,23 +87,23 @@ class Best:
         for split in self.choosers:
             file, found = self.file(split), {}
             expected = self.described(split) if split in self.found else None
-            with suppress(Lost):
+            with suppress(UnusableFile):
                 found = load_checkpoint(file)
-            its_epoch, its = told_by(found)
+            its_epoch, its = epoch_and_best(found)
             if its == expected if expected else "best" not in found:
                 continue
             ours = here and bool(expected) and expected["epoch"] == epoch
             if complete and not ours:
                 continue
-            what = f"{file.name} is missing or damaged"
+            what = f"{file.name} is missing or corrupted"
             if ours and (epoch if its_epoch is None else its_epoch) < epoch:
                 what = f"{file.name} is of epoch {its_epoch}, which this one was to replace"
             elif file.exists():
-                names = (file.with_suffix(f".aside{n}.pth") for n in itertools.count(1))
-                aside = next(name for name in names if not name.exists())
-                os.replace(file, aside)
-                of = "damaged" if its_epoch is None else f"of epoch {its_epoch}"
-                what = f"{file.name} is {of}, and not this run's; now {aside.name}"
+                names = (file.with_suffix(f".backup{n}.pth") for n in itertools.count(1))
+                backup = next(name for name in names if not name.exists())
+                os.replace(file, backup)
+                of = "corrupted" if its_epoch is None else f"of epoch {its_epoch}"
+                what = f"{file.name} is {of}, and not this run's; now {backup.name}"
             if ours:
                 write(split)
                 notes.append(f"{what}; written, of epoch {epoch}, whose weights this save has")

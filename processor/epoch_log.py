@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from processor.history import write_epoch
-from utils.distributed import World
+from utils.distributed import Processes
 from utils.errors import UserError
 from utils.logger import note_in_file
 from utils.runs import EVENTS
@@ -41,10 +41,10 @@ class EpochLog:
         device: torch.device,
         run_dir: Path,
         log: logging.Logger,
-        world: World,
+        processes: Processes,
     ) -> None:
         self.args, self.steps, self.samples, self.device = args, steps, samples, device
-        self.run_dir, self.log, self.world = run_dir, log, world
+        self.run_dir, self.log, self.processes = run_dir, log, processes
         # Of the losses and gradient norms of this epoch, and of finite `steps` and `norms`.
         self.sums: dict[str, Tensor] = {}
         self.skipped_images = 0  # in this epoch, at this process
@@ -54,7 +54,7 @@ class EpochLog:
 
     def state_dict(self) -> dict[str, Any]:
         """What survives a run that is cut off. All processes must call it."""
-        skipped = sum(self.world.all_gather_objects(self.skipped_images))
+        skipped = sum(self.processes.all_gather_objects(self.skipped_images))
         return {"sums": self.sums, "skipped_images": skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -63,11 +63,11 @@ class EpochLog:
         if sums and not {"total", "grad_norm", "steps", "norms"} <= set(sums):
             raise ValueError("its sums of losses are others")
         self.sums = sums
-        self.skipped_images = state["skipped_images"] if self.world.is_rank_0 else 0
+        self.skipped_images = state["skipped_images"] if self.processes.is_rank_0 else 0
 
     def open(self, epoch: int, step: int) -> None:
         """Show a bar, and open a file of TensorBoard, from this step of this epoch (from 0) on."""
-        if not self.world.is_rank_0:
+        if not self.processes.is_rank_0:
             return
         self.bar = tqdm(
             total=self.args.num_epoch * self.steps,
@@ -127,11 +127,11 @@ class EpochLog:
     def end_steps(self) -> str:
         """The same over the whole epoch, for the line of `end`. All processes must call it."""
         line = self._line(self.first, self.begun)
-        skipped = sum(self.world.all_gather_objects(self.skipped_images))
+        skipped = sum(self.processes.all_gather_objects(self.skipped_images))
         if not skipped:
             return line
-        lists = self.world.all_gather_objects(list(self.reported))
-        for text in (t for texts in lists for t in texts) if self.world.is_rank_0 else ():
+        lists = self.processes.all_gather_objects(list(self.reported))
+        for text in (t for texts in lists for t in texts) if self.processes.is_rank_0 else ():
             if text not in self.reported:  # another process has told it, on the console alone
                 note_in_file(f"skipped in epoch {self.epoch + 1}: {text}")
                 self.reported[text] = None
@@ -144,7 +144,7 @@ class EpochLog:
         seconds = time.perf_counter() - self.begun
         done = self.epoch + 1
         self.log.info(f"epoch {done}/{self.args.num_epoch}  {line}  {seconds:.1f} s")
-        if self.world.is_rank_0:
+        if self.processes.is_rank_0:
             self._write_curves(metrics)
             row = {"epoch": done, "seconds": seconds, **self.scalars, **metrics}
             try:

@@ -18,8 +18,8 @@ from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
 from model.aeafirm import AEAFIRM
-from utils.devices import autocast, full
-from utils.distributed import SINGLE_PROCESS, World, shares
+from utils.devices import at_least_float32, autocast
+from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 from utils.errors import UserError
 from utils.metrics import METRICS, Ranked, Retrieval, rank
 from utils.text import visible
@@ -36,8 +36,8 @@ class Features:
 
 def encode_images(model: AEAFIRM, images_BCHW: Tensor) -> Tensor:
     """Unnormalised features [B, D] of bytes, as loaders give them."""
-    sizes = model.base_model.sizes
-    return model.encode_image(normalise(images_BCHW, sizes.image_mean, sizes.image_std))
+    config = model.base_model.config
+    return model.encode_image(normalise(images_BCHW, config.image_mean, config.image_std))
 
 
 class Evaluator:
@@ -47,7 +47,7 @@ class Evaluator:
         data: the data set.
         split: "val" or "test".
         views: which views to encode; the first is the paper's gallery (aerial).
-        world: processes share the encoding; all of them get all features.
+        processes: processes share the encoding; all of them get all features.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Evaluator:
         args: EasyDict,
         device: torch.device,
         views: tuple[str, ...] | None = None,
-        world: World = SINGLE_PROCESS,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.split, self.args, self.device = data.splits[split], args, device
-        self.world = world
+        self.processes = processes
         self.name = split
         self.attribute_names = data.attribute_names
         self.views = {view: self.split.galleries[view] for view in views or data.views}
@@ -70,13 +70,13 @@ class Evaluator:
         self.rows, self.loaders = {}, {}
         for view, images in self.images.items():
             paths = [image.path for image in images]
-            rows = world.from_rank_0(same_content(paths) if world.is_rank_0 else None)
+            rows = processes.from_rank_0(same_content(paths) if processes.is_rank_0 else None)
             self.rows[view] = torch.tensor(rows, dtype=torch.long, device=device)
             first = dict(zip(reversed(rows), reversed(images), strict=True))
             distinct = [first[row] for row in range(len(first))]
-            self.loaders[view] = image_loader(distinct, args, device, world)
+            self.loaders[view] = image_loader(distinct, args, device, processes)
         self.files = [loader.dataset for loader in self.loaders.values()]
-        self.captions = list(caption_batches(self.split.captions, args, world))
+        self.captions = list(caption_batches(self.split.captions, args, processes))
 
     def check_images(self) -> None:
         """Read every image of this process's share once. Raises UserError for a broken one: of a
@@ -101,7 +101,7 @@ class Evaluator:
         lengths = {view: len(loader.dataset) for view, loader in self.loaders.items()}
         lengths["captions"] = len(self.split.captions)
         steps = sum(self._shared(length)[0] for length in lengths.values())
-        hidden = None if self.world.is_rank_0 else True
+        hidden = None if self.processes.is_rank_0 else True
         bar = tqdm(total=steps, desc=f"encode {self.name}", leave=False, disable=hidden)
 
         def run(name: str, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
@@ -116,11 +116,11 @@ class Evaluator:
                 between()
             if not rows:  # fewer batches than processes
                 width, dtype = (
-                    model.base_model.sizes.embed_dim,
-                    full(next(model.parameters())).dtype,
+                    model.base_model.config.embed_dim,
+                    at_least_float32(next(model.parameters())).dtype,
                 )
                 rows = [torch.zeros((0, width), device=self.device, dtype=dtype)]
-            return self.world.all_gather({name: torch.cat(rows)}, counts)[name]
+            return self.processes.all_gather({name: torch.cat(rows)}, counts)[name]
 
         with bar:
             features = Features(
@@ -136,8 +136,8 @@ class Evaluator:
     def _shared(self, count: int) -> tuple[int, list[int]]:
         """Most batches of any process for a list, and each one's rows."""
         size = self.args.test_batch_size
-        return shares(-(-count // size), self.world.size)[0], evaluation_batches(
-            count, size, self.world
+        return shard_sizes(-(-count // size), self.processes.size)[0], evaluation_batches(
+            count, size, self.processes
         )[1]
 
     def evaluate(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Retrieval:

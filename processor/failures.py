@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 
 @contextmanager
-def explained(
+def explain_failures(
     args: EasyDict, device: torch.device, images: Sequence[ImageFiles], what: str
 ) -> Iterator[None]:
     """Turn memory that ran out and loader processes that died into a UserError that helps.

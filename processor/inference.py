@@ -38,11 +38,11 @@ from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
 from model.build import build_evaluation_model
 from processor.evaluator import Evaluator, encode_images
-from processor.summary import told_by
+from processor.summary import epoch_and_best
 from utils.checkpoint import load_checkpoint
 from utils.command_line import options_of_run
 from utils.devices import autocast, choose_device, choose_precision
-from utils.distributed import SINGLE_PROCESS, World
+from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
 from utils.files import expand
 from utils.options import OPTIONS
@@ -75,7 +75,7 @@ class Run:
         args.precision = choose_precision(args.precision, device)
         self.args, self.device = args, device
         self.model = build_evaluation_model(args, checkpoint, str(path)).to(device).eval()
-        self.epoch, _ = told_by(checkpoint)
+        self.epoch, _ = epoch_and_best(checkpoint)
         self.notes = [*notes, *self.model.base_model.notes]
         self._data: Data | None = None
 
@@ -86,9 +86,9 @@ class Run:
             self.notes += left_out
         return self._data
 
-    def evaluator(self, split: str = "test", world: World = SINGLE_PROCESS) -> Evaluator:
+    def evaluator(self, split: str = "test", processes: Processes = SINGLE_PROCESS) -> Evaluator:
         """For `model` on a split of the data set."""
-        return Evaluator(self.data(), split, self.args, self.device, world=world)
+        return Evaluator(self.data(), split, self.args, self.device, processes=processes)
 
     def encode_text(
         self, captions: str | Sequence[str], *, normalize: bool = True, device: str = "cpu"
@@ -122,7 +122,7 @@ class Run:
         normalize: bool,
         device: str,
     ) -> Tensor:
-        features = [torch.zeros((0, self.model.base_model.sizes.embed_dim), device=device)]
+        features = [torch.zeros((0, self.model.base_model.config.embed_dim), device=device)]
         for batch in batches:
             with autocast(self.args.precision, self.device):
                 feature_BD = encode(batch.to(self.device, non_blocking=True))

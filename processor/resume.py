@@ -16,11 +16,11 @@ from model.build import check_input
 from processor.state import PARTS, load_state
 from processor.trainer import Trainer
 from utils.checkpoint import (
-    Lost,
+    UnusableFile,
     digest,
     load_checkpoint,
     older,
-    refuse_dead,
+    refuse_nonfinite,
     restore,
     save_checkpoint,
 )
@@ -37,15 +37,15 @@ class Found(NamedTuple):
 
 
 def read_state(path: str | Path, keep: int = 1) -> Found:
-    """Read a checkpoint to resume from. If it is damaged or has weights that are not finite, the
+    """Read a checkpoint to resume from. If it is corrupted or has weights that are not finite, the
     newest good one of the `keep` kept ones is taken. Raises UserError if there is none."""
     warnings: list[str] = []
     for number in range(keep):
         candidate = older(Path(path), number)
         try:
             state = load_checkpoint(candidate)
-            refuse_dead(state["model"], candidate)
-        except Lost as error:
+            refuse_nonfinite(state["model"], candidate)
+        except UnusableFile as error:
             warnings.append(str(error))
             continue
         missing = [name for name in PARTS if type(state.get(name)) not in (dict, OrderedDict)]
@@ -69,24 +69,24 @@ def resume(trainer: Trainer, found: Found) -> list[str]:
     epochs. Raises UserError if the checkpoint does not fit the options or the data, or if processes
     have read different ones.
     """
-    state, path, world = found.state, found.path, trainer.world
+    state, path, processes = found.state, found.path, trainer.processes
     own = digest({k: v for k, v in state.items() if k not in ("model", "optimizer")})
-    if len(set(world.all_gather_objects(own))) > 1:
+    if len(set(processes.all_gather_objects(own))) > 1:
         raise UserError(f"{path}: processes find different checkpoints there; share the folder")
     notes = found.warnings + _check_data(trainer, state, path)
-    if world.is_rank_0 and found.taken != path:  # or it would be kept in a good one's place
+    if processes.is_rank_0 and found.taken != path:  # or it would be kept in a good one's place
         restore(path, found.taken)
     _load(trainer, state, path)
     progress, best = trainer.progress, trainer.best
     complete = progress.epoch == trainer.args.num_epoch
     told = []
-    if world.is_rank_0:
+    if processes.is_rank_0:
 
         def write(split: str) -> None:
             save_checkpoint(best.file(split), trainer.best_content(split))
 
         told = best.check_files(progress.epoch, progress.step == 0, complete, write)
-    told, best.found = world.from_rank_0((told, best.found))
+    told, best.found = processes.from_rank_0((told, best.found))
     more = ": the run is complete, a larger --num_epoch goes on" if complete else ""
     done = f"resumed after {progress.epoch} epochs and {progress.step} steps{more}"
     return [*notes, *told, done]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from utils.distributed import World
+from utils.distributed import Processes
 
 # The parts' names, which a checkpoint must have to be resumed.
 PARTS = (
@@ -74,11 +74,13 @@ class Generators:
         seed: of the global ones; each process adds its rank.
     """
 
-    def __init__(self, own: torch.Generator, seed: int, device: torch.device, world: World) -> None:
-        self.own, self.device, self.world = own, device, world
-        torch.manual_seed(seed + world.rank)
-        np.random.seed(seed + world.rank)
-        random.seed(seed + world.rank)
+    def __init__(
+        self, own: torch.Generator, seed: int, device: torch.device, processes: Processes
+    ) -> None:
+        self.own, self.device, self.processes = own, device, processes
+        torch.manual_seed(seed + processes.rank)
+        np.random.seed(seed + processes.rank)
+        random.seed(seed + processes.rank)
 
     def state_dict(self) -> dict[str, Any]:
         """All processes must call it."""
@@ -90,14 +92,14 @@ class Generators:
             "numpy": [kind, keys.tolist(), position, *gauss],
             "python": random.getstate(),
         }
-        processes = self.world.all_gather_objects(globals_)
+        processes = self.processes.all_gather_objects(globals_)
         return {"model": self.own.get_state(), "processes": processes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.own.set_state(state["model"])
-        if self.world.rank >= len(state["processes"]):
+        if self.processes.rank >= len(state["processes"]):
             return  # with more processes than before, these begin anew
-        found = state["processes"][self.world.rank]
+        found = state["processes"][self.processes.rank]
         torch.set_rng_state(found["torch"])
         if self.device.type == "cuda" and found["cuda"] is not None:
             torch.cuda.set_rng_state(found["cuda"], self.device)

@@ -29,7 +29,7 @@ class TrainStep:
     """Steps of a model and its optimizer.
 
     A step whose loss or gradient is not finite changes neither the weights nor the model's buffers
-    (AEA's queue). Of several processes each calls it with its share of the batch.
+    (AEA's queue). Of several processes each calls it with its shard of the batch.
 
     Args:
         model: on its device.
@@ -37,7 +37,12 @@ class TrainStep:
     """
 
     def __init__(self, model: AEAFIRM, optimizer: Optimizer, args: EasyDict) -> None:
-        self.model, self.optimizer, self.args, self.world = model, optimizer, args, model.world
+        self.model, self.optimizer, self.args, self.processes = (
+            model,
+            optimizer,
+            args,
+            model.processes,
+        )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
@@ -50,12 +55,12 @@ class TrainStep:
         # Averages gradients over processes in the backward pass. Buffers need no synchronisation:
         # every process computes the same queue.
         self.forward = model
-        if self.world.size > 1 and args.accum_steps == 1:
+        if self.processes.size > 1 and args.accum_steps == 1:
             self.forward = DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
             )
         else:
-            self.world.broadcast([p.data for p in model.parameters()])
+            self.processes.broadcast([p.data for p in model.parameters()])
 
     def __call__(self, batch: dict[str, Any]) -> StepResult:
         """One step on a batch that is on the device (see `AEAFIRM.forward`)."""
@@ -105,7 +110,7 @@ class TrainStep:
                 [again[name] for name in used], [whole[name].grad[start:stop] for name in used]
             )
             start = stop
-        self.world.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
+        self.processes.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
         return values
 
     def update(self, skipped: Tensor) -> None:

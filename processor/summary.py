@@ -20,7 +20,7 @@ from datasets.records import Data
 from datasets.registry import selecting_splits
 from processor.evaluator import Evaluator
 from utils.command_line import typed_again
-from utils.distributed import World
+from utils.distributed import Processes
 from utils.metrics import METRICS, Retrieval
 from utils.runs import LAST_EPOCH
 from utils.text import visible
@@ -33,7 +33,7 @@ def describe(
     evaluators: Sequence[Evaluator],
     args: EasyDict,
     device: torch.device,
-    world: World,
+    processes: Processes,
 ) -> None:
     """Log the data, the protocol, and what the run is made of."""
     sizes = "".join(
@@ -43,16 +43,14 @@ def describe(
     log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples{sizes}")
     warn(log, data)
     for i, split in enumerate(selecting_splits(args.val_dataset) or (LAST_EPOCH,)):
-        protocol = Protocol(data, split, world, args.finetune)
+        protocol = Protocol(data, split, processes, args.finetune)
         log.info(f"{f'best_{split}.pth' if i else 'best.pth'} is {protocol}")
         if protocol.overlap and split != HELDOUT:
             log.info("--val_dataset heldout chooses on people who leave training instead")
-    processes = f"{world.size} processes, " if world.size > 1 else ""
-    log.info(
-        f"losses {args.loss_names}; {processes}{device.type}, {args.precision}, seed {args.seed}"
-    )
+    shared = f"{processes.size} processes, " if processes.size > 1 else ""
+    log.info(f"losses {args.loss_names}; {shared}{device.type}, {args.precision}, seed {args.seed}")
     if loader.num_workers < args.num_workers:
-        each = " for each process" if world.size > 1 else ""
+        each = " for each process" if processes.size > 1 else ""
         log.info(f"{loader.num_workers} loader processes{each}, since there are no more cores")
 
 
@@ -61,15 +59,19 @@ class Protocol:
 
     Args:
         chosen_on: the split that chooses it, or `LAST_EPOCH`.
-        world: the leader looks at the files, for all processes.
+        processes: rank 0 looks at the files, for all processes.
         finetune: the checkpoint that the run began with, if there was one.
     """
 
-    def __init__(self, data: Data, chosen_on: str, world: World, finetune: str = "") -> None:
+    def __init__(
+        self, data: Data, chosen_on: str, processes: Processes, finetune: str = ""
+    ) -> None:
         self.chosen_on, self.finetune = chosen_on, finetune
         self.overlap: Overlap | None = None  # where another split than test chooses
         if chosen_on != "test" and chosen_on in data.splits:
-            self.overlap = world.from_rank_0(overlap(data, chosen_on) if world.is_rank_0 else None)
+            self.overlap = processes.from_rank_0(
+                overlap(data, chosen_on) if processes.is_rank_0 else None
+            )
 
     def __str__(self) -> str:
         """To follow "best.pth is"."""
@@ -118,15 +120,17 @@ class Protocol:
         return {"chosen_on": self.chosen_on, "overlap": shared, "text": text}
 
 
-def protocol_of(checkpoint: dict[str, Any], args: EasyDict, data: Data, world: World) -> Protocol:
+def protocol_of(
+    checkpoint: dict[str, Any], args: EasyDict, data: Data, processes: Processes
+) -> Protocol:
     """Of a checkpoint that is evaluated: what it says itself, else by the run's options. No split
     chooses the last.pth of a run."""
-    best, chosen_on = told_by(checkpoint)[1], LAST_EPOCH
+    best, chosen_on = epoch_and_best(checkpoint)[1], LAST_EPOCH
     if best:
         chosen_on = best["split"]
     elif "progress" not in checkpoint:  # which last.pth has
         chosen_on = next(iter(selecting_splits(args.val_dataset)), LAST_EPOCH)
-    return Protocol(data, chosen_on, world, args.finetune)
+    return Protocol(data, chosen_on, processes, args.finetune)
 
 
 def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], list[str]]:
@@ -140,7 +144,7 @@ def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], lis
     return {**here, "changed": changed}, told
 
 
-def told_by(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
     """The epoch of a checkpoint, and what chose it: `split`, `epoch` and, unless the last epoch was
     taken, metrics in percent. None and empty where it says nothing, or what other code means."""
     epoch, best = checkpoint.get("epoch"), checkpoint.get("best")

@@ -22,14 +22,14 @@ from datasets.loaders import on_device
 from processor.best import Best
 from processor.epoch_log import EpochLog
 from processor.evaluator import Evaluator
-from processor.failures import explained
+from processor.failures import explain_failures
 from processor.nonfinite import NonFiniteGuard
 from processor.state import Generators, OptimizerState, Progress, save_state
 from processor.step import TrainStep
 from solver.build import set_lr
 from utils.checkpoint import save_checkpoint
 from utils.distributed import AgreedFlags
-from utils.errors import Stopped, UserError
+from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
 from utils.runs import LAST
 
@@ -63,34 +63,38 @@ class Trainer:
             evaluators,
         )
         self.run_dir, self.log, self.data = run_dir, log, data
-        self.model, self.world, device = train_step.model, train_step.world, train_step.device
+        self.model, self.processes, device = (
+            train_step.model,
+            train_step.processes,
+            train_step.device,
+        )
         self.device, self.sampler = device, loader.batch_sampler
         self.progress = Progress()
         self.best = Best([e.name for e in evaluators], run_dir)
         self.guard = NonFiniteGuard(
-            args, loader.dataset, run_dir if self.world.is_rank_0 else None, log
+            args, loader.dataset, run_dir if self.processes.is_rank_0 else None, log
         )
         self.epoch_log = EpochLog(
-            args, len(loader), self.sampler.count, device, run_dir, log, self.world
+            args, len(loader), self.sampler.count, device, run_dir, log, self.processes
         )
         # All that survives the run, by name; see processor/state.py.
         self.parts = {
             "model": self.model,
             "optimizer": OptimizerState(train_step.optimizer),
             "scaler": train_step.scaler,
-            "generators": Generators(self.model.generator, args.seed, device, self.world),
+            "generators": Generators(self.model.generator, args.seed, device, self.processes),
             "nonfinite": self.guard,
             "epoch_log": self.epoch_log,
             "best": self.best,
             "progress": self.progress,
         }
-        self.stop, self.flags = StopRequest(), AgreedFlags(self.world)
+        self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)
         self.save_epochs, self.save_seconds = parse_period(args.save_period)
         self.saved = time.monotonic()
         self.in_step = False  # then the queue may be ahead of the weights
 
     def train(self) -> Best:
-        """Run the remaining epochs. Raises Stopped when a signal asked to stop and all is saved."""
+        """Run the remaining epochs. Raises StoppedBySignal after a signal, when all is saved."""
         self.epoch_log.open(self.progress.epoch, self.progress.step)
         try:
             with self.stop:
@@ -106,9 +110,9 @@ class Trainer:
         """What remains of an epoch: its steps, its evaluation, its checkpoint."""
         args, epoch = self.args, self.progress.epoch + 1
         images = [self.loader.dataset.images, *(x for e in self.evaluators for x in e.files)]
-        with explained(args, self.device, images, "training"):
+        with explain_failures(args, self.device, images, "training"):
             line = self._steps()
-        with explained(args, self.device, images, "evaluation"):
+        with explain_failures(args, self.device, images, "evaluation"):
             metrics, better = {}, []
             if epoch % args.eval_period == 0 or epoch == args.num_epoch:
                 metrics = self._evaluate()
@@ -128,14 +132,14 @@ class Trainer:
 
     def _steps(self) -> str:
         """The remaining steps of an epoch. Returns what the log says of it."""
-        args, progress, sampler, sizes = (
-            self.args, self.progress, self.sampler, self.model.base_model.sizes
+        args, progress, sampler, config = (
+            self.args, self.progress, self.sampler, self.model.base_model.config
         )  # fmt: skip
         lr = set_lr(self.train_step.optimizer, progress.epoch, args)
         sampler.set_epoch(progress.epoch, progress.step)
         self.epoch_log.begin(progress.epoch, progress.step, lr)
         self.model.train()
-        for batch in on_device(self.loader, self.device, sizes.image_mean, sizes.image_std):
+        for batch in on_device(self.loader, self.device, config.image_mean, config.image_std):
             batch["counts"] = sampler.counts(progress.step)
             self.epoch_log.add_skipped_images(batch.pop("skipped", []))
             self.in_step = True
@@ -157,7 +161,7 @@ class Trainer:
             e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
         }
         # Other processors may round a similarity otherwise, and all must choose alike.
-        return self.world.from_rank_0(metrics)
+        return self.processes.from_rank_0(metrics)
 
     def save(self) -> None:
         """Write last.pth. All processes must call it."""
@@ -182,31 +186,31 @@ class Trainer:
     def _write(self, path: Path, content: dict[str, Any], keep: int = 1) -> None:
         """Save a checkpoint at rank 0. The others wait: a step's collectives have less patience
         than a slow disk may ask for."""
-        if self.world.is_rank_0:
+        if self.processes.is_rank_0:
             save_checkpoint(path, content, keep)
-        self.world.barrier()
+        self.processes.barrier()
 
     def _save_or_stop(self) -> None:
         """Between steps: save if minutes are up; if any process got a signal, save and stop.
 
-        Raises Stopped.
+        Raises StoppedBySignal.
         """
         due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
         if due:
             self.saved = time.monotonic()  # several processes agree a step later; ask once
-        stop, due = self.flags(bool(self.stop.name), self.world.is_rank_0 and due)
+        stop, due = self.flags(bool(self.stop.name), self.processes.is_rank_0 and due)
         if stop or due:
             self.save()
         if stop:
-            name = next(n for n in self.world.all_gather_objects(self.stop.name) if n)
-            raise Stopped(f"{name}: {self._saved()}")
+            name = next(n for n in self.processes.all_gather_objects(self.stop.name) if n)
+            raise StoppedBySignal(f"{name}: {self._saved()}")
 
     def _rescue(self) -> str:
         """Save after an error that came between steps. Returns what to tell.
 
         Several processes may each be in another place, so they do not.
         """
-        if self.world.size > 1 or self.in_step:
+        if self.processes.size > 1 or self.in_step:
             return ""
         self.guard.waiting.clear()
         try:
@@ -216,7 +220,7 @@ class Trainer:
         return f" ({self._saved()})"
 
     def _saved(self) -> str:
-        program = "python" if self.world.size == 1 else "torchrun ..."
+        program = "python" if self.processes.size == 1 else "torchrun ..."
         words = ["--resume", "--resume_ckpt_file", str(self.run_dir / LAST)]
         words += ["--image_cache", self.args.image_cache] if self.args.image_cache else []
         return (

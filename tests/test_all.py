@@ -52,7 +52,7 @@ def finished(mini_root, tmp_path_factory):
         return train(monkeypatch, mini_root, tmp_path_factory.mktemp("logs"))
 
 
-def test_a_run_leaves_what_the_readme_says(finished):
+def test_a_run_leaves_what_the_documentation_says(finished):
     names = {p.name for p in finished.iterdir()}
     assert {"train_log.txt", "configs.yaml", "history.jsonl", "best.pth", "last.pth"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -145,7 +145,7 @@ def test_the_last_epoch_counts_where_no_split_chooses(mini_root, tmp_path, monke
     train(monkeypatch, None, None, resume=True, resume_ckpt_file=folder / "last.pth")
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
-    assert "best.pth is missing or damaged; written, of epoch 2" in shown
+    assert "best.pth is missing or corrupted; written, of epoch 2" in shown
     assert "test split, which had no part in choosing this checkpoint\n" in shown
     results = json.loads((folder / "test_results.json").read_text())
     assert results["protocol"]["chosen_on"] == "last" and results["protocol"]["overlap"] is None

@@ -4,7 +4,7 @@
     python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --plain --json old.json
     python tools/bench.py --compare old.json new.json
 
-Takes every option of train.py. Weights are from scratch at ViT-B/16's sizes unless
+Takes every option of train.py. Weights are from scratch at ViT-B/16's config unless
 --pretrain_choice says otherwise: values do not change the time. The step runs on made-up images and
 captions; `data` needs a data set in --root_dir. Every figure is a median over repetitions with the
 spread from the first to the third quartile; the device is waited for before and after each.
@@ -44,7 +44,7 @@ from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN
 from model.aeafirm import AEAFIRM
 from model.build import build_training_model
 from model.losses.registry import needs_masked, parse_loss_names
-from model.weights import named_sizes
+from model.weights import named_config
 from processor.step import TrainStep
 from solver.build import build_optimizer
 from utils.command_line import parse_options
@@ -228,11 +228,11 @@ def bench_step(
     optimizer = build_optimizer(model.named_parameters(), args)
     train_step = TrainStep(model, optimizer, args)
     raw = made_up_batch(args, args.plain, pairs)
-    sizes = model.base_model.sizes
+    config = model.base_model.config
     context = autocast(args.precision, device)
 
     def batch() -> dict[str, torch.Tensor]:
-        return to_device(raw, device, sizes.image_mean, sizes.image_std)
+        return to_device(raw, device, config.image_mean, config.image_std)
 
     def step() -> None:
         if not args.plain:
@@ -299,11 +299,11 @@ def bench_step(
 
 def without_weights(args: EasyDict) -> None:
     """Take a named ViT's sizes from scratch: speed does not depend on the values of its weights."""
-    sizes = named_sizes(args.pretrain_choice)
-    if sizes is not None and not sizes.is_resnet and sizes.head_width == 64:
+    config = named_config(args.pretrain_choice)
+    if config is not None and not config.is_resnet and config.head_width == 64:
         for name in ("embed_dim", "vision_width", "vision_layers", "vision_patch_size",
                      "text_width", "text_layers"):  # fmt: skip
-            setattr(args, name, getattr(sizes, name))
+            setattr(args, name, getattr(config, name))
         args.pretrain_choice = "scratch"
 
 

@@ -25,8 +25,8 @@ import yaml
 from easydict import EasyDict
 
 from model.build import PREFIX, build_evaluation_model
-from model.weights import OPENAI_MODELS, BackboneSizes
-from processor.summary import told_by
+from model.weights import OPENAI_MODELS, BackboneConfig
+from processor.summary import epoch_and_best
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.errors import UserError, run_main
@@ -88,9 +88,9 @@ def main() -> None:
     checkpoint = load_checkpoint(path)
     # Building it checks that the checkpoint is whole.
     backbone = build_evaluation_model(args, checkpoint, str(path)).base_model
-    sizes, folder = backbone.sizes, Path(args.output)
-    notes = told + differences(args, sizes)
-    check_openai(sizes, f"{path}: {args.pretrain_choice}")
+    config, folder = backbone.config, Path(args.output)
+    notes = told + differences(args, config)
+    check_openai(config, f"{path}: {args.pretrain_choice}")
     kept = {name: v for name, v in checkpoint["model"].items() if FAMILY.match(name)}
     rows = len(kept.get("classifier.weight", range(CLASSES)))
     if rows != CLASSES:
@@ -105,8 +105,8 @@ def main() -> None:
     options |= {
         "img_size": tuple(args.img_size),
         "milestones": tuple(args.milestones),
-        "stride_size": args.stride_size or sizes.vision_patch_size,
-        "text_length": sizes.context_length,
+        "stride_size": args.stride_size or config.vision_patch_size,
+        "text_length": config.context_length,
         "val_dataset": "val" if args.val_dataset == "val" else "test",
         "cont_queue_size": args.queue_batches * args.batch_size,
         "output_dir": str(folder),
@@ -125,7 +125,7 @@ def main() -> None:
             "original builds its model from; change it in configs.yaml if you move the folder"
         )
     # The original reads the weights alone; test.py here also what chose them.
-    epoch, best = told_by(checkpoint)
+    epoch, best = epoch_and_best(checkpoint)
     said = {"epoch": epoch or 0} | ({"best": best} if best else {})
     content = {"model": kept, "input": backbone.input, **said}
     save_checkpoint(folder / "best.pth", content)
@@ -136,12 +136,12 @@ def main() -> None:
         say(visible(note))
 
 
-def check_openai(sizes: BackboneSizes, what: str) -> None:
+def check_openai(config: BackboneConfig, what: str) -> None:
     """Raises UserError for an architecture that code of this family cannot build."""
-    heads = sizes.text_width // 64
+    heads = config.text_width // 64
     names = ("head_width", "quick_gelu", "image_mean", "image_std", "mlp_ratio")
-    if (sizes.text_heads or heads) != heads or any(
-        getattr(sizes, name) != getattr(BackboneSizes, name) for name in names
+    if (config.text_heads or heads) != heads or any(
+        getattr(config, name) != getattr(BackboneConfig, name) for name in names
     ):
         raise UserError(
             f"{what} has another activation, other heads or another image mean and std than "
@@ -149,18 +149,18 @@ def check_openai(sizes: BackboneSizes, what: str) -> None:
         )
 
 
-def differences(args: EasyDict, sizes: BackboneSizes) -> list[str]:
+def differences(args: EasyDict, config: BackboneConfig) -> list[str]:
     """What the original cannot do as this run does, in words."""
     told = []
-    if args.text_length < sizes.context_length:
+    if args.text_length < config.context_length:
         told.append(
-            f"text_length is {sizes.context_length}, since the original always encodes so many "
+            f"text_length is {config.context_length}, since the original always encodes so many "
             "columns. Features stay the same, but for captions that "
             f"--text_length {args.text_length} cuts short"
         )
     if args.dataset_name not in DATASETS:
         told.append(f"the original has no data set {args.dataset_name}")
-    if sizes.is_resnet and args.pretrain_choice not in OPENAI_MODELS:
+    if config.is_resnet and args.pretrain_choice not in OPENAI_MODELS:
         told.append("the original builds a ResNet only from OpenAI's weights, by their name")
     names = set(OPTIONS) - set(FAMILY_OPTIONS) - ELSEWHERE
     other = [f"--{n} {v}" for n, v in args.items() if n in names and v != OPTIONS[n].default]

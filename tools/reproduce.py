@@ -48,7 +48,7 @@ from tqdm import tqdm
 from datasets.registry import read_dataset
 from processor.history import HISTORY, read_history
 from processor.queries import CHECKPOINTS, check_metrics, read_results, stem
-from processor.summary import told_by
+from processor.summary import epoch_and_best
 from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
@@ -107,7 +107,7 @@ class Job:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """What a finished job left, or None. Raises UserError if it is damaged."""
+        """What a finished job left, or None. Raises UserError if it is corrupted."""
         path = self.folder / "done.json"
         if self.found:
             return self.found
@@ -120,11 +120,11 @@ class Job:
                 numbers = [overlap.get(name, 0) for name in ("images", "people")]
                 numbers += [found[protocol][name] for name in METRICS]
             except (AttributeError, KeyError):
-                raise _damaged(path) from None
+                raise _corrupted(path) from None
             if not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
-                raise _damaged(path)
+                raise _corrupted(path)
         if set(CHECKPOINTS.get(self.args.val_dataset, ())) - set(found):
-            raise _damaged(path)
+            raise _corrupted(path)
         return found
 
     @property
@@ -136,7 +136,7 @@ class Job:
             if not isinstance(version, dict) or not all(
                 isinstance(version.get(key), str) for key in ("commit", "sources")
             ):
-                raise _damaged(path)
+                raise _corrupted(path)
         return found
 
     @property
@@ -157,12 +157,12 @@ def _read(path: Path, kind: type) -> Any:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, kind):
-        raise _damaged(path)
+        raise _corrupted(path)
     return found
 
 
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: damaged; delete it, and the job goes on from its last checkpoint")
+def _corrupted(path: Path) -> UserError:
+    return UserError(f"{path}: corrupted; delete it, and the job goes on from its last checkpoint")
 
 
 @dataclass
@@ -459,11 +459,11 @@ class Runner:
             self.gpus.put(gpu)
 
     def _open(self, job: Job) -> None:
-        """Make and lock the folder, and note the code; what does not count is set aside."""
+        """Make and lock the folder, and note the code; what does not count is renamed."""
         job.folder.mkdir(parents=True, exist_ok=True)
         self.locks[job.folder] = lock(job.folder, inherited=True)
         if job.again:
-            names = (Path(f"{job.folder}.aside{n}") for n in itertools.count(1))
+            names = (Path(f"{job.folder}.backup{n}") for n in itertools.count(1))
             job.folder.rename(next(name for name in names if not name.exists()))
             os.close(self.locks.pop(job.folder))
             job.again = False
@@ -532,7 +532,7 @@ def epochs_logged(job: Job) -> int:
 def epochs_done(job: Job) -> int:
     """Epochs in a job's last checkpoint."""
     try:
-        return (told_by(load_checkpoint(job.last))[0] or 0) if job.last else 0
+        return (epoch_and_best(load_checkpoint(job.last))[0] or 0) if job.last else 0
     except UserError:
         return 0
 

@@ -1,4 +1,6 @@
-"""What must be settled before torch is loaded: every entry point imports this package first.
+"""Options, files, logs, processes and metrics, for all other packages.
+
+Every entry point imports it first, since it settles what must be settled before torch is loaded:
 
 - Which systems this runs on: told in a line, in place of an ImportError from some module below.
 - How threads wait. Those of a CPU's matrix products wait for each other many times a step, by

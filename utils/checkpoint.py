@@ -39,8 +39,8 @@ CONVERT = (
 )
 
 
-class Lost(UserError):
-    """A file that is missing, damaged or another: to read it again would not help."""
+class UnusableFile(UserError):
+    """A file that is missing, corrupted or another: to read it again would not help."""
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
@@ -49,7 +49,7 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     With `keep` above 1, the ones before stay as `last.1.pth` (the newest of them), `last.2.pth`...
     Raises UserError, and writes nothing, if a weight of `model` holds NaN or infinite values.
     """
-    found = dead(content.get("model", {}))
+    found = nonfinite_weights(content.get("model", {}))
     if found:
         before = "; the save before this one stays" if Path(path).exists() else ""
         raise UserError(
@@ -85,9 +85,9 @@ def older(path: Path, number: int) -> Path:
 
 
 def restore(path: Path, good: Path) -> None:
-    """Put a kept checkpoint in a damaged one's place, which is kept as `last.damaged.pth`."""
+    """Put a kept checkpoint in a corrupted one's place, which is kept as `last.corrupted.pth`."""
     if path.exists():
-        _link(path, path.with_suffix(f".damaged{path.suffix}"))
+        _link(path, path.with_suffix(f".corrupted{path.suffix}"))
     os.replace(good, path)  # moved: the next save keeps it once, as the one before
 
 
@@ -100,14 +100,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     (`module.`, `_orig_mod.`) is cut; what is no tensor is left out of `model`.
 
     Only dense tensors and plain values are accepted (`weights_only`), no more of them than the file
-    has room for, and a hash in the file must be that of its content. Raises Lost if the file is
-    missing, damaged or without weights, or another UserError.
+    has room for, and a hash in the file must be that of its content. Raises UnusableFile if the
+    file is missing, corrupted or without weights, or another UserError.
     """
     path = Path(path)
     content = _read(path)
     found = list(_weights_in(content, set()))
     if not found:
-        raise Lost(f"{path}: no checkpoint: no weights in it; it holds {_described(content)}")
+        raise UnusableFile(
+            f"{path}: no checkpoint: no weights in it; it holds {_described(content)}"
+        )
     (place, weights), *others = found
     rest = {n: v for n, v in content.items() if n != place.split(".")[0] and not _is_weight(n, v)}
     also = [f"'{other}'" for other, its in others if other and len(its) >= len(weights) // 2]
@@ -123,7 +125,7 @@ def _read(path: Path) -> Any:
             start = file.read(9)
             size = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
-        raise Lost(f"{path}: no such file") from None
+        raise UnusableFile(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     tensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size
@@ -131,7 +133,7 @@ def _read(path: Path) -> Any:
         try:
             return safetensors.torch.load_file(path)
         except Exception as error:
-            raise Lost(f"{path}: not readable as safetensors: {error}") from None
+            raise UnusableFile(f"{path}: not readable as safetensors: {error}") from None
     return _read_torchscript(path, size) if _is_torchscript(path) else _load(path, start, size)
 
 
@@ -177,7 +179,7 @@ def _described(content: Any) -> str:
     return ", ".join(entries[:12] + ["..."] * (len(entries) > 12)) or "nothing"
 
 
-def dead(weights: dict[str, Any]) -> list[str]:
+def nonfinite_weights(weights: dict[str, Any]) -> list[str]:
     """Names of weights that hold NaN or infinite values. Waits for the device, once."""
     floats = {
         name: value if value.element_size() > 1 else value.float()
@@ -190,11 +192,11 @@ def dead(weights: dict[str, Any]) -> list[str]:
     return [name for name, good in zip(floats, alive, strict=True) if not good]
 
 
-def refuse_dead(weights: dict[str, Any], where: str | Path) -> None:
-    """Raise Lost if a weight holds NaN or infinite values."""
-    found = dead(weights)
+def refuse_nonfinite(weights: dict[str, Any], where: str | Path) -> None:
+    """Raise UnusableFile if a weight holds NaN or infinite values."""
+    found = nonfinite_weights(weights)
     if found:
-        raise Lost(f"{where}: {_told(found)}; take an earlier save")
+        raise UnusableFile(f"{where}: {_told(found)}; take an earlier save")
 
 
 def _told(names: list[str]) -> str:
@@ -242,7 +244,7 @@ def _same(one: Path, other: Path) -> bool:
     return alike and filecmp.cmp(one, other, shallow=False)
 
 
-def refuse_swollen(content: Any, size: int) -> None:
+def refuse_oversized(content: Any, size: int) -> None:
     """Raise ValueError unless `content` is of plain values and dense tensors, and as large as a
     file of `size` bytes can be.
 
@@ -304,33 +306,39 @@ def _load(path: Path, start: bytes, size: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's other protocols; an error says enough
             content = torch.load(path, map_location="cpu", weights_only=True)
-        refuse_swollen(content, size)
-        damaged = False
+        refuse_oversized(content, size)
+        corrupted = False
         if isinstance(content, dict) and HASH in content:  # other code's have none
-            damaged = content.pop(HASH) != digest(content)
+            corrupted = content.pop(HASH) != digest(content)
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # damaged bytes may send the reader anywhere
-            raise Lost(f"{path}: not readable as a checkpoint, or damaged ({error})") from None
+        if error.errno in (None, errno.EINVAL):  # corrupted bytes may send the reader anywhere
+            raise UnusableFile(
+                f"{path}: not readable as a checkpoint, or corrupted ({error})"
+            ) from None
         raise UserError(f"{path}: {error.strerror}") from None
     except MemoryError:
-        raise UserError(f"{path}: too large for this machine's memory, or damaged") from None
+        raise UserError(f"{path}: too large for this machine's memory, or corrupted") from None
     except pickle.UnpicklingError as error:
         if not _is_pickled(start):
-            raise Lost(f"{path}: no checkpoint: not a file of torch.save") from None
+            raise UnusableFile(f"{path}: no checkpoint: not a file of torch.save") from None
         # torch's own words advise to load it unsafely; of them only the culprit is of use.
         found = re.search(r"Unsupported [^\n]*?(?= was not|\n|$)", str(error))
-        raise Lost(
+        raise UnusableFile(
             f"{path}: refused: it holds more than tensors and plain values, and loading it could "
-            f"run code, or it is damaged ({found.group() if found else 'unreadable'}). {CONVERT}"
+            f"run code, or it is corrupted ({found.group() if found else 'unreadable'}). {CONVERT}"
         ) from None
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         if "weights_only" in reason:  # a format of old that torch only reads unsafely
-            raise Lost(f"{path}: refused: torch.load could run code of it. {CONVERT}") from None
-        kind = UserError if "can't allocate memory" in reason else Lost
-        raise kind(f"{path}: not readable as a checkpoint, or damaged ({reason})") from None
-    if damaged:
-        raise Lost(f"{path}: damaged: its content does not have the hash that it was saved with")
+            raise UnusableFile(
+                f"{path}: refused: torch.load could run code of it. {CONVERT}"
+            ) from None
+        kind = UserError if "can't allocate memory" in reason else UnusableFile
+        raise kind(f"{path}: not readable as a checkpoint, or corrupted ({reason})") from None
+    if corrupted:
+        raise UnusableFile(
+            f"{path}: corrupted: its content does not have the hash that it was saved with"
+        )
     return content
 
 
@@ -371,11 +379,11 @@ def _read_torchscript(path: Path, size: int) -> dict[str, Tensor]:
             with archive.open(record) as file:
                 root = _ModuleUnpickler(file, archive, f"{folder}data").load()
         weights = _parameters(root)
-        refuse_swollen(weights, size)
+        refuse_oversized(weights, size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:
-        raise UserError(f"{path}: damaged TorchScript archive ({error})") from None
+        raise UserError(f"{path}: corrupted TorchScript archive ({error})") from None
     return weights
 
 

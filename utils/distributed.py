@@ -1,10 +1,10 @@
-"""Several processes train one model, each on its share of every batch; torchrun starts them.
+"""Several processes train one model, each on its shard of every batch; torchrun starts them.
 
     torchrun --nproc_per_node 4 train.py ...
 
 `--batch_size` is that of all processes together, and the losses are those of the whole batch: every
-process encodes its share, the shares are gathered, and every process computes the same losses of
-all of them. Gradients flow back through `World.all_gather` to the own share.
+process encodes its shard, the shards are gathered, and every process computes the same losses of
+all of them. Gradients flow back through `Processes.all_gather` to the own shard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
-class World:
+class Processes:
     """This process among all of a training. The defaults are those of a single process.
 
     What decides whether a collective is called must be the same everywhere, so it comes from
@@ -57,7 +57,7 @@ class World:
             counts: rows of each process.
 
         A gradient that arrives at the result goes to the own rows times `size`: with the mean that
-        DistributedDataParallel takes over processes, encoders get the sum over shares, and heads,
+        DistributedDataParallel takes over processes, encoders get the sum over shards, and heads,
         which every process applies to all rows, the gradient that each has computed whole.
         """
         if self.size == 1:
@@ -113,13 +113,13 @@ class World:
         torch._foreach_div_(list(gradients), self.size)
 
 
-SINGLE_PROCESS = World()
+SINGLE_PROCESS = Processes()
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_BD: Tensor, counts: tuple[int, ...], world: World) -> Tensor:
-        ctx.start, ctx.own, ctx.size = sum(counts[: world.rank]), len(rows_BD), world.size
+    def forward(ctx, rows_BD: Tensor, counts: tuple[int, ...], processes: Processes) -> Tensor:
+        ctx.start, ctx.own, ctx.size = sum(counts[: processes.rank]), len(rows_BD), processes.size
         padded = rows_BD.new_zeros((max(counts), rows_BD.shape[1]))  # collectives want one shape
         padded[: ctx.own] = rows_BD
         found = [torch.empty_like(padded) for _ in counts]
@@ -138,16 +138,18 @@ class AgreedFlags:
     arrived already, and nobody waits for it.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.pending: tuple[Tensor, Any] | None = None
 
     def __call__(self, *flags: bool) -> list[bool]:
         """For each flag, whether any process has raised it."""
-        if self.world.size == 1:
+        if self.processes.size == 1:
             return list(flags)
         votes = torch.tensor(flags, dtype=torch.int32)
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        work = dist.all_reduce(
+            votes, dist.ReduceOp.MAX, group=self.processes.control, async_op=True
+        )
         before, self.pending = self.pending, (votes, work)
         if before is None:
             return [False] * len(flags)
@@ -155,12 +157,12 @@ class AgreedFlags:
         return [bool(flag) for flag in before[0].tolist()]
 
 
-def shares(count: int, size: int) -> list[int]:
+def shard_sizes(count: int, size: int) -> list[int]:
     """Rows of each of `size` processes, as even as can be, the first ones having one more."""
     return [count // size + (rank < count % size) for rank in range(size)]
 
 
-def start(device_name: str) -> tuple[World, torch.device]:
+def start(device_name: str) -> tuple[Processes, torch.device]:
     """Join the processes that torchrun started, if it did: this process's place and device.
 
     NCCL carries tensors between GPUs, gloo between CPUs. Raises UserError if this machine has fewer
@@ -188,10 +190,10 @@ def start(device_name: str) -> tuple[World, torch.device]:
     else:
         dist.init_process_group("gloo")
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(dist.get_rank(), size, local_rank, local_size, control), device
+    return Processes(dist.get_rank(), size, local_rank, local_size, control), device
 
 
 def finish() -> None:
-    """Leave the other processes in good order."""
+    """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()

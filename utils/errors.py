@@ -45,7 +45,7 @@ class UserError(Exception):
         super().__init__(message)
 
 
-class Stopped(BaseException):
+class StoppedBySignal(BaseException):
     """A signal asked a run to leave, and it has saved: status 75, which schedulers may requeue.
 
     Like KeyboardInterrupt it may come at any moment, and is nobody's error: what reads a file must
@@ -98,7 +98,7 @@ def run_main(main: Callable[[], None]) -> None:
             "some of these letters; set PYTHONUTF8=1",
             FAILED,
         )
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         _leave(str(stopped), STOPPED)
     except KeyboardInterrupt:
         _leave("interrupted", KILLED)

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from utils.errors import Stopped, rank
+from utils.errors import StoppedBySignal, rank
 
 WATCH_SECONDS = 5
 # What schedulers, people, and terminals that close send.
@@ -21,7 +21,7 @@ def leave_at_once() -> None:
     with the status of one that may be started again."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise Stopped(f"{signal.Signals(number).name}: stopped; there was nothing to save")
+        raise StoppedBySignal(f"{signal.Signals(number).name}: stopped; there was nothing to save")
 
     for number in SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.devices import full
+from utils.devices import at_least_float32
 from utils.errors import UserError
 
 CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
@@ -90,8 +90,8 @@ def rank(
                 f"the {name} features are not finite: the model has diverged; "
                 "try a lower --lr, or --grad_clip 1"
             )
-    query_QD = torch.nn.functional.normalize(full(query_QD), dim=-1)
-    gallery_GD = torch.nn.functional.normalize(full(gallery_GD), dim=-1)
+    query_QD = torch.nn.functional.normalize(at_least_float32(query_QD), dim=-1)
+    gallery_GD = torch.nn.functional.normalize(at_least_float32(gallery_GD), dim=-1)
     chunk = chunk or max(1, CHUNK_BYTES // (4 * len(gallery_GD)))
     rows = [
         query_metrics(

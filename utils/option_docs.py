@@ -1,7 +1,4 @@
-"""Write docs/options.md from the table of options.
-
-make docs        # or: python -m utils.option_docs
-"""
+"""docs/options.md from the table of options; `make docs` (tools/docs.py) writes it."""
 
 from __future__ import annotations
 
@@ -62,7 +59,3 @@ def default(option: Option) -> str:
 
 def in_code(text: str) -> str:
     return f"`{text}`" if text else ""
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page())

@@ -73,7 +73,7 @@ GROUPS: dict[str, list[Option]] = {
             help="checkpoint to start from: weights are loaded where name and shape fit"),
     ],
     "Data": [
-        Option("dataset_name", str, "AGDataAttr", help="name of the data set; see the README"),
+        Option("dataset_name", str, "AGDataAttr", help="name of the data set; see docs/data.md"),
         Option("root_dir",     str, "./data", path=True, may_differ=True,
             help="folder that contains the data set"),
         Option("views",        str, "ag", choices=("a", "g", "ag"),
@@ -133,7 +133,8 @@ GROUPS: dict[str, list[Option]] = {
         Option("text_layers",       int, 12, ge=1, le=256, help="text encoder layers"),
     ],
     "Losses": [
-        Option("loss_names",      str,   "sdm+id+mlm", help="losses, joined by +; see the README"),
+        Option("loss_names",      str,   "sdm+id+mlm",
+            help="losses, joined by +; see docs/training.md"),
         Option("slack",           float, 0.15, ge=0,
             help="AEA: extra target weight of the caption's own view"),
         Option("queue_batches",   int,   3, ge=1, le=1000, help="AEA: past batches in the queue"),

@@ -14,7 +14,7 @@ from typing import Any
 from easydict import EasyDict
 
 from utils.config import read_preset
-from utils.distributed import World
+from utils.distributed import Processes
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
 
@@ -50,13 +50,13 @@ def make(folder: Path) -> None:
         raise UserError(f"--output_dir {folder.parent}: {error.strerror} ({folder})") from None
 
 
-def open_run(args: EasyDict, world: World) -> Path:
+def open_run(args: EasyDict, processes: Processes) -> Path:
     """The folder of the run, which is new or resumed. Rank 0 locks it, and removes files that a
     killed process left unfinished. Raises UserError if another process works there; with
     `--resume auto` also if one has begun a run of this name since this process looked for one."""
     folder = Path(args.resume_ckpt_file).parent if args.resume_ckpt_file else None
     new = (args.output_dir, args.dataset_name, args.name)
-    if world.is_rank_0 and folder is None and args.resume == "auto":
+    if processes.is_rank_0 and folder is None and args.resume == "auto":
         parent = Path(args.output_dir, args.dataset_name)
         make(parent)
         begins = lock(parent, name=f".{args.name}.lock", wait=True)
@@ -67,11 +67,11 @@ def open_run(args: EasyDict, world: World) -> Path:
         folder = new_run_dir(*new)
         lock(folder)
         os.close(begins)
-    elif world.is_rank_0:
+    elif processes.is_rank_0:
         folder = folder or new_run_dir(*new)
         lock(folder)
         remove_unfinished(folder)
-    return world.from_rank_0(folder)
+    return processes.from_rank_0(folder)
 
 
 def refuse_if_at_work(runs: Iterable[Path]) -> None:

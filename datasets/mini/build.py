@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from datasets.pedes import CUSTOM, PEDES
-from utils.attributes import read_attributes
+from utils.attributes import Attribute, read_attributes
 from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import read_file
@@ -138,21 +139,55 @@ def _render_identity(
     return records
 
 
+class Pair(NamedTuple):
+    """An aerial and a ground image of one person. Paths are relative to the folder of all."""
+
+    identity: int
+    aerial: str
+    ground: str
+    captions: list[str]  # three
+    attributes: dict[str, str]  # of the aerial image, such as {"gender": "male", ...}
+    pair_attributes: dict[str, str]  # of the ground image
+
+
+def render_people(
+    folder: str | Path, identities: int = 8, pairs: int = 2, seed: int = 0
+) -> list[Pair]:
+    """Render a few people into a folder, for the test of a reader.
+
+    The test writes the pairs down as its reader's files have them. Identities are 0, 1, ...
+    """
+    root, found = Path(folder), []
+    attributes = read_attributes("configs/attributes.yaml")
+    for pid, (source, identity, person) in enumerate(cast(seed, 0, identities)):
+        job = (0, source, identity, pid, person)
+        for record in _render_identity(job, root, seed, pairs, "custom", real=False):
+            aerial, ground = (file.as_posix() for file in record["files"])
+            named = _named(attributes, record["labels"])
+            found.append(Pair(pid, aerial, ground, record["captions"], *named))
+    return found
+
+
+def _named(attributes: list[Attribute], labels: list[list[int]]) -> list[dict[str, str]]:
+    """The class of every attribute by its name, of each image."""
+    return [
+        {a.name: a.classes[value] for a, value in zip(attributes, values, strict=True)}
+        for values in labels
+    ]
+
+
 def _entries(layout: str, records: list[tuple[int, int, dict]]) -> list[dict]:
     """The JSON list of the other layouts; records come with split and identity."""
-    classes = [(a.name, a.classes) for a in read_attributes("configs/attributes.yaml")]
+    attributes = read_attributes("configs/attributes.yaml")
     _, image_key = PEDES.get(layout, ("", "image"))
     entries = []
     for split, identity, record in records:
         if layout == "ICFG-PEDES" and SPLITS[split] == "val":
             continue  # it is published without one
         aerial, ground = record["files"]
-        named = [
-            {name: c[value] for (name, c), value in zip(classes, labels, strict=True)}
-            for labels in record["labels"]
-        ]
         entry = {"split": SPLITS[split], "id": identity, "captions": record["captions"][:2]}
         if layout == "custom":
+            named = _named(attributes, record["labels"])
             entry |= {
                 "image": aerial.as_posix(),
                 "pair_image": ground.as_posix(),

@@ -1,0 +1,1 @@
+"""The losses, one file a family, and the table of all."""

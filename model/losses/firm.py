@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.losses.inputs import Inputs, Setting, reduced
-from utils.devices import full
+from utils.devices import at_least_float32
 
 
 class SentenceTable(nn.Module):
@@ -110,7 +110,7 @@ class MatchingHead(nn.Linear):
 
     def forward(self, sentence_SD: Tensor, image_VD: Tensor) -> Tensor:
         """Both outputs for every image and sentence, [V, S, 2], at least float32."""
-        weight, bias = full(self.weight), full(self.bias)
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
         return match_logits(sentence_SD, image_VD, weight, bias, self.fusion)
 
 

@@ -37,12 +37,15 @@ class Inputs:
     image_BD: Tensor
     pair_BD: Tensor | None  # None: one view
     pids_B: Tensor
-    labels: Mapping[str, Tensor]  # `attributes` and `pair_attributes` [B, A], where there are any
-    sentence_SD: Tensor | None  # FIRM's sentences, if a loss needs them
-    own: Mapping[str, Tensor]  # tokens and masked captions of this process's samples alone
-    modules: Mapping[str, Any]  # what the rows of the named losses have built
-    options: EasyDict  # all options, by their names
-    generator: torch.Generator  # for a loss that samples; saved in checkpoints
+    # `attributes` and `pair_attributes` [B, A], where there are any
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    sentence_SD: Tensor | None = None  # FIRM's sentences, if a loss needs them
+    # tokens and masked captions of this process's samples alone
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    modules: Mapping[str, Any] = field(default_factory=dict)  # what the rows' `modules` have built
+    options: EasyDict = field(default_factory=EasyDict)  # all options, by their names
+    # for a loss that samples; saved in checkpoints
+    generator: torch.Generator = field(default_factory=torch.Generator)
     logged: dict[str, Tensor] = field(default_factory=dict)
     unit: dict[str, Tensor] = field(init=False)  # normalised: `text`, `image` and perhaps `pair`
 

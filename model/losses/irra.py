@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.losses.inputs import Inputs, Setting, reduced
-from utils.devices import full
+from utils.devices import at_least_float32
 
 
 def sdm(
@@ -87,7 +87,7 @@ def cmpm_of_views(inputs: Inputs) -> Tensor:
 def identity(inputs: Inputs) -> Tensor:
     """Halved cross-entropies of image and text (IRRA); with two views also of ground and text."""
     head = inputs.modules["classifier"]
-    weight, bias = full(head.weight), full(head.bias)
+    weight, bias = at_least_float32(head.weight), at_least_float32(head.bias)
     text, *images = (
         F.cross_entropy(F.linear(feature_BD, weight, bias), inputs.pids_B)
         for feature_BD in (inputs.text_BD, *inputs.views)

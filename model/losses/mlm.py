@@ -14,7 +14,7 @@ from open_clip.transformer import QuickGELU, Transformer
 from torch import Tensor, nn
 
 from model.losses.inputs import Inputs, Mean, Setting
-from utils.devices import full
+from utils.devices import at_least_float32
 
 
 def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Module]:
@@ -72,7 +72,7 @@ def mlm(inputs: Inputs) -> Mean:
     logits_XT = masked_token_logits(inputs.modules, own["masked"], own["tokens"], own["masked_at"])
     labels_X = own["masked_labels"].flatten()[own["masked_at"]]
     with torch.autocast(logits_XT.device.type, enabled=False):
-        loss_X = F.cross_entropy(full(logits_XT), labels_X, reduction="none")
+        loss_X = F.cross_entropy(at_least_float32(logits_XT), labels_X, reduction="none")
     return Mean(loss_X.sum(), len(loss_X))
 
 

@@ -1,7 +1,7 @@
 """The table of losses: what each computes, what it needs, and what `--loss_names` may combine.
 
-To add a loss: one file here with a function of `Inputs`, one row in LOSSES, one test (see
-docs/extending.md). Validation, error messages and the documentation's table read the rows.
+To add a loss: one file here with a function of `Inputs`, one row in LOSSES, one test;
+docs/extending.md has examples. Validation, messages and the documentation's table read the rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model.losses import aea, firm, irra, mlm
+from model.losses import (
+    aea,
+    firm,
+    irra,
+    mlm,
+)
 from model.losses.inputs import Inputs, Mean, Setting
 from utils.errors import UserError, suggest
 
@@ -113,7 +118,7 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
 
 
 def losses_table() -> str:
-    """The table of losses in Markdown, for the README."""
+    """The table of losses in Markdown, for docs/training.md."""
     lines = ["| name | what it is | needs |", "|---|---|---|"]
     for name, row in LOSSES.items():
         needs = ["both views"] * row.pairs + ["attributes"] * row.attributes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.mini import render
+from datasets.mini import render, render_people
 from datasets.mini.build import cast, sample_pair
 from datasets.mini.captions import COLOUR_WORDS, LOWER_WORDS, UPPER_WORDS, caption
 from datasets.mini.people import COLOURS, sample_person
@@ -283,6 +283,22 @@ def test_views_differ_in_size_and_shape():
         assert sizes[True][:, 1].max() < sizes[False][:, 1].min()
         assert shape[True].min() > shape[False].max()
         assert len({tuple(s) for s in sizes[True]}) > 10
+
+
+def test_people_for_the_test_of_a_reader_are_rendered_with_all_that_is_known_of_them(tmp_path):
+    found = render_people(tmp_path, identities=3, pairs=2, seed=1)
+    assert [pair.identity for pair in found] == [0, 0, 1, 1, 2, 2]
+    assert sorted(files(tmp_path)) == sorted(
+        p for pair in found for p in (pair.aerial, pair.ground)
+    )
+    for pair in found:
+        assert Image.open(tmp_path / pair.aerial).height < Image.open(tmp_path / pair.ground).height
+        assert (
+            len(pair.captions) == 3 and pair.attributes["gender"] == pair.pair_attributes["gender"]
+        )
+        assert (pair.attributes["altitude"], pair.pair_attributes["altitude"]) == ("above", "level")
+    assert render_people(tmp_path / "again", identities=3, pairs=2, seed=1) == found
+    assert render_people(tmp_path / "other", identities=3, pairs=2, seed=2) != found
 
 
 def test_complete_set_is_left_alone_and_others_are_not_overwritten(root, tmp_path):

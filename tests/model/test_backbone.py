@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from model.backbone import Backbone, load_backbone
-from model.weights import BackboneSizes, fit_positions, sizes_of
+from model.weights import BackboneConfig, config_of, fit_positions
 from tests.helpers import golden, golden_batch, golden_clip, noise
 from utils.errors import UserError
 
@@ -127,7 +127,7 @@ def test_an_archive_that_asks_for_a_function_is_refused(tmp_path):
 
 
 def fitted(weights, backbone):
-    return fit_positions(weights, backbone.sizes, backbone.grid, {}, "x.pt")[0]
+    return fit_positions(weights, backbone.config, backbone.grid, {}, "x.pt")[0]
 
 
 def test_position_embedding_is_resized_there_and_back(backbone):
@@ -141,10 +141,10 @@ def test_position_embedding_is_resized_there_and_back(backbone):
 
 
 def test_sizes_are_read_off_the_shapes():
-    assert sizes_of(golden_clip(), "x") == BackboneSizes(64, 2, 128, 16, 64, 2)
+    assert config_of(golden_clip(), "x") == BackboneConfig(64, 2, 128, 16, 64, 2)
 
 
-RESNET = BackboneSizes(32, (1, 1, 1, 1), 64, None, 64, 1)
+RESNET = BackboneConfig(32, (1, 1, 1, 1), 64, None, 64, 1)
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def test_bad_choices_are_told(tmp_path, clip_file):
     buffer = io.BytesIO()
     torch.save(golden_clip(), buffer)
     other.write_bytes(buffer.getvalue()[:5000])
-    refused("damaged", str(other), (96, 32))
+    refused("corrupted", str(other), (96, 32))
 
 
 def test_one_lookup_for_captions_and_sentences_gives_the_same_features_and_gradients(backbone):

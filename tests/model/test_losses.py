@@ -181,5 +181,5 @@ def test_attribute_matching_of_one_view_is_that_of_its_images_alone(clip_file):
         torch.testing.assert_close(model(single)["match2"], model(double)["match2"])
 
 
-def test_the_readme_holds_the_table_of_losses_as_it_is():
-    assert losses_table() in (ROOT / "README.md").read_text()
+def test_the_documentation_holds_the_table_of_losses_as_it_is():
+    assert losses_table() in (ROOT / "docs/training.md").read_text()

@@ -15,7 +15,7 @@ from open_clip import pretrained
 import model.weights as module
 from model.backbone import load_backbone
 from model.build import build_evaluation_model
-from model.weights import parse_choice, sizes_of_name
+from model.weights import config_of_name, parse_choice
 from tests.helpers import golden_clip, noise, options
 from utils.errors import UserError
 
@@ -139,7 +139,7 @@ def test_a_tagged_model_equals_open_clips_own_and_keeps_its_input_statistics(tin
     else:
         safetensors.torch.save_file(golden_clip(), put)
     ours = load_backbone("tiny-clip/here", (64, 64)).eval()
-    assert (ours.sizes.image_mean, ours.sizes.image_std) == (MEAN, STD)
+    assert (ours.config.image_mean, ours.config.image_std) == (MEAN, STD)
     theirs = open_clip.create_model("tiny-clip").eval()
     theirs.load_state_dict(golden_clip(), strict=False)
     weights = theirs.state_dict()
@@ -207,7 +207,7 @@ def test_every_plain_clip_of_open_clip_can_be_named_and_others_are_refused():
         for tag in pretrained.list_pretrained_tags_by_model(name):
             assert parse_choice(f"{name}/{tag}") == (name, tag, "")
             try:
-                sizes = sizes_of_name(name, tag)
+                sizes = config_of_name(name, tag)
             except UserError as error:
                 refused += 1
                 assert "is no plain CLIP" in str(error)
@@ -215,10 +215,10 @@ def test_every_plain_clip_of_open_clip_can_be_named_and_others_are_refused():
                 plain += 1
                 assert sizes.vocab_size == 49408
     assert plain > 60 and refused > 60
-    large = sizes_of_name("ViT-L-14", "laion2b_s32b_b82k")
+    large = config_of_name("ViT-L-14", "laion2b_s32b_b82k")
     assert large.image_mean == (0.5, 0.5, 0.5) and not large.quick_gelu
-    assert sizes_of_name("ViT-L-14", "openai").quick_gelu
-    assert sizes_of_name("ViT-H-14", "laion2b_s32b_b79k").head_width == 80
+    assert config_of_name("ViT-L-14", "openai").quick_gelu
+    assert config_of_name("ViT-H-14", "laion2b_s32b_b79k").head_width == 80
 
 
 def test_an_unknown_tag_is_told():
@@ -255,13 +255,13 @@ def test_a_file_behind_a_models_name_is_built_as_that_model(choice, mean, tiny, 
     images, ids = noise((2, 3, 64, 64), 1), open_clip.tokenize(["a man", "a woman in red"])
     torch.testing.assert_close(ours.encode_images(images)[0], theirs.encode_image(images))
     torch.testing.assert_close(ours.encode_captions(ids)[0], theirs.encode_text(ids))
-    assert ours.sizes.image_mean == (mean or open_clip.OPENAI_DATASET_MEAN) and not ours.notes
+    assert ours.config.image_mean == (mean or open_clip.OPENAI_DATASET_MEAN) and not ours.notes
     path.unlink()
     weights = {"model": {f"base_model.{n}": v for n, v in ours.state_dict().items()}}
     args = options(pretrain_choice=f"{choice}@{path}", img_size=[64, 64])
     again = build_evaluation_model(args, weights, "best.pth").eval()
     assert torch.equal(again.encode_text(ids), ours.encode_captions(ids)[0])
-    assert again.base_model.sizes == ours.sizes
+    assert again.base_model.config == ours.config
 
 
 def test_what_is_taken_for_granted_of_a_file_alone_is_told(tiny, clip_file, tmp_path):

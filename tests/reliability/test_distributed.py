@@ -27,7 +27,7 @@ from tests.reliability.runs import (
     with_r1,
 )
 from utils.checkpoint import load_checkpoint
-from utils.distributed import SINGLE_PROCESS, AgreedFlags, World, shares
+from utils.distributed import SINGLE_PROCESS, AgreedFlags, Processes, shard_sizes
 
 WAYS = {
     # 16 samples in batches of 5: the last one is smaller than the number of three processes.
@@ -116,7 +116,7 @@ def test_a_run_of_two_processes_stops_at_a_signal_and_goes_on_as_one(mini_root, 
 
 def test_every_process_fails_when_one_fails(mini_copy, tmp_path):
     """A broken image that only the second process reads ends the first, too, with one message."""
-    sampler = RandomSampler(16, 16, 1, World(1, 2))
+    sampler = RandomSampler(16, 16, 1, Processes(1, 2))
     path = Path(read("AGDataAttr", mini_copy).train[next(iter(sampler))[0].index].image.path)
     path.write_bytes(path.read_bytes()[:400])
     process = torchrun(2, flags(mini_copy, tmp_path, batch_size=16, num_epoch=50, seed=1))
@@ -175,7 +175,7 @@ def test_processes_that_find_different_checkpoints_do_not_go_on(mini_root, tmp_p
 def test_shares_are_even_and_whole():
     for count in range(0, 20):
         for size in range(1, 6):
-            found = shares(count, size)
+            found = shard_sizes(count, size)
             assert sum(found) == count and max(found) - min(found) <= 1 and len(found) == size
 
 
@@ -184,13 +184,13 @@ def test_shares_are_even_and_whole():
 def test_the_shares_of_processes_are_the_batches_of_one(kind, size):
     """No overlap, nothing left out, the same order, and another order in the next epoch."""
 
-    def sampler(world):
+    def sampler(processes):
         if kind == "random":
-            return RandomSampler(22, 6, 4, world)
-        return IdentitySampler([i // 3 for i in range(22)], 2, 6, 4, world)
+            return RandomSampler(22, 6, 4, processes)
+        return IdentitySampler([i // 3 for i in range(22)], 2, 6, 4, processes)
 
     alone = sampler(SINGLE_PROCESS)
-    parts = [sampler(World(rank, size)) for rank in range(size)]
+    parts = [sampler(Processes(rank, size)) for rank in range(size)]
     epochs = []
     for epoch in range(2):
         for one in (alone, *parts):
@@ -216,7 +216,7 @@ def test_evaluation_is_shared_by_whole_batches(count):
     alone, counts = evaluation_batches(count, 4)
     assert counts == [count] and [i for batch in alone for i in batch] == list(range(count))
     for size in (2, 3, 7):
-        found = [evaluation_batches(count, 4, World(rank, size)) for rank in range(size)]
+        found = [evaluation_batches(count, 4, Processes(rank, size)) for rank in range(size)]
         assert [batch for batches, _ in found for batch in batches] == alone
         assert all(c == [sum(map(len, b)) for b, _ in found] for _, c in found)
 
@@ -224,23 +224,25 @@ def test_evaluation_is_shared_by_whole_batches(count):
 def gathering(rank, size, store, results):
     """Gather rows with a gradient, gather integers, and vote; for a process of its own."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    world = World(rank, size, [0, 0, 1][rank], size, dist.new_group(backend="gloo"))
+    processes = Processes(rank, size, [0, 0, 1][rank], size, dist.new_group(backend="gloo"))
     counts = [3, 0, 2][:size]
     start = sum(counts[:rank])
     whole = torch.arange(5 * 4, dtype=torch.float64).reshape(5, 2, 2).sin()
     own = whole[start : start + counts[rank]].clone().requires_grad_()
     parts = {"a": own, "b": 2 * own[:, 0]}
-    found = world.all_gather(parts, counts)
+    found = processes.all_gather(parts, counts)
     (found["a"] ** 3).sum().add((found["b"] ** 2).sum()).backward()
-    labels = world.all_gather({"pids": torch.arange(start, start + counts[rank])}, counts)["pids"]
-    votes = AgreedFlags(world)
+    labels = processes.all_gather({"pids": torch.arange(start, start + counts[rank])}, counts)[
+        "pids"
+    ]
+    votes = AgreedFlags(processes)
     answers = [votes(rank == 1 and call == 1, False) for call in range(4)]
-    with world.rank_0_first(), open(f"{store}.turns", "a") as file:
+    with processes.rank_0_first(), open(f"{store}.turns", "a") as file:
         file.write(str(rank))
     spread = torch.full((2,), rank)
-    world.broadcast([spread])
+    processes.broadcast([spread])
     results.put((rank, found["a"].tolist(), own.grad.tolist(), labels.tolist(), answers,
-                 world.all_gather_objects(rank), world.from_rank_0(f"from {rank}"), spread.tolist()))  # fmt: skip
+                 processes.all_gather_objects(rank), processes.from_rank_0(f"from {rank}"), spread.tolist()))  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
 
@@ -278,7 +280,7 @@ def test_a_resnet_refuses_several_processes(tmp_path):
     torch.save(Backbone(RESNET, (96, 32)).state_dict(), tmp_path / "rn.pt")
     args = options(pretrain_choice=str(tmp_path / "rn.pt"))
     with pytest.raises(UserError, match="torchrun with several processes: a ResNet normalises"):
-        build_training_model(args, ["itc"], 0, World(0, 2))
+        build_training_model(args, ["itc"], 0, Processes(0, 2))
 
 
 def test_the_slurm_file_goes_back_into_the_queue_when_it_is_warned(mini_root, tmp_path):

@@ -21,14 +21,14 @@ from datasets.image_cache import ImageFiles
 from datasets.loaders import on_device, train_loader
 from datasets.samplers import Key
 from datasets.training_set import TrainDataset
-from processor.failures import explained
+from processor.failures import explain_failures
 from processor.resume import read_state
 from processor.step import TrainStep
 from processor.trainer import Trainer
 from tests.helpers import options, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, scalars, start
 from utils.checkpoint import digest, load_checkpoint
-from utils.errors import Stopped, UserError, run_main
+from utils.errors import StoppedBySignal, UserError, run_main
 from utils.files import lock
 from utils.runs import new_run_dir
 
@@ -141,7 +141,7 @@ def test_steps_in_a_row_are_counted_over_a_resume(mini_root, tmp_path, monkeypat
         evaluate = processor.trainer.Evaluator.evaluate
         stop = lambda *args: signal.raise_signal(signal.SIGTERM) or evaluate(*args)  # noqa: E731
         patch.setattr(processor.trainer.Evaluator, "evaluate", stop)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedBySignal):
             run(train_entry.main, patch, *words)
     assert load_checkpoint(folder_of(tmp_path) / "last.pth")["nonfinite"]["in_a_row"] == 3
     poisoned(monkeypatch, {1})
@@ -326,7 +326,7 @@ def test_a_loader_process_that_dies_in_an_evaluation_names_the_image_it_read(
 def test_shared_memory_that_is_full_is_told_and_other_errors_of_a_worker_are_left(
     error, raised, message
 ):
-    with pytest.raises(raised, match=message), explained(options(), CPU, [], "training"):
+    with pytest.raises(raised, match=message), explain_failures(options(), CPU, [], "training"):
         raise RuntimeError(error)
 
 
@@ -468,15 +468,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(mini_root, tmp_path, m
     (folder / "last.pth").write_bytes(data)
     run(train_entry.main, monkeypatch, *words, "--resume", "auto")
     shown = capsys.readouterr().out
-    assert re.search(r".*/last.pth: .*damaged.*\ntaken: .*/last.1.pth", shown)
+    assert re.search(r".*/last.pth: .*corrupted.*\ntaken: .*/last.1.pth", shown)
     assert "resumed after 2 epochs and 0 steps" in shown
     same(load_checkpoint(folder / "last.pth"), whole)
-    assert (folder / "last.damaged.pth").read_bytes() == data  # not among the kept ones
+    assert (folder / "last.corrupted.pth").read_bytes() == data  # not among the kept ones
     assert load_checkpoint(folder / "last.1.pth")["epoch"] == 2
 
 
 def test_what_is_kept_after_a_damage_are_different_saves(mini_root, tmp_path, monkeypatch):
-    """Not one file by two names, which would be damaged together."""
+    """Not one file by two names, which would be corrupted together."""
     words = flags(mini_root, tmp_path, keep_last=3)
     run(train_entry.main, monkeypatch, *words)
     folder = folder_of(tmp_path)
@@ -488,7 +488,7 @@ def test_what_is_kept_after_a_damage_are_different_saves(mini_root, tmp_path, mo
     assert len({path.stat().st_ino for path in kept}) == 3
     (folder / "last.pth").write_bytes(cut)
     preset = ["--config_file", folder / "configs.yaml", "--resume", "--keep_last", 1]
-    with pytest.raises(UserError, match="damaged.*; --resume_ckpt_file takes one of those beside it: last.1.pth, last.2.pth"):  # fmt: skip
+    with pytest.raises(UserError, match="corrupted.*; --resume_ckpt_file takes one of those beside it: last.1.pth, last.2.pth"):  # fmt: skip
         run(train_entry.main, monkeypatch, *preset)
     (folder / "last.1.pth").write_bytes(cut)
     with pytest.raises(UserError, match="beside it: last.2.pth$"):  # not one that was tried

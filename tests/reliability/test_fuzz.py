@@ -33,7 +33,7 @@ from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
 from processor.resume import read_state, resume
 from processor.step import TrainStep
-from processor.summary import best_table, told_by
+from processor.summary import best_table, epoch_and_best
 from processor.trainer import Trainer
 from tests.helpers import ROOT, golden_clip, options, run
 from tests.reliability.runs import finished
@@ -41,13 +41,13 @@ from tools import report
 from tools.compare_runs import compare
 from tools.reproduce import read_table, write_tables
 from utils.attributes import read_attributes
-from utils.checkpoint import digest, load_checkpoint, refuse_swollen, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, refuse_oversized, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.config import write_config
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
-from utils.logger import setup_logger
 from utils.options import OPTIONS
+from utils.run_log import setup_logger
 from utils.text import visible
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def changed(draw, tree):
     return tree
 
 
-def damaged(draw, data: bytes) -> bytes:
+def corrupted(draw, data: bytes) -> bytes:
     """Bytes with some flipped, cut out, doubled or overwritten."""
     data = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
@@ -192,7 +192,7 @@ def test_annotations(request, data):
     if data.draw(st.integers(0, 3)):
         content = json.dumps(changed(data.draw, json.loads(original))).encode()
     else:
-        content = damaged(data.draw, original)
+        content = corrupted(data.draw, original)
     args = options(dataset_name=name, root_dir=str(folders[name]))
     try:
         path.write_bytes(content)
@@ -283,7 +283,7 @@ def test_configs(request, data):
     elif how == "text":
         content = data.draw(st.text(max_size=60)).encode("utf-8", "surrogatepass")
     else:
-        content = damaged(data.draw, data.draw(st.sampled_from(PRESETS)).encode())
+        content = corrupted(data.draw, data.draw(st.sampled_from(PRESETS)).encode())
     path.write_bytes(content)
     args = tolerated(lambda: parse_options(["--config_file", str(path)]))
     if args is not None:  # what was accepted can be written and read back
@@ -337,15 +337,15 @@ def trained(mini_root, tmp_path_factory):
 @many
 @given(data=st.data())
 def test_damaged_checkpoints(request, data):
-    """damaged checkpoints"""
+    """corrupted checkpoints"""
     folder, path = request.getfixturevalue("trained"), request.getfixturevalue("tmp_path") / "x.pth"
     original = folder / data.draw(st.sampled_from(["last.pth", "best.pth"]))
     content = original.read_bytes()
     small = len(content) - 40_000  # the directory at the end is small, and worth most attempts
     if data.draw(st.booleans()):
-        content = content[:small] + damaged(data.draw, content[small:])
+        content = content[:small] + corrupted(data.draw, content[small:])
     else:
-        content = damaged(data.draw, content)
+        content = corrupted(data.draw, content)
     path.write_bytes(content)
     found = tolerated(lambda: load_checkpoint(path))
     if found is not None:
@@ -384,7 +384,7 @@ def test_strange_checkpoints(request, data):
         state["generators"][part] = data.draw(plain)
     try:
         if data.draw(st.booleans()):
-            refuse_swollen(state, 2**20)  # or its hash would never be done
+            refuse_oversized(state, 2**20)  # or its hash would never be done
             save_checkpoint(path, state)
         else:
             torch.save({**state, "sha256": "0"}, path)
@@ -395,7 +395,7 @@ def test_strange_checkpoints(request, data):
             best_table(trainer.best.found)
         found = tolerated(lambda: load_checkpoint(path))
         if found is not None:
-            json.dumps([*told_by(found), changes(found.get("data"), trainer.data)])
+            json.dumps([*epoch_and_best(found), changes(found.get("data"), trainer.data)])
         return
     found = tolerated(lambda: load_checkpoint(path))
     if found is not None:
@@ -478,12 +478,12 @@ def test_weight_files(request, data):
     path = request.getfixturevalue("tmp_path") / f"x{source.suffix}"
     content = source.read_bytes()
     if zipfile.is_zipfile(source) and data.draw(st.booleans()):
-        content = rezipped(content, lambda pickled: damaged(data.draw, pickled))
+        content = rezipped(content, lambda pickled: corrupted(data.draw, pickled))
     elif source.suffix == ".safetensors" and data.draw(st.booleans()):
         head = 8 + int.from_bytes(content[:8], "little")
-        content = damaged(data.draw, content[:head]) + content[head:]
+        content = corrupted(data.draw, content[:head]) + content[head:]
     else:
-        content = damaged(data.draw, content)
+        content = corrupted(data.draw, content)
     path.write_bytes(content)
     found = tolerated(lambda: load_checkpoint(path))
     if found is not None:
@@ -552,7 +552,7 @@ def test_images(request, data):
         held = io.BytesIO()
         Image.open(source).convert("RGB").save(held, kind)
         content = held.getvalue()
-    path.write_bytes(damaged(data.draw, content))
+    path.write_bytes(corrupted(data.draw, content))
     image = tolerated(lambda: read_image(str(path), "entry", (64, 32)))
     assert image is None or image.mode == "RGB"
 
@@ -613,7 +613,7 @@ def _spoil(draw, path: Path, outside: Path) -> None:
     elif how == "folder":
         path.mkdir()
     elif how == "bytes" or not original:
-        path.write_bytes(damaged(draw, original))
+        path.write_bytes(corrupted(draw, original))
     elif path.suffix == ".yaml":
         tree = changed(draw, yaml.safe_load(original))
         path.write_bytes(yaml.dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"))
@@ -634,7 +634,7 @@ def _spoil(draw, path: Path, outside: Path) -> None:
 
 
 def _npz(draw, original: bytes) -> bytes:
-    """An archive with an array that is another, missing or damaged."""
+    """An archive with an array that is another, missing or corrupted."""
     with np.load(io.BytesIO(original)) as archive:
         arrays = dict(archive)
     name = draw(st.sampled_from(sorted(arrays)))
@@ -649,7 +649,7 @@ def _npz(draw, original: bytes) -> bytes:
         }[how]()  # fmt: skip
     held = io.BytesIO()
     np.savez_compressed(held, **arrays)
-    return damaged(draw, held.getvalue()) if how == "bytes" else held.getvalue()
+    return corrupted(draw, held.getvalue()) if how == "bytes" else held.getvalue()
 
 
 def _use(folder: Path, whole: Path) -> None:

@@ -18,7 +18,7 @@ from utils.config import write_config
 from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
-from utils.logger import setup_logger
+from utils.run_log import setup_logger
 from utils.runs import folders
 
 ENTRY_POINTS = [ROOT / "train.py", ROOT / "test.py", *(ROOT / "tools").glob("[!_]*.py")]

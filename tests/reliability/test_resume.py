@@ -27,7 +27,7 @@ from processor.resume import read_state
 from tests.helpers import ROOT, read, run
 from tests.reliability.runs import assert_same_end, flags, folder_of, same, start, with_r1
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.errors import Stopped, UserError
+from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
 
 WAYS = {
@@ -90,7 +90,7 @@ def test_a_run_that_a_signal_stops_goes_on_to_the_same_end(
     with monkeypatch.context() as patch:
         raise_at_step(patch, moment, number)
         with pytest.raises(
-            Stopped, match=f"{number.name}: saved at epoch .*, step .*; resume with"
+            StoppedBySignal, match=f"{number.name}: saved at epoch .*, step .*; resume with"
         ):
             run(train_entry.main, patch, *words)
     state = load_checkpoint(folder_of(tmp_path) / "last.pth")
@@ -112,7 +112,7 @@ def test_a_run_that_is_stopped_while_it_evaluates_evaluates_again(
     words = flags(mini_root, tmp_path, resume="auto")
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "encode", disturbed)
-        with pytest.raises(Stopped, match="saved at epoch 1, step 4"):
+        with pytest.raises(StoppedBySignal, match="saved at epoch 1, step 4"):
             run(train_entry.main, patch, *words)
     assert not (folder_of(tmp_path) / "best.pth").exists()
     run(train_entry.main, monkeypatch, *words)
@@ -181,16 +181,16 @@ def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
     save_checkpoint(folder / "best.pth", later)
     again = ["--resume", "--config_file", folder / "configs.yaml", "--resume_ckpt_file"]
     run(train_entry.main, monkeypatch, *again, folder / "last.2.pth", "--lr", "1e-4")
-    same(load_checkpoint(folder / "best.aside1.pth"), later)
+    same(load_checkpoint(folder / "best.backup1.pth"), later)
     log = (folder / "train_log.txt").read_text()
-    text = "best.pth is of epoch 3, and not this run's; now best.aside1.pth; written, of epoch 1,"
+    text = "best.pth is of epoch 3, and not this run's; now best.backup1.pth; written, of epoch 1,"
     assert text in log
     (folder / "best.pth").unlink()
     run(train_entry.main, monkeypatch, *again, folder / "last.1.pth")
     assert load_checkpoint(folder / "best.pth")["epoch"] == 3
     log = (folder / "train_log.txt").read_text()
     text = (
-        r"best.pth is missing or damaged; this run's best was of epoch 1, R@1 \d+.\d\d; the best "
+        r"best.pth is missing or corrupted; this run's best was of epoch 1, R@1 \d+.\d\d; the best "
     )
     assert re.search(text + "from here on will be kept", log)
     # Another line's, though of the same epoch; and what was set aside before stays.
@@ -198,8 +198,8 @@ def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
     other |= {"best": other["best"] | {"R@1": -1.0}}
     save_checkpoint(folder / "best.pth", other)
     run(train_entry.main, monkeypatch, *again, folder / "last.pth", "--num_epoch", 4)
-    same(load_checkpoint(folder / "best.aside2.pth"), other)
-    same(load_checkpoint(folder / "best.aside1.pth"), later)
+    same(load_checkpoint(folder / "best.backup2.pth"), other)
+    same(load_checkpoint(folder / "best.backup1.pth"), later)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_an_epoch_that_is_under_way_cannot_change_its_batches(
     words = flags(mini_root, tmp_path, loss_names="itc")
     with monkeypatch.context() as patch:
         raise_at_step(patch, 2, signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedBySignal):
             run(train_entry.main, patch, *words)
     given = [word for name, value in other.items() for word in (f"--{name}", value)]
     again = ["--resume", "--output_dir", tmp_path, *given]
@@ -267,7 +267,7 @@ def test_minutes_between_saves_are_kept_and_older_saves_stay(mini_root, tmp_path
 
 def test_minutes_are_up_once_though_processes_agree_a_step_later(mini_root, tmp_path, monkeypatch):
     class Late:
-        def __init__(self, world):
+        def __init__(self, processes):
             self.flags = [False, False]
 
         def __call__(self, *flags):
@@ -342,11 +342,11 @@ def test_a_signal_before_training_leaves_with_the_status_of_one_that_may_start_a
 
 def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(tmp_path, monkeypatch):
     def stop(*_, **__):
-        raise Stopped("SIGTERM: stopped; there was nothing to save")
+        raise StoppedBySignal("SIGTERM: stopped; there was nothing to save")
 
     torch.save({"model": {}}, tmp_path / "last.pth")
     monkeypatch.setattr(torch, "load", stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedBySignal):
         read_state(tmp_path / "last.pth", keep=2)
 
 
@@ -388,7 +388,7 @@ def test_signals_that_are_ignored_stay_so():
 
 
 def test_an_error_between_steps_saves_what_was_done(mini_copy, tmp_path, monkeypatch, unbroken):
-    """An image that is damaged for a while: the run goes on from where it met it."""
+    """An image that is corrupted for a while: the run goes on from where it met it."""
     words = flags(mini_copy, tmp_path, save_period="10min", num_workers=1)
     image = Path(read("AGDataAttr", mini_copy).splits["test"].galleries["aerial"].images[2].path)
     data = image.read_bytes()
@@ -447,7 +447,7 @@ def test_a_best_checkpoint_that_was_not_written_is_written_on_resuming(
     folder = folder_of(tmp_path / "cut")
     assert_same_end(folder, folder_of(tmp_path / "whole"))
     assert f"; written, of epoch {moment}" in (folder / "train_log.txt").read_text()
-    assert not list(folder.glob("*aside*"))
+    assert not list(folder.glob("*backup*"))
 
 
 def test_every_new_best_is_saved_with_all_that_going_on_needs(mini_root, tmp_path, monkeypatch):
@@ -486,7 +486,7 @@ def test_a_console_that_is_closed_from_the_start_ends_no_run(tmp_path, closed):
     found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stderr.startswith("error: --lr must be more than 0") or "2" in closed
-    code = "from utils.errors import run_main; from utils.logger import setup_logger; run_main("
+    code = "from utils.errors import run_main; from utils.run_log import setup_logger; run_main("
     code += f"lambda: setup_logger(__import__('pathlib').Path('{tmp_path}/log')).info('hello'))"
     command = f'{sys.executable} -c "{code}" {closed}'
     assert subprocess.run(command, shell=True, cwd=ROOT).returncode == 0

@@ -12,7 +12,7 @@ from datasets.loaders import image_loader
 from datasets.transforms import normalise
 from model.backbone import load_backbone
 from model.build import build_evaluation_model
-from model.weights import BackboneSizes
+from model.weights import BackboneConfig
 from tests.helpers import SCRATCH, filled, golden, golden_clip, noise, options, read, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
@@ -156,7 +156,7 @@ def test_a_run_of_openais_weights_is_exported_without_differences(tmp_path, monk
 @pytest.mark.parametrize("other", [{"image_mean": (0.5, 0.5, 0.5)}, {"mlp_ratio": 3.0}, {"quick_gelu": False},
                                    {"text_heads": 2}, {"head_width": 80}])  # fmt: skip
 def test_an_architecture_that_the_original_cannot_build_is_refused(other):
-    sizes = BackboneSizes(64, 2, 128, 16, 64, 2)
+    sizes = BackboneConfig(64, 2, 128, 16, 64, 2)
     tool.check_openai(sizes, "best.pth")
     with pytest.raises(UserError, match="best.pth has another activation, other heads or another"):
         tool.check_openai(replace(sizes, **other), "best.pth")

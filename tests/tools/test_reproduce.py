@@ -200,10 +200,10 @@ def test_finished_jobs_survive_other_code_which_is_told_and_strict_trains_again(
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--strict") == 0
     assert len(trained) == 6 and "they are trained again" in capsys.readouterr().out
     found = done(out)
-    assert {v["sources"] for n, r in found.items() if "aside" not in n for v in r["code"]} == {
+    assert {v["sources"] for n, r in found.items() if "backup" not in n for v in r["code"]} == {
         "two"
     }
-    assert sum(".aside1" in name for name in found) == 2  # nothing is deleted
+    assert sum(".backup1" in name for name in found) == 2  # nothing is deleted
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--strict") == 0
     assert len(trained) == 6
 

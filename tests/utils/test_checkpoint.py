@@ -11,7 +11,7 @@ import torch
 from model.build import build_evaluation_model, build_model, load_fitting
 from tests.helpers import golden_clip, options
 from tests.model.test_backbone import Archive
-from utils.checkpoint import Lost, load_checkpoint, save_checkpoint
+from utils.checkpoint import UnusableFile, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 WEIGHTS = {"a.weight": torch.ones(2), "b.module_list.0": torch.zeros(1)}
@@ -89,14 +89,16 @@ def test_two_weights_of_one_name_are_refused(tmp_path):
     ],
 )
 def test_without_weights_the_entries_of_the_file_are_told(content, held, tmp_path):
-    with pytest.raises(Lost, match=f"x.pth: no checkpoint: no weights in it; it holds {held}$"):
+    with pytest.raises(
+        UnusableFile, match=f"x.pth: no checkpoint: no weights in it; it holds {held}$"
+    ):
         saved(tmp_path / "x.pth", content)
 
 
 def test_a_file_that_holds_itself_is_no_endless_search(tmp_path):
     content = {"epoch": 3}
     content["model"] = content
-    with pytest.raises(Lost, match="'model' holds itself"):
+    with pytest.raises(UnusableFile, match="'model' holds itself"):
         saved(tmp_path / "x.pth", content)
 
 
@@ -112,19 +114,19 @@ def test_a_format_is_told_by_the_content_and_not_by_the_name(tmp_path):
     assert torch.equal(found["visual.proj"], golden_clip()["visual.proj"])
     for name, what in (("x.safetensors", "as safetensors"), ("x.pth", "not a file of torch.save")):
         (tmp_path / name).write_bytes(b"neither of them")
-        with pytest.raises(Lost, match=what):
+        with pytest.raises(UnusableFile, match=what):
             load_checkpoint(tmp_path / name)
 
 
 def test_a_refusal_says_how_to_convert_and_never_to_load_unsafely(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"model": WEIGHTS, "args": argparse.Namespace(lr=1)}, path)
-    with pytest.raises(Lost) as first:
+    with pytest.raises(UnusableFile) as first:
         load_checkpoint(path)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:  # torch.save of 2016
         for name in ("sys_info", "pickle", "storages", "tensors"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(Lost) as second:
+    with pytest.raises(UnusableFile) as second:
         load_checkpoint(path)
     assert "Unsupported global: GLOBAL argparse.Namespace" in str(first.value)
     for error in (first, second):

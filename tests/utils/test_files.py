@@ -39,7 +39,7 @@ def test_a_truncated_checkpoint_is_told(keep, tmp_path):
     path = tmp_path / "cut.pth"
     save_checkpoint(path, {"model": {"w": torch.randn(100)}})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=f"{path}: .*damaged"):
+    with pytest.raises(UserError, match=f"{path}: .*corrupted"):
         load_checkpoint(path)
 
 
@@ -49,7 +49,7 @@ def test_weights_whose_checkpoint_has_another_hash_are_refused(tmp_path):
     content = torch.load(path, weights_only=True)
     content["model"]["w"][1] = 1
     torch.save(content, path)
-    with pytest.raises(UserError, match="damaged: its content does not have the hash"):
+    with pytest.raises(UserError, match="corrupted: its content does not have the hash"):
         load_checkpoint(path)
 
 

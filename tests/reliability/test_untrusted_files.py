@@ -25,7 +25,8 @@ from utils.config import read_yaml
 from utils.distributed import SINGLE_PROCESS
 from utils.errors import UserError
 from utils.files import append, lock, read_file, write_atomically
-from utils.logger import say, setup_logger
+from utils.logger import say
+from utils.run_log import setup_logger
 from utils.runs import open_run
 from utils.text import Lines, visible
 

@@ -380,7 +380,7 @@ ARCHIVES = {
     "empty": lambda: b"",
     "no captions": lambda: npz(**{name: value[:0] for name, value in GOOD.items()}),
     "cut": lambda: npz(**GOOD)[:-30],
-    "damaged inside": lambda: npz(**GOOD).replace(b"PK\x03\x04", b"PK\x03\x05", 1),
+    "corrupted inside": lambda: npz(**GOOD).replace(b"PK\x03\x04", b"PK\x03\x05", 1),
     "texts for numbers": lambda: npz(**GOOD | {"ap": np.array(["x"] * 3)}),
     "objects": lambda: npz(**GOOD | {"pid": np.array([{}, [], 3], dtype=object)}),
     "complex numbers": lambda: npz(**GOOD | {"ap": np.ones(3, complex)}),
@@ -389,7 +389,7 @@ ARCHIVES = {
     ),
     "a size of a terabyte, it says": lambda: with_column(header((2**37,))),
     "a header without an end": lambda: with_column(b"\x93NUMPY\1\0\x10\x27" + b"(" * 10000),
-    "damaged LZMA": lambda: with_column(header((3,)) + bytes(24), zipfile.ZIP_LZMA).replace(
+    "corrupted LZMA": lambda: with_column(header((3,)) + bytes(24), zipfile.ZIP_LZMA).replace(
         b"first.npy\t\x04", b"first.npy\t\x05"
     ),
     "infinite ranks": lambda: npz(**GOOD | {"first": np.full(3, np.inf)}),
@@ -487,7 +487,7 @@ def test_notes_of_a_job_that_are_damaged_are_told(content, tmp_path):
     (tmp_path / "code.json").write_text('[{"commit": 3}]')
     job = reproduce.Job("row", 1, argparse.Namespace(val_dataset="test"), tmp_path)
     for ask, name in ((lambda: job.results, "done.json"), (lambda: job.code, "code.json")):
-        with pytest.raises(UserError, match=f"{name}: damaged; delete it"):
+        with pytest.raises(UserError, match=f"{name}: corrupted; delete it"):
             ask()
 
 

@@ -11,7 +11,7 @@ import torch
 
 import test as test_entry
 import train as train_entry
-from processor.summary import told_by
+from processor.summary import epoch_and_best
 from tests.helpers import run
 from tests.reliability.runs import finished
 from utils.checkpoint import load_checkpoint
@@ -144,7 +144,7 @@ BOMBS = {
         lambda: saved({"model": {"w": torch.zeros(77)}}, _use_new_zipfile_serialization=False).replace(
             b"KM", b"J\xff\xff\xff\x7f"
         ),
-        "8 GB", "not readable as a checkpoint, or damaged",
+        "8 GB", "not readable as a checkpoint, or corrupted",
     ),
     "a dict that holds itself": (
         lambda: saved({"model": circle(), "sha256": "0"}), "RecursionError", "holds itself"
@@ -249,11 +249,14 @@ def test_odd_entries_of_a_checkpoint_spoil_no_evaluation(
 def test_what_a_checkpoint_says_of_its_choice_is_taken_only_whole():
     figures = {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP": 1.0, "mINP": 1.0}
     best = {**figures, "epoch": 3, "split": "test"}
-    assert told_by({"epoch": 3, "best": best}) == (3, best)
-    assert told_by({"best": {"epoch": 3, "split": "last"}}) == (None, {"epoch": 3, "split": "last"})
-    assert told_by({"epoch": True, "best": {**best, "mAP": "1"}}) == (None, {})
-    assert told_by({"best": {"epoch": 3, "split": "test"}}) == (None, {})
-    assert told_by({"best": {**best, "split": "\x1b[2J" * 9999}}) == (None, {})
+    assert epoch_and_best({"epoch": 3, "best": best}) == (3, best)
+    assert epoch_and_best({"best": {"epoch": 3, "split": "last"}}) == (
+        None,
+        {"epoch": 3, "split": "last"},
+    )
+    assert epoch_and_best({"epoch": True, "best": {**best, "mAP": "1"}}) == (None, {})
+    assert epoch_and_best({"best": {"epoch": 3, "split": "test"}}) == (None, {})
+    assert epoch_and_best({"best": {**best, "split": "\x1b[2J" * 9999}}) == (None, {})
 
 
 BEST = [

@@ -1,0 +1,107 @@
+"""docs/extending.md works: its code, put where it says, passes its own tests, lints and trains."""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.helpers import ROOT, SCRATCH
+
+PAGE = (ROOT / "docs/extending.md").read_text()
+BLOCKS = re.findall(r"```python\n# (\S+?)(?:, below: ([^\n]+))?\n(.*?)```", PAGE, flags=re.DOTALL)
+SMALL = {
+    **SCRATCH,
+    "img_size": [64, 32],
+    "batch_size": 8,
+    "num_epoch": 1,
+    "warmup_epochs": 0,
+    "num_workers": 0,
+}
+
+
+def run(folder: Path, *command: object) -> str:
+    """The output of a command in a folder, which must succeed."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the repository that follows the page."""
+    copy = tmp_path_factory.mktemp("extended")
+    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+    for folder in (*packages, "configs", "docs"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.html", "*.png")
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for file in ("train.py", "test.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, copy)
+    for file, anchor, code in BLOCKS:
+        path = copy / file
+        if not anchor:
+            assert not path.exists(), f"{file} is no new file"
+            path.write_text(code)
+            continue
+        lines = path.read_text().splitlines(keepends=True)
+        (at,) = (i for i, line in enumerate(lines) if line.strip().startswith(anchor))
+        lines.insert(at + 1, code)
+        path.write_text("".join(lines))
+    return copy
+
+
+def test_the_page_has_an_example_of_each_with_its_rows_and_its_test():
+    files = [file for file, anchor, _ in BLOCKS if not anchor]
+    assert files == [
+        "model/losses/triplet.py", "tests/model/test_triplet.py", "model/losses/domain.py",
+        "tests/model/test_domain.py", "datasets/rooftop.py", "tests/datasets/test_rooftop.py",
+    ]  # fmt: skip
+    assert len(BLOCKS) == PAGE.count("```python") == len(files) + 8
+
+
+def test_its_code_lints(extended):
+    run(extended, sys.executable, "-m", "ruff", "check", "--no-cache", ".")
+    run(extended, sys.executable, "-m", "ruff", "format", "--no-cache", "--check", ".")
+    linter = "from importlinter.cli import lint_imports_command as main; main()"
+    run(extended, sys.executable, "-c", linter, "--no-cache", "--no-logo")
+
+
+def test_its_tests_pass_and_none_that_was_there_has_to_be_edited(extended):
+    own = [file for file, anchor, _ in BLOCKS if file.startswith("tests/")]
+    code = "import sys, pytest; from tools import docs; docs.main(); sys.exit(pytest.main(sys.argv[1:]))"
+    run(
+        extended,
+        sys.executable,
+        "-c",
+        code,
+        "-p",
+        "no:cacheprovider",
+        *own,
+        "tests/tools/test_docs.py",
+    )
+
+
+def test_it_trains_with_its_losses_on_its_data_set(extended, tmp_path):
+    write = runpy.run_path(str(extended / "tests/datasets/test_rooftop.py"))["write_rooftop"]
+    write(tmp_path)
+    command = PAGE.split("```\npython train.py ")[1].split("```")[0].replace("\\\n", "")
+    command = shlex.split(command.replace("data/rooftop", str(tmp_path)))
+    small = [word for name, value in SMALL.items() for word in (f"--{name}", *str(value).strip("[]").split(", "))]  # fmt: skip
+    run(extended, sys.executable, "train.py", *command, *small, "--output_dir", tmp_path / "logs")
+    (folder,) = (tmp_path / "logs/Rooftop").iterdir()
+    config = yaml.safe_load((folder / "configs.yaml").read_text())
+    assert (config["triplet_margin"], config["domain_loss_weight"]) == (0.3, 0.05)
+    log = (folder / "train_log.txt").read_text()
+    for name in ("sdm", "triplet", "domain", "triplet/active", "domain/accuracy"):
+        assert re.search(rf"\b{name} \d", log), log
+    assert "domain_classifier.weight" in torch.load(folder / "best.pth")["model"]

@@ -1,0 +1,60 @@
+"""The directions of imports (`make lint`): what pyproject.toml says of them holds for all packages."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()"]
+TOOL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+CONFIG = TOOL["importlinter"]
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess:
+    command = [*LINT, "--no-cache", "--no-logo"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_every_package_has_its_place_among_the_layers_and_is_installed():
+    packages = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    layers = " | ".join(CONFIG["contracts"][0]["layers"]).split(" | ")
+    assert packages == sorted(CONFIG["root_packages"]) == sorted(layers)
+    installed = TOOL["setuptools"]["packages"]["find"]["include"]
+    assert packages == sorted(["tests", *(name.removesuffix("*") for name in installed)])
+
+
+def test_imports_keep_their_directions():
+    found = lint(ROOT)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("model/backbone.py", "import datasets", "model is not allowed to import datasets"),
+        ("datasets/records.py", "import model.build", "datasets is not allowed to import model"),
+        ("processor/step.py", "import train", "processor is not allowed to import train"),
+        (
+            "utils/runs.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import solver.build",
+            "utils is not allowed to import solver",
+        ),
+        ("processor/state.py", "import processor.resume", "No cycles are allowed in processor"),
+    ],
+)
+def test_an_import_in_another_direction_is_found(file, line, message, tmp_path):
+    for package in CONFIG["root_packages"]:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=lambda folder, names: [n for n in names if not (n.endswith(".py") or Path(folder, n).is_dir())])  # fmt: skip
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / file).open("a") as added:
+        added.write(f"\n{line}\n")
+    found = lint(tmp_path)
+    assert found.returncode == 1 and message in found.stdout, found.stdout

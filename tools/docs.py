@@ -1,0 +1,114 @@
+"""Write the parts of the documents that follow from the code.
+
+    make docs        # or: python tools/docs.py
+
+docs/options.md is written whole; the tables of losses, of data sets and of files, and the picture
+of the packages, wherever README.md or a page of docs/ has them: each is known by its first line.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
+
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
+from datasets.registry import datasets_table
+from model.losses.registry import losses_table
+from utils import option_docs
+from utils.command_line import PROJECT
+from utils.logger import say
+
+ROOT = Path(PROJECT)
+ENTRY_POINTS = ("train.py", "test.py")
+PACKAGES = ("processor", "datasets", "model", "solver", "tools", "utils")  # in reading order
+
+
+def documents() -> dict[Path, str]:
+    """The text of every document, by its path, as it should be."""
+    parts = [losses_table(), datasets_table(), files_table(), picture()]
+    found = {option_docs.PAGE: option_docs.page()}
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        if path not in found:
+            text = path.read_text(encoding="utf-8")
+            for part in parts:
+                text = with_part(text, part)
+            found[path] = text
+    return found
+
+
+def with_part(text: str, part: str) -> str:
+    """A document with a part, which is a table or a code block, in place of the older one with the
+    same first line. Without one it stays as it is."""
+    head, *_, last = part.split("\n")
+    rest = r"(.*\n)*?```\n" if last == "```" else r"(\|.*\n)*"
+    return re.sub(f"^{re.escape(head)}\n{rest}", lambda _: f"{part}\n", text, flags=re.MULTILINE)
+
+
+def files_table() -> str:
+    """Packages and files, each with the first sentence of its docstring, in Markdown."""
+    lines = ["| file | what it is for |", "|---|---|"]
+    for path in (*(ROOT / name for name in ENTRY_POINTS), *source_files()):
+        name = path.relative_to(ROOT).as_posix()
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = re.split(r"(?<=[.?!])\s|\n\n", f"{text}\n\n")[0].replace("\n", " ")
+        package = name.removesuffix("__init__.py")
+        lines.append(f"| {f'**`{package}`**' if package != name else f'`{name}`'} | {first} |")
+    return "\n".join(lines)
+
+
+def picture() -> str:
+    """The packages and what they import, as a Mermaid diagram.
+
+    An arrow that follows from others is left out: who imports A, which imports B, may import B too.
+    """
+    imported = {"entry": set().union(*(imports(ROOT / name) for name in ENTRY_POINTS))}
+    for package in PACKAGES:
+        files = (ROOT / package).rglob("*.py")
+        imported[package] = set().union(*map(imports, files)) - {package}
+
+    def reached(package: str) -> set[str]:
+        return imported[package].union(*map(reached, imported[package]))
+
+    lines = ["```mermaid", "flowchart TD", f'    entry["{"<br>".join(ENTRY_POINTS)}"]']
+    for name, direct in imported.items():
+        beyond = set().union(*(reached(other) for other in direct))
+        lines += [f"    {name} --> {other}" for other in PACKAGES if other in direct - beyond]
+    return "\n".join([*lines, "```"])
+
+
+def imports(path: Path) -> set[str]:
+    """The packages that a file imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.append(node.module or "")
+    return {name.split(".")[0] for name in names} & set(PACKAGES)
+
+
+def source_files() -> Iterator[Path]:
+    """All modules of the packages; those of a folder before those of the folders in it."""
+    for package in PACKAGES:
+        folders = sorted(path.parent for path in (ROOT / package).rglob("__init__.py"))
+        for folder in folders:
+            yield from sorted(folder.glob("*.py"))
+
+
+def main() -> None:
+    for path, text in documents().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            say(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
