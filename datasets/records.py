@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class Image(NamedTuple):
-    """An image file and, where the data set has them, its attribute labels."""
+    """An image file and its attribute labels, if the data set has any."""
 
     path: str
-    attributes: tuple[int, ...] | None = None
+    attributes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class TrainSample:
     pair: Image | None
     entry: str  # where it stands, for messages: "AG-ReID/agtext_train.json, sample 17"
     source: int = 0  # index into the splits' `sources`
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The only one, or both."""
+        return (self.image,) if self.pair is None else (self.image, self.pair)
 
 
 @dataclass
