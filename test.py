@@ -12,7 +12,9 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import argparse
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +63,7 @@ def main() -> None:
         log.info(note)
 
     queries: dict[str, np.ndarray] = {}
-    results = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
+    results: dict[str, Any] = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
     results |= {"protocol": protocol.results(), "data": content}
     # The split that chose the checkpoint comes too, so that its figures can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
@@ -91,7 +93,7 @@ def main() -> None:
     log.info(write_results(path, results, queries))
 
 
-def add_options(parser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="INT",
         help="draws for 95 %% intervals over identities, for example 2000 (default: none)",

@@ -64,7 +64,7 @@ def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, 
     target = checkpoint.parent / f"{name}_results.json"
     text = json.dumps({MARK: mark, **results}, indent=2)
     archive = checkpoint.parent / f"{name}_queries.npz"
-    marked = {**queries, MARK: np.array(mark)}
+    marked: dict[str, Any] = {**queries, MARK: np.array(mark)}
 
     def write_archive() -> None:
         write_atomically(archive, lambda file: np.savez_compressed(file, **marked))
@@ -185,12 +185,12 @@ def _wrong(results: dict[str, Any]) -> str:
             return f"{split} has no galleries"
         for name, figures in galleries.items():
             for key in ("r1", "r5", "r10", "mAP", "mINP", "queries", "gallery"):
-                value = figures.get(key) if isinstance(figures, dict) else None
+                value: Any = figures.get(key) if isinstance(figures, dict) else None
                 most = 2**31 if key in ("queries", "gallery") else 100.001  # but for rounding
                 if type(value) not in (int, float) or not 0 <= value <= most:
                     return f"{split}, {name}: {key} is {value!r:.60}"
         accuracy = content.get("attribute_accuracy") or {}
-        rows = list(accuracy.values()) if isinstance(accuracy, dict) else [None]
+        rows = list(accuracy.values()) if isinstance(accuracy, dict) else [()]
         if not all(
             isinstance(row, dict)
             and list(row) == list(rows[0])
