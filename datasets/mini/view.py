@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +20,8 @@ _HEIGHTS = {  # pixels, lowest and highest, by (source, aerial)
     (1, True): (112, 170),
     (1, False): (204, 280),
 }
+
+Metres: TypeAlias = Any  # Python's floats and NumPy's, which are others for NumPy on Python 3.10
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,13 @@ class _Canvas:
         self.draw.polygon(pixels.ravel().tolist(), fill=_ink(colour))
 
     def wall(
-        self, x0: float, x1: float, z0: float, z1: float, colour: ArrayLike, y: float = 3.0
+        self, x0: Metres, x1: Metres, z0: Metres, z1: Metres, colour: ArrayLike, y: float = 3.0
     ) -> None:
         """An upright rectangle facing the camera at distance y behind the person."""
         self.area([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], colour)
 
     def ground(
-        self, x0: float, x1: float, y0: float, y1: float, colour: ArrayLike, turn: float = 0.0
+        self, x0: Metres, x1: Metres, y0: Metres, y1: Metres, colour: ArrayLike, turn: float = 0.0
     ) -> None:
         """A rectangle on the ground, turned about the origin by `turn`."""
         x, y = np.array((x0, x1, x1, x0)), np.array((y0, y0, y1, y1))
@@ -118,7 +121,7 @@ class _Canvas:
     def blob(
         self,
         rng: np.random.Generator,
-        middle: tuple[float, float, float],
+        middle: tuple[Metres, Metres, Metres],
         radius: float,
         colour: ArrayLike,
         leaves: int = 40,
@@ -261,8 +264,8 @@ def _floor(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
             canvas.ground(-0.88, -0.8, -9, 9, (150, 146, 140), turn)
             canvas.ground(0.8, 0.88, -9, 9, (150, 146, 140), turn)
     if rng.random() < 0.35:
-        x, y = rng.choice((-1, 1)) * rng.uniform(0.8, 1.1), rng.uniform(-1.2, 1.6)
-        canvas.blob(rng, (x, y, 0.3), 0.5, (64, 104, 56), 34)
+        place = rng.choice((-1, 1)) * rng.uniform(0.8, 1.1), rng.uniform(-1.2, 1.6), 0.3
+        canvas.blob(rng, place, 0.5, (64, 104, 56), 34)
 
 
 def _mottle(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
