@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ class Data:
     views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, with two, of `pair`
 
     # By split the data set's own id of every pid, where it means the same person in every split.
-    ids: dict[str, list[int | str]] = field(default_factory=dict)
+    ids: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     root: str = ""  # the folder that the images' paths begin with
 
     # What its files say twice and the like, a line for each kind, with the count.
