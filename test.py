@@ -12,6 +12,9 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import argparse
+from typing import Any
+
 import numpy as np
 
 from processor.evaluator import attribute_table, gallery_table, interval_table, intervals
@@ -51,7 +54,7 @@ def main() -> None:
         log.info(note)
 
     queries: dict[str, np.ndarray] = {}
-    results = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
+    results: dict[str, Any] = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
     results |= {"protocol": protocol.results(), "data": content}
     # The split that chose the checkpoint comes too, so that its metrics can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
@@ -81,7 +84,7 @@ def main() -> None:
     log.info(write_results(path, results, queries))
 
 
-def add_options(parser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="INT",
         help="draws for 95 %% intervals over identities, for example 2000 (default: none)",

@@ -101,7 +101,7 @@ def read_image(
     except Exception as reason:  # decoders of corrupted files raise nearly anything
         error = f"{reason}" or type(reason).__name__
         if isinstance(reason, OSError) and reason.errno:
-            error = reason.strerror
+            error = reason.strerror or error
             if reason.errno in (errno.EACCES, errno.EPERM):  # not the picture's fault
                 advice = "Give this user access to it"
     where = f" ({entry})" if entry else ""
@@ -208,7 +208,9 @@ def normalise(
 
 
 @functools.cache  # once per device: a copy to it in every step would be a wait
-def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (mean, std))
     return (1 / (255 * std_C11)).to(device), (mean_C11 / std_C11).to(device)
 

@@ -92,7 +92,7 @@ class Best:
             its_epoch, its = epoch_and_best(found)
             if its == expected if expected else "best" not in found:
                 continue
-            ours = here and bool(expected) and expected["epoch"] == epoch
+            ours = here and expected is not None and expected["epoch"] == epoch
             if complete and not ours:
                 continue
             what = f"{file.name} is missing or corrupted"

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.files import same_content
-from datasets.loaders import caption_batches, image_loader
+from datasets.loaders import ImageLoader, caption_batches, image_loader
 from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
@@ -67,7 +67,8 @@ class Evaluator:
         self.images = {view: gallery.images for view, gallery in self.views.items()}
         # A picture that stands in a gallery more than once is encoded once: so it has one feature,
         # whatever kernels make of its place in a batch.
-        self.rows, self.loaders = {}, {}
+        self.rows: dict[str, Tensor] = {}
+        self.loaders: dict[str, ImageLoader] = {}
         for view, images in self.images.items():
             paths = [image.path for image in images]
             rows = processes.from_rank_0(same_content(paths) if processes.is_rank_0 else None)
@@ -185,6 +186,7 @@ class Evaluator:
 
         The labels are those of training: five voted per identity, angle and altitude per image.
         """
+        assert model.sentences is not None, "only a model with match2 names attributes"
         model.eval()
         columns = model.sentences.columns.tolist()
         names = [self.attribute_names[column] for column in columns]

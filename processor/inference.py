@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from easydict import EasyDict
 from PIL import Image as PILImage
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from datasets.loaders import caption_batches, in_batches
+from datasets.loaders import caption_batches
 from datasets.records import Data
 from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
@@ -111,7 +111,12 @@ class Run:
         fraction of its own; a PIL image is resized as it is, so bytes may differ by a level or two.
         """
         images = [images] if isinstance(images, Picture) else list(images)
-        batches = in_batches(_Pictures(images, tuple(self.args.img_size)), self.args, self.device)
+        batches = DataLoader(
+            _Pictures(images, tuple(self.args.img_size)),
+            batch_size=self.args.test_batch_size,
+            num_workers=self.args.num_workers,
+            generator=torch.Generator(),  # or a seed for workers would be drawn from the global one
+        )
         return self._encode(partial(encode_images, self.model), batches, normalize, device)
 
     @torch.no_grad()
@@ -125,7 +130,7 @@ class Run:
         features = [torch.zeros((0, self.model.base_model.config.embed_dim), device=device)]
         for batch in batches:
             with autocast(self.args.precision, self.device):
-                feature_BD = encode(batch.to(self.device, non_blocking=True))
+                feature_BD = encode(batch.to(self.device))
             features.append((F.normalize(feature_BD) if normalize else feature_BD).to(device))
         return torch.cat(features)
 

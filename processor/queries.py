@@ -65,7 +65,7 @@ def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, 
     target = checkpoint.parent / f"{name}_results.json"
     text = json.dumps({MARK: mark, **results}, indent=2)
     archive = checkpoint.parent / f"{name}_queries.npz"
-    marked = {**queries, MARK: np.array(mark)}
+    marked: dict[str, Any] = {**queries, MARK: np.array(mark)}
 
     def write_archive() -> None:
         write_atomically(archive, lambda file: np.savez_compressed(file, **marked))
@@ -199,12 +199,12 @@ def _wrong(results: dict[str, Any]) -> str:
             return f"{split} has no galleries"
         for name, metrics in galleries.items():
             for key in (*METRICS, "queries", "gallery"):
-                value = metrics.get(key) if isinstance(metrics, dict) else None
+                value: Any = metrics.get(key) if isinstance(metrics, dict) else None
                 most = 2**31 if key in ("queries", "gallery") else 100.001  # but for rounding
                 if type(value) not in (int, float) or not 0 <= value <= most:
                     return f"{split}, {name}: {key} is {value!r:.60}"
         accuracy = content.get("attribute_accuracy") or {}
-        rows = list(accuracy.values()) if isinstance(accuracy, dict) else [None]
+        rows = list(accuracy.values()) if isinstance(accuracy, dict) else [()]
         if not all(
             isinstance(row, dict)
             and list(row) == list(rows[0])

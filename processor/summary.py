@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from easydict import EasyDict
 from prettytable import PrettyTable
-from torch.utils.data import DataLoader
 
 from datasets.fingerprint import changes, fingerprint
 from datasets.heldout import HELDOUT
+from datasets.loaders import TrainLoader
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
@@ -29,7 +29,7 @@ from utils.text import visible
 def describe(
     log: logging.Logger,
     data: Data,
-    loader: DataLoader,
+    loader: TrainLoader,
     evaluators: Sequence[Evaluator],
     args: EasyDict,
     device: torch.device,
@@ -147,7 +147,8 @@ def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], lis
 def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
     """The epoch of a checkpoint, and what chose it: `split`, `epoch` and, unless the last epoch was
     taken, metrics in percent. None and empty where it says nothing, or what other code means."""
-    epoch, best = checkpoint.get("epoch"), checkpoint.get("best")
+    epoch: Any = checkpoint.get("epoch")
+    best: Any = checkpoint.get("best")
     plain = isinstance(best, dict) and all(
         type(value) is (str if key == "split" else int if key == "epoch" else float)
         for key, value in best.items()

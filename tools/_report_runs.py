@@ -63,8 +63,8 @@ def read_scalars(folder: Path) -> dict[str, Points]:
         except Exception as error:  # what reads a stranger's file may raise anything
             raise UserError(f"{path}: no events of TensorBoard: {error}") from None
         first = min((event.step for curve in found.values() for event in curve), default=math.inf)
-        number = path.suffix.removeprefix(".")
-        number = int(number) if number.isdecimal() and len(number) == DIGITS else 0
+        ending = path.suffix.removeprefix(".")
+        number = int(ending) if ending.isdecimal() and len(ending) == DIGITS else 0
         files.append((number, first, found))
     files.sort(key=lambda file: file[0])
     older = [file for file in files if not file[0]]

@@ -20,7 +20,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def differences(sides: dict[str, list[Run]]) -> str:
     return console(["what differs", *sides], rows, left=1 + len(sides))
 
 
-def distinct(values: Sequence[str | None]) -> list[str]:
+def distinct(values: Iterable[str | None]) -> list[str]:
     """Those that are known to somebody, once each, in order."""
     return list(dict.fromkeys(value for value in values if value is not None))
 

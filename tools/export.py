@@ -11,6 +11,7 @@ told.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ _TupleDumper.add_representer(
 
 
 def main() -> None:
-    def extra(parser) -> None:
+    def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--output",
             required=True,

@@ -28,10 +28,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,8 @@ def read_table(name: str) -> Table:
     _check_fields(content, TABLE_KEYS, str(path))
     if not 0 < len(content["rows"]) <= MOST_ROWS:
         raise UserError(f"{path}: it has {len(content['rows'])} rows; a table has 1 to {MOST_ROWS}")
-    rows, slugs = [], {}
+    rows = []
+    slugs: dict[str, str] = {}
     for number, row in enumerate(content["rows"], 1):
         where = f"{path}, row {number}"
         if not isinstance(row, dict) or "name" not in row:
@@ -216,7 +218,7 @@ def read_table(name: str) -> Table:
                     f"{where}: published {metric}: {reprlib.repr(value)}; expected "
                     f"{', '.join(METRICS)} in percent"
                 )
-        base = row.get("base", content["base"])
+        base = row["base"] if "base" in row else content["base"]
         if HIDDEN.search(base):
             raise UserError(f"{where}: base: {base!r:.60} is no name of a file")
         values = read_preset(path.parent / expand(base))
@@ -230,7 +232,7 @@ def read_table(name: str) -> Table:
     return Table(path.stem, content["title"], rows)
 
 
-def _check_fields(found: dict[Any, Any], known: dict[str, type], where: str) -> None:
+def _check_fields(found: dict[Any, Any], known: Mapping[str, type], where: str) -> None:
     """Raise UserError unless all keys are known and their values of the right type."""
     for key, value in found.items():
         if key not in known:
@@ -311,7 +313,8 @@ def _entries(root: Path) -> Iterator[tuple[list[bytes], bytes]]:
     (parts, "->" and the name that it was first met by); so do links to what holds `root` itself,
     where jobs may be at work."""
     top, real = os.fsencode(root), os.path.realpath(os.fsencode(root))
-    seen, waiting = {real: b"."}, [[]]
+    seen = {real: b"."}
+    waiting: list[list[bytes]] = [[]]
     for place in waiting:
         try:
             names = sorted(os.listdir(os.path.join(top, *place)))
@@ -402,9 +405,10 @@ class Runner:
     def __init__(self, bar: tqdm, gpus: list[str], code: dict[str, str]) -> None:
         self.bar, self.code = bar, code
         self.gpus: queue.Queue[str | None] = queue.Queue()
-        for gpu in gpus or [None]:
+        slots: list[str | None] = [*gpus]
+        for gpu in slots or [None]:
             self.gpus.put(gpu)
-        self.children: set[subprocess.Popen] = set()
+        self.children: set[subprocess.Popen[str]] = set()
         self.locks: dict[Path, int] = {}
         self.stopping = False
 
@@ -483,7 +487,7 @@ class Runner:
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)
-            for line in child.stdout:
+            for line in child.stdout or ():
                 with suppress(OSError):  # a full disk costs these lines
                     log.write(line)
                     log.flush()
@@ -576,7 +580,9 @@ def heading(protocol: str, jobs: list[Job]) -> str:
     if protocol == "paper" and any(shares):
         apart = ", ".join(f"{100 * share:g} %" for share in sorted(shares))
         text += f", trained without the {apart} of identities that are held out"
-    found = [j.results[protocol].get("protocol") for j in jobs if protocol in (j.results or {})]
+    found = [
+        j.results[protocol].get("protocol") for j in jobs if j.results and protocol in j.results
+    ]
     shared = [said["overlap"] for said in found if said and said.get("overlap")]
     images, people = (max((o.get(k, 0) for o in shared), default=0) for k in ("images", "people"))
     if images or people:
@@ -599,21 +605,21 @@ def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder
     """Print the table, then write table.md, table.tex and table.csv. Raises UserError if they
     cannot be written."""
     found = list(tables_of(table, jobs, left_out))
-    for about, *content in found:
-        say(f"{visible(table.title)}: {about}\n{console(*content)}\n")
+    for about, titles, rows in found:
+        say(f"{visible(table.title)}: {about}\n{console(titles, rows)}\n")
     note = "Mean ± standard deviation over seeds, percent. One gallery: the first view's images."
     texts = {
         "md": [
             f"# {in_markdown(table.title)}\n",
-            *(f"{about[0].upper()}{about[1:]}:\n\n{markdown(*c)}\n" for about, *c in found),
+            *(f"{about[0].upper()}{about[1:]}:\n\n{markdown(t, r)}\n" for about, t, r in found),
             note,
         ],
-        "tex": [f"% {in_latex(about)}\n{latex(*content)}" for about, *content in found],
-        "csv": [as_csv(*content) for _, *content in found],
+        "tex": [f"% {in_latex(about)}\n{latex(t, r)}" for about, t, r in found],
+        "csv": [as_csv(t, r) for _, t, r in found],
     }
     for name, lines in texts.items():
         text = "\n".join(lines).rstrip("\n") + "\n"
-        write_atomically(folder / f"table.{name}", lambda f, t=text: f.write(t.encode()))
+        write_atomically(folder / f"table.{name}", methodcaller("write", text.encode()))
 
 
 def plan(jobs: list[Job], left_out: dict[str, str]) -> str:

@@ -7,9 +7,9 @@ import errno
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from easydict import EasyDict
 
@@ -38,7 +38,9 @@ _BOOKKEEPING = {
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse prints a page of usage; one line is kinder
+    def error(
+        self, message: str
+    ) -> NoReturn:  # argparse prints a page of usage; one line is kinder
         message = re.sub(r"^argument --\w+: command line: ", "--", message)  # each says it once
         raise UserError(f"{message} (--help lists all options)")
 
@@ -114,7 +116,7 @@ def _checkpoint_to_resume(
     return preset.parent / LAST if _is_of_run(preset) else _newest_checkpoint(values)
 
 
-def _is_of_run(preset: Path | None) -> bool:
+def _is_of_run(preset: Path | None) -> TypeGuard[Path]:
     """Whether the preset is the configs.yaml of a run that has saved."""
     return preset is not None and preset.name == CONFIG and (preset.parent / LAST).is_file()
 
@@ -302,7 +304,9 @@ def parse_given(
     return given, own
 
 
-def _build_parser(options, description: str, defaults: bool = True) -> argparse.ArgumentParser:
+def _build_parser(
+    options: Iterable[Option], description: str, defaults: bool = True
+) -> argparse.ArgumentParser:
     """Flags without defaults: what was not typed stays absent, so that a preset can fill it."""
     parser = _Parser(
         description=description,
@@ -313,7 +317,9 @@ def _build_parser(options, description: str, defaults: bool = True) -> argparse.
     options = list(options)
     for title, group in GROUPS.items():
         members = [o for o in group if o in options]
-        section = parser.add_argument_group(title) if members else None
+        if not members:
+            continue
+        section = parser.add_argument_group(title)
         for o in members:
             shown = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
             help_text = o.help.replace("%", "%%")
@@ -324,18 +330,19 @@ def _build_parser(options, description: str, defaults: bool = True) -> argparse.
                     f"--{o.name}", action=argparse.BooleanOptionalAction, help=help_text
                 )
             else:
+                const: dict[str, Any] = {"const": o.const} if o.const else {}
                 section.add_argument(
                     f"--{o.name}",
                     type=_typed(o),
                     nargs="?" if o.const else o.count,
-                    **({"const": o.const} if o.const else {}),
+                    **const,
                     metavar="|".join(o.choices) if o.choices else o.type.__name__.upper(),
                     help=help_text,
                 )
     return parser
 
 
-def _typed(option: Option):
+def _typed(option: Option) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             return option.coerce_one(text, "command line")

@@ -102,9 +102,15 @@ def rank(
     return Ranked(torch.cat(rows), query_pids_Q.cpu(), len(gallery_GD))
 
 
-def retrieval(*args, **kwargs) -> Retrieval:
+def retrieval(
+    query_QD: Tensor,
+    gallery_GD: Tensor,
+    query_pids_Q: Tensor,
+    gallery_pids_G: Tensor,
+    chunk: int | None = None,
+) -> Retrieval:
     """`rank`, then the means. Raises UserError where no query has a match."""
-    return rank(*args, **kwargs).summary()
+    return rank(query_QD, gallery_GD, query_pids_Q, gallery_pids_G, chunk).summary()
 
 
 def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor) -> Tensor:
