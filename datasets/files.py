@@ -108,7 +108,7 @@ class ImageFolder:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             pass  # ValueError: a zero byte, which no path can have
         except OSError as error:
-            problem = error.strerror
+            problem = error.strerror or str(error)
         listing = self._listed[str(folder)] = _Listing(frozenset(files), names, problem)
         return listing
 
@@ -124,7 +124,7 @@ class EntryChecks:
 
     def __init__(self) -> None:
         self._facts: dict[tuple[str, ...], tuple[Any, str]] = {}  # by subject: value, entry
-        self._first: dict[tuple, str] = {}  # by kind and key: the first entry
+        self._first: dict[tuple[object, ...], str] = {}  # by kind and key: the first entry
         self._repetitions: dict[str, list[str]] = {}  # by kind: which entry repeats which
         self.cut_captions: list[str] = []  # entries whose caption is too long
 
@@ -148,7 +148,7 @@ class EntryChecks:
 
     def add_sample(self, sample: TrainSample, pid: Any) -> None:
         """Check a training sample. `pid` is its identity as written in the file."""
-        paths = [image.path for image in (sample.image, sample.pair) if image]
+        paths = [image.path for image in sample.images]
         self._require_same_pid("train", pid, paths, sample.entry)
         self.count_repetition("samples of train", (pid, *paths, sample.caption), sample.entry)
 
@@ -159,7 +159,7 @@ class EntryChecks:
         self._require_same_pid(split, pid, paths, entry)
         self.count_repetition(f"images of {split}, which count again", (pid, *paths), entry)
 
-    def add_caption(self, split: str, key: tuple, entry: str) -> None:
+    def add_caption(self, split: str, key: tuple[object, ...], entry: str) -> None:
         """Check a query. `key` holds its caption and everything else that the file says of it."""
         self.count_repetition(f"captions of {split}, which count again", key, entry)
 
@@ -220,7 +220,7 @@ class _Listing(NamedTuple):
     problem: str  # why the folder cannot be listed; empty if it can, or does not exist
 
 
-def _is_file(item: os.DirEntry) -> bool:
+def _is_file(item: os.DirEntry[str]) -> bool:
     try:
         return item.is_file()
     except OSError:  # a link into a folder without access: opening the file will report it

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from datasets.overlap import people_of
+from datasets.overlap import Person, people_of
 from datasets.records import Data, Gallery, Split, TrainSample
 from utils.errors import UserError
 
@@ -43,17 +43,23 @@ def hold_out(data: Data, fraction: float, seed: int) -> Data:
 
 
 def _choose(
-    pids: list[int], person_of: dict, in_test: set, fraction: float, seed: list[int], source: str
+    pids: list[int],
+    person_of: dict[int, Person],
+    in_test: set[Person],
+    fraction: float,
+    seed: list[int],
+    source: str,
 ) -> set[int]:
     """The identities of one source that are held out."""
-    pids_of: dict[object, list[int]] = {}
+    pids_of: dict[Person, list[int]] = {}
     for pid in pids:
         pids_of.setdefault(person_of[pid], []).append(pid)
     people = list(pids_of)
     # RandomState, because NumPy promises that its numbers stay the same in later versions.
     order = [people[i] for i in np.random.RandomState(seed).permutation(len(people))]
     order.sort(key=lambda person: person in in_test)  # stable: both parts stay in random order
-    wanted, chosen = max(1, round(fraction * len(pids))), set()
+    wanted = max(1, round(fraction * len(pids)))
+    chosen: set[int] = set()
     for person in order:
         if len(chosen) < wanted and len(chosen) + len(pids_of[person]) < len(pids):
             chosen.update(pids_of[person])
@@ -74,7 +80,8 @@ def _new_pids(samples: list[TrainSample]) -> dict[int, int]:
 def _split(samples: list[TrainSample], views: tuple[str, ...], sources: list[str]) -> Split:
     """Samples as queries and galleries, each caption of an entry and each image of a view once."""
     split = Split(list(sources), {view: Gallery() for view in views})
-    new_pid, seen = _new_pids(samples), set()
+    new_pid = _new_pids(samples)
+    seen: set[tuple[object, ...]] = set()
     for sample in samples:
         pid = new_pid[sample.pid]
         # An entry gives several samples if it has several captions, or if both of its images are
@@ -82,7 +89,7 @@ def _split(samples: list[TrainSample], views: tuple[str, ...], sources: list[str
         if (sample.entry, sample.caption) not in seen:
             split.add_caption(sample.caption, pid, sample.source)
         seen.add((sample.entry, sample.caption))
-        for view, image in zip(views, (sample.image, sample.pair), strict=False):
+        for view, image in zip(views, sample.images, strict=False):
             if (view, pid, image.path) not in seen:
                 split.galleries[view].add(image, pid, sample.source)
             seen.add((view, pid, image.path))

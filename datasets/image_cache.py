@@ -25,7 +25,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ VERSION = 3  # increase it when the same image gives other bytes
 SAFE = os.O_NOFOLLOW | os.O_NONBLOCK  # opens no link, and does not wait for the reader of a pipe
 
 
-class ImageFiles(Dataset):
+class ImageFiles(Dataset[Tensor]):
     """Images [3, H, W] uint8 of a list of files, by position, decoded or read from a cache.
 
     Args:
@@ -97,38 +97,38 @@ class ImageFiles(Dataset):
                     _remove_unfinished(path)
                 if not path.exists():  # another process may have made it meanwhile
                     self._write(path, num_workers, skip)
-        self.cache = _Cache(path, (1 + max(self.rows), 3, *self.size))
-        self._compare(path)
-        if self.cache.broken and not skip:
-            raise BrokenImage(next(iter(self.cache.broken.values())))
+        self.cache = cache = _Cache(path, (1 + max(self.rows), 3, *self.size))
+        self._compare(cache)
+        if cache.broken and not skip:
+            raise BrokenImage(next(iter(cache.broken.values())))
 
-    def _compare(self, path: Path) -> None:
+    def _compare(self, cache: _Cache) -> None:
         """Compare the first, the last and some random images of the cache with their files. Raises
         UserError if they differ, BrokenImage if a file can no longer be read."""
         paths, entries = self._distinct()
-        last, others = len(paths) - 1, self.cache.other_writers()
+        last, others = len(paths) - 1, cache.other_writers()
         inner = range(1, last)
         # From the system's generator: whoever forges a cache cannot predict which are compared.
         random_rows = random.SystemRandom().sample(inner, min(COMPARED - 2, len(inner)))
         rows = sorted({0, last, *random_rows})
         for row in rows:
-            broken = str(row) in self.cache.broken
+            broken = str(row) in cache.broken
             try:
                 image = load_image(paths[row], self.size, entries[row])
             except BrokenImage:
                 if not broken:
                     raise
                 continue
-            if broken or (self.cache[row].float() - image.float()).abs().mean() > TOLERANCE:
+            if broken or (cache[row].float() - image.float()).abs().mean() > TOLERANCE:
                 writers = f" (the cache {others})" if others else ""
                 raise UserError(
-                    f"{path}: the cache holds another image than {paths[row]}{writers}; delete the "
-                    "cache"
+                    f"{cache.path}: the cache holds another image than {paths[row]}{writers}; "
+                    "delete the cache"
                 )
         if others and rank() == 0:
             logging.getLogger(LOGGER_NAME).warning(
-                f"{path}: this cache {others}; {len(rows)} of its {last + 1} images were compared "
-                "with their files and agree, the others were not checked"
+                f"{cache.path}: this cache {others}; {len(rows)} of its {last + 1} images were "
+                "compared with their files and agree, the others were not checked"
             )
 
     def _hash(self) -> str:
@@ -155,7 +155,7 @@ class ImageFiles(Dataset):
         bar = tqdm(total=len(paths), desc=f"resize into {path.parent}", unit="image", disable=None)
         broken: dict[int, str] = {}
 
-        def write(file) -> None:
+        def write(file: IO[bytes]) -> None:
             shape = (len(paths), 3, *self.size)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -177,7 +177,7 @@ class ImageFiles(Dataset):
             write_atomically(path, write, before=write_broken)
 
 
-class _WithMessages(Dataset):
+class _WithMessages(Dataset[tuple[Tensor, str]]):
     """(image, "") by position. With `skip`, a broken image is (a black image, error message)."""
 
     def __init__(self, files: ImageFiles, skip: bool) -> None:
@@ -211,7 +211,7 @@ class _Cache:
             if np.lib.format.read_magic(self.file) != (1, 0):
                 raise ValueError("it has another version of NumPy's format")
             actual, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
-            if (actual, fortran, dtype) != (shape, False, np.uint8):
+            if (actual, fortran, dtype) != (shape, False, np.dtype(np.uint8)):
                 order = " in Fortran order" if fortran else ""
                 raise ValueError(f"it holds {dtype}{actual}{order} instead of uint8{shape}")
             self.start = self.file.tell()
@@ -233,7 +233,7 @@ class _Cache:
         start = self.start + row * self.length
         try:
             while done < self.length:
-                rest = memoryview(content)[done:]
+                rest = content.data[done:]
                 got = os.preadv(self.file.fileno(), [rest], start + done)
                 if not got:
                     raise ValueError("another program has truncated it")
@@ -242,7 +242,7 @@ class _Cache:
             self._refuse(error)
         return torch.from_numpy(content.reshape(self.shape[1:]))
 
-    def _refuse(self, error: Exception) -> None:
+    def _refuse(self, error: Exception) -> NoReturn:
         raise UserError(f"{self.path}: the cache cannot be read: {error}; delete it") from None
 
     def other_writers(self) -> str:

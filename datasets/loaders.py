@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from easydict import EasyDict
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from datasets.image_cache import ImageFiles
 from datasets.records import Data, Image
-from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
+from datasets.samplers import EpochSampler, IdentitySampler, RandomSampler, evaluation_batches
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
 from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
@@ -27,15 +28,27 @@ from utils.errors import UserError
 from utils.interrupt import serve_training
 
 
+class TrainLoader(DataLoader[dict[str, Any]]):
+    """Batches of the training set. Call the sampler's `set_epoch` before each epoch."""
+
+    dataset: TrainDataset
+    batch_sampler: EpochSampler
+
+
+class ImageLoader(DataLoader[Tensor]):
+    """Batches of images."""
+
+    dataset: ImageFiles
+
+
 def train_loader(
     data: Data,
     args: EasyDict,
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
     masked: bool = False,
-) -> DataLoader:
-    """Batches of the training set. With several processes, each gets its shard of every batch. The
-    loader's `batch_sampler` is an `EpochSampler`: call its `set_epoch` before each epoch.
+) -> TrainLoader:
+    """Batches of the training set. With several processes, each gets its shard of every batch.
 
     Args:
         masked: add masked captions, for a loss that needs them.
@@ -48,6 +61,7 @@ def train_loader(
     augment = augmentation_of(args, masked)
     dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip)
     sampling = (args.batch_size, args.seed, processes)
+    sampler: EpochSampler
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
         sampler = IdentitySampler(pids, args.num_instance, *sampling)
@@ -58,7 +72,7 @@ def train_loader(
             )
     else:
         sampler = RandomSampler(len(dataset), *sampling)
-    return DataLoader(
+    return TrainLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=TrainDataset.collate,
@@ -71,12 +85,12 @@ def image_loader(
     args: EasyDict,
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
-) -> DataLoader:
+) -> ImageLoader:
     """Batches [B, 3, H, W] uint8 of a gallery's images, in order; `normalise` turns them into the
     encoder's input. With several processes, each gets its `evaluation_batches`."""
     batches, _ = evaluation_batches(len(images), args.test_batch_size, processes)
     files = _image_files(images, args, processes)
-    return DataLoader(files, batch_sampler=batches, **_workers(args, device, processes))
+    return ImageLoader(files, batch_sampler=batches, **_workers(args, device, processes))
 
 
 def caption_batches(
@@ -89,11 +103,11 @@ def caption_batches(
 
 
 def on_device(
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[dict[str, Any]],
     device: torch.device,
     mean: Sequence[float],
     std: Sequence[float],
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented on a
     second stream, while the model computes on the current one. (On a CPU, streams do nothing.)"""
     streams = torch.get_device_module(device)
@@ -109,8 +123,8 @@ def on_device(
 
 
 def to_device(
-    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Tensor]:
+    batch: dict[str, Any], device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
     """Move a training batch to the device, and turn its images into the encoder's input there
     (`train_transform`)."""
     batch = {
@@ -124,7 +138,7 @@ def to_device(
     return batch
 
 
-def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[str, Tensor]:
+def _arrived(batch: dict[str, Any], copied: Any, stream: Any) -> dict[str, Any]:
     """Make the computing stream wait for its batch, and tell the allocator which stream uses it."""
     stream.wait_event(copied)
     for value in batch.values():
@@ -147,7 +161,7 @@ def _image_files(
     return files
 
 
-def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict:
+def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict[str, Any]:
     workers = min(args.num_workers, cores() // processes.local_size)
     return {
         "num_workers": workers,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from datasets.files import same_content
 from datasets.records import Data, Image
@@ -17,6 +18,8 @@ from datasets.records import Data, Image
 # A file name of AG-ReID: person, session and altitude (an identity is these three together), camera
 # and frame. So one person may have several identities.
 PERSON = re.compile(r"P(\d+)T\d+A\d+C\d+F\d+")
+# ("person", their number), ("id", the data set's), or (split, identity).
+Person: TypeAlias = tuple[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -77,20 +80,19 @@ def images_of(data: Data, split: str) -> Iterator[tuple[int, Image]]:
     """(pid, image) of every image of a split, "train" included, in all views."""
     if split == "train":
         for sample in data.train:
-            for image in (sample.image, sample.pair):
-                if image is not None:
-                    yield sample.pid, image
+            for image in sample.images:
+                yield sample.pid, image
         return
     for gallery in data.splits[split].galleries.values():
         yield from zip(gallery.pids, gallery.images, strict=True)
 
 
-def people_of(data: Data, split: str) -> dict[int, Hashable]:
+def people_of(data: Data, split: str) -> dict[int, Person]:
     """By identity of a split its person, comparable between splits where the data set allows it:
     by the person's number in AG-ReID's file names, or by an id that means the same in every split.
     Otherwise each identity of each split is a person of its own."""
     ids = data.ids.get(split)
-    people: dict[int, Hashable] = {}
+    people: dict[int, Person] = {}
     for pid, image in images_of(data, split):
         if pid not in people or people[pid][0] != "person":
             match = PERSON.match(os.path.basename(image.path))
@@ -99,7 +101,7 @@ def people_of(data: Data, split: str) -> dict[int, Hashable]:
     return people
 
 
-def person_name(person: Hashable) -> str:
+def person_name(person: Person) -> str:
     """For messages: "person P0001", "id anna", "identity 3 of val"."""
     kind, number = person
     if kind == "person":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ class Image(NamedTuple):
     """An image file, and its attribute labels if the data set has attributes."""
 
     path: str
-    attributes: tuple[int, ...] | None = None
+    attributes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class TrainSample:
     pair: Image | None
     entry: str  # its place in the files, for messages: "AG-ReID/agtext_train.json, sample 17"
     source: int = 0  # index into the splits' `sources`
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The only one, or both."""
+        return (self.image,) if self.pair is None else (self.image, self.pair)
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Data:
     views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, if there are two, of `pair`
 
     # By split, the data set's own ids of pids 0, 1, ... if an id is the same person in all splits.
-    ids: dict[str, list[int | str]] = field(default_factory=dict)
+    ids: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     root: str = ""  # the data set's folder, with which the images' paths begin
     warnings: list[str] = field(default_factory=list)  # such as repetitions: one line for each kind
 

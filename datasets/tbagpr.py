@@ -103,15 +103,9 @@ def one_view(data: Data, views: str) -> Data:
 
     Each image of a pair gets the pair's caption. The gallery holds the images of `views`.
     """
-
-    def select(aerial: Sequence, ground: Sequence) -> list:
-        return [*(aerial if "a" in views else ()), *(ground if "g" in views else ())]
-
-    train = select(
-        [replace(s, pair=None) for s in data.train],
-        [replace(s, image=s.pair, pair=None) for s in data.train],
-    )
-    selected = select(VIEWS[:1], VIEWS[1:])
+    numbers = [number for number, view in enumerate(VIEWS) if view[0] in views]
+    train = [replace(s, image=s.images[n], pair=None) for n in numbers for s in data.train]
+    selected = [VIEWS[n] for n in numbers]
     view_name = " + ".join(selected)
     splits = {}
     for name, split in data.splits.items():
@@ -132,7 +126,7 @@ def vote(labels: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, 
     Args:
         labels: (pid, labels of one image).
     """
-    counters: dict[int, list[Counter]] = {}
+    counters: dict[int, list[Counter[int]]] = {}
     for pid, values in labels:
         per_attribute = counters.setdefault(pid, [Counter() for _ in range(VOTED)])
         for counter, value in zip(per_attribute, values, strict=False):
@@ -202,16 +196,16 @@ class _Reader:
                 raise UserError(f"{where}: lists of different lengths: {dict(zip(keys, lengths))}")  # noqa: B905
             if not lengths[0]:
                 raise UserError(f"{where}: '{keys[0]}' is empty")
-        rows = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
-        for i, (pid, image, pair) in enumerate(rows):
+        pairs = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
+        for i, (pid, image, pair) in enumerate(pairs):
             entry = f"{where}, image {i}"
             new_pid = offset + checked_pid(pid, entry)
             images = [self._image(source, path, entry) for path in (image, pair)]
             self.checks.add_images(split, pid, images, entry)
             for view, one in zip(VIEWS, images, strict=True):
                 joined.galleries[view].add(one, new_pid, index)
-        rows = zip(lists["caption_pids"], lists["captions"], strict=True)
-        for i, (pid, caption) in enumerate(rows):
+        captions = zip(lists["caption_pids"], lists["captions"], strict=True)
+        for i, (pid, caption) in enumerate(captions):
             entry = f"{where}, caption {i}"
             new_pid = offset + checked_pid(pid, entry)
             joined.add_caption(checked_caption(caption, entry, self.checks), new_pid, index)
@@ -236,15 +230,15 @@ class _Reader:
 
 
 def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
-    aerial = [(s.pid, s.image.attributes) for s in train]  # first, so that they win ties
-    voted = vote(aerial + [(s.pid, s.pair.attributes) for s in train])
+    # All aerial images are first, so that they win ties.
+    voted = vote([(s.pid, s.images[n].attributes) for n in range(len(VIEWS)) for s in train])
 
-    def with_vote(pid: int, image: Image) -> Image:
-        return Image(image.path, voted[pid] + image.attributes[VOTED:])
+    def with_vote(sample: TrainSample) -> TrainSample:
+        labels = voted[sample.pid]
+        image, pair = (Image(i.path, labels + i.attributes[VOTED:]) for i in sample.images)
+        return replace(sample, image=image, pair=pair)
 
-    return [
-        replace(s, image=with_vote(s.pid, s.image), pair=with_vote(s.pid, s.pair)) for s in train
-    ]
+    return [with_vote(sample) for sample in train]
 
 
 def _vote_split(split: Split) -> None:

@@ -75,8 +75,15 @@ def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
     twice `size`. After resizing, the values differ by one or two grey levels from those of a full
     decoding.
     """
-    image = read_image(path, entry, at_least=(2 * size[0], 2 * size[1]))
-    return tv.pil_to_tensor(tv.resize(image, list(size)))
+    return _resized(read_image(path, entry, at_least=(2 * size[0], 2 * size[1])), size)
+
+
+def convert_image(image: PILImage.Image, size: tuple[int, int]) -> Tensor:
+    """The same for an image that PIL has opened: turn it upright, as its EXIF data says, and resize
+    it. Returns [3, H, W] uint8."""
+    image.load()  # also turns a TIFF upright and removes its orientation
+    turn, rgb = UPRIGHT.get(_orientation(image)), to_rgb(image)
+    return _resized(rgb if turn is None else _turned(rgb, turn), size)
 
 
 def read_image(
@@ -108,7 +115,7 @@ def read_image(
                 return upright
             if upright is not image:
                 image.close()  # also frees its pixels
-            return upright.transpose(turn)
+            return _turned(upright, turn)
     except UnidentifiedImageError:
         error = f"it is none of {', '.join(FORMATS)}"
     except MemoryError:
@@ -116,7 +123,7 @@ def read_image(
     except Exception as reason:  # decoders raise many kinds of errors on corrupted files
         error = f"{reason}" or type(reason).__name__
         if isinstance(reason, OSError) and reason.errno:
-            error = reason.strerror
+            error = reason.strerror or error
             if reason.errno in (errno.EACCES, errno.EPERM):  # the image itself may be intact
                 advice = "Give this user access to it"
     where = f" ({entry})" if entry else ""
@@ -256,6 +263,16 @@ def _orientation(image: PILImage.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
+def _turned(image: PILImage.Image, turn: PILImage.Transpose) -> PILImage.Image:
+    turned = image.transpose(turn)
+    turned.info.clear()  # otherwise its EXIF data would turn it again
+    return turned
+
+
+def _resized(image: PILImage.Image, size: tuple[int, int]) -> Tensor:
+    return tv.pil_to_tensor(tv.resize(image, list(size)))
+
+
 def _shift(images_BCHW: Tensor, flip_B: Tensor, place_B2: Tensor) -> Tensor:
     """Flip some images, pad all, and crop each to its size at one of (2 * PADDING + 1)^2 places.
 
@@ -276,6 +293,8 @@ def _shift(images_BCHW: Tensor, flip_B: Tensor, place_B2: Tensor) -> Tensor:
 
 
 @functools.cache  # once per device, because a copy in every step would wait for the device
-def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (mean, std))
     return (1 / (255 * std_C11)).to(device), (mean_C11 / std_C11).to(device)

@@ -17,6 +17,7 @@ from processor.queries import read_queries
 from tests.helpers import SCRATCH, golden_clip, run
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.metrics import METRICS
 
 RECIPE = "supkl+queue+match2+dot"
 
@@ -71,7 +72,7 @@ def test_a_run_leaves_what_the_documentation_says(finished):
     assert (last["model"]["queue.pids"] >= 0).any()
 
 
-def test_evaluation_repeats_the_best_epochs_figures_on_every_gallery(finished, monkeypatch, capsys):
+def test_evaluation_repeats_the_best_epochs_metrics_on_every_gallery(finished, monkeypatch, capsys):
     run(test_entry.main, monkeypatch, "--config_file", finished / "configs.yaml")
     shown = capsys.readouterr().out
     assert re.search(r"training at epoch \d: .*: equal", shown)
@@ -80,20 +81,18 @@ def test_evaluation_repeats_the_best_epochs_figures_on_every_gallery(finished, m
     expected = ["aerial", "ground", "aerial + ground", "aerial, AG-ReID", "aerial, G2APS-AG"]
     assert list(galleries) == expected
     stored = load_checkpoint(finished / "best.pth")["best"]
-    assert (
-        galleries["aerial"]["r1"] == stored["R@1"] and galleries["aerial"]["mAP"] == stored["mAP"]
-    )
-    # Every figure is the mean of what stands caption by caption in the archive.
-    for name, figures in galleries.items():
+    assert all(galleries["aerial"][name] == stored[name] for name in METRICS)
+    # Every metric is the mean of what stands caption by caption in the archive.
+    for name, metrics in galleries.items():
         ranked = read_queries(finished / "test_queries.npz", "test", name)
         means = ranked.percentages()[~ranked.rows_Q3[:, 0].isnan()].mean(dim=0).tolist()
-        assert means == pytest.approx([figures[k] for k in ("r1", "r5", "r10", "mAP", "mINP")])
+        assert means == pytest.approx([metrics[k] for k in METRICS])
     accuracy = results["splits"]["test"]["attribute_accuracy"]
     assert len(accuracy) == 7
     assert all(0 <= row[view] <= 100 for row in accuracy.values() for view in ("aerial", "ground"))
 
 
-def test_intervals_hold_their_figures_and_are_written_too(finished, monkeypatch, capsys):
+def test_intervals_hold_their_metrics_and_are_written_too(finished, monkeypatch, capsys):
     run(test_entry.main, monkeypatch, "--config_file", finished / "configs.yaml", "--bootstrap", 200)  # fmt: skip
     assert "95 % intervals, 200 draws of identities" in capsys.readouterr().out
     split = json.loads((finished / "test_results.json").read_text())["splits"]["test"]
@@ -313,7 +312,7 @@ def test_finetuning_starts_from_weights_of_this_family(
     log = (folder / "train_log.txt").read_text()
     assert f"the run began with {tmp_path / 'mllm4text.pth'}, and what trained and chose" in log
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
-    assert f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, QuickGELU" in log
+    assert f"{clip_file}: assumed to be an OpenAI CLIP, with heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1
     assert rows["loaded"] == str(count - 1) and rows["resized"] == "1"
     assert rows["skipped, unknown here"] == "1"
@@ -410,7 +409,7 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     silent = load_checkpoint(finished / "best.pth")
     del silent["input"]  # as other code's, which do not say it
     torch.save(silent, tmp_path / "best.pth")
-    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+    with pytest.raises(UserError, match="positional_embedding has the shape .*of the same run"):
         evaluate(monkeypatch, tmp_path / "configs.yaml", tmp_path / "best.pth")
 
 

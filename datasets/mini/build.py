@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -176,12 +176,12 @@ def sample_pair(
     Training uses one of the captions, val and test up to two.
     """
     rng = np.random.default_rng([seed, split, source, identity, k, 1])
-    views = tuple(sample_view(rng, person, source, aerial) for aerial in (True, False))
+    views = sample_view(rng, person, source, True), sample_view(rng, person, source, False)
     captions = [caption(person, views, rng) for _ in range(3)]
     return views, captions, int(rng.integers(*_QUALITY, endpoint=True))
 
 
-def _is_complete(root: Path, parameters: dict) -> bool:
+def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
     """Whether `root` is a complete set of these parameters."""
     try:
         return load_json(read_file(root / MARKER)) == parameters
@@ -189,7 +189,7 @@ def _is_complete(root: Path, parameters: dict) -> bool:
         return False
 
 
-def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> None:
+def _render_all(root: Path, parameters: dict[str, Any], workers: int, progress: bool) -> None:
     seed, pairs, layout = parameters["seed"], parameters["pairs"], parameters["layout"]
     real = parameters.get("val") == "like_real"
     jobs = _jobs(parameters, real)
@@ -197,14 +197,14 @@ def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> N
     # Spawned, because forked workers would inherit the threads and memory of a training program.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
     with pool as executor:
-        done = executor.map(work, jobs, chunksize=4) if workers > 1 else map(work, jobs)
+        done = executor.map(work, jobs, chunksize=4) if executor else map(work, jobs)
         bar = tqdm(done, total=len(jobs), unit="person", disable=None if progress else True)
         results = list(zip(jobs, bar, strict=True))
     if layout != "TBAGPR":
         first = 1 if layout == "CUHK-PEDES" else 0  # its identities start at 1
-        records = [(job[0], first + i, r) for i, (job, rows) in enumerate(results) for r in rows]
+        entries = [(job[0], first + i, r) for i, (job, rows) in enumerate(results) for r in rows]
         file = PEDES[layout][0] if layout in PEDES else CUSTOM
-        _write_json(root / file, _entries(layout, records))
+        _write_json(root / file, _entries(layout, entries))
         return
     for source, source_name in enumerate(SOURCES):
         folder = root / source_name
@@ -225,7 +225,7 @@ def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> N
     _write_json(root / "attrs.json", attrs)
 
 
-def _jobs(parameters: dict, real: bool) -> list[tuple[int, int, int, int, Person]]:
+def _jobs(parameters: dict[str, Any], real: bool) -> list[tuple[int, int, int, int, Person]]:
     """(split, source, number in the source, pid, person) of each identity to render."""
     jobs, next_pid = [], [0, 0]
     for split, name in enumerate(SPLITS):
@@ -241,8 +241,13 @@ def _jobs(parameters: dict, real: bool) -> list[tuple[int, int, int, int, Person
 
 
 def _render_identity(
-    job: tuple, root: Path, seed: int, pairs: int, layout: str, real: bool
-) -> list[dict]:
+    job: tuple[int, int, int, int, Person],
+    root: Path,
+    seed: int,
+    pairs: int,
+    layout: str,
+    real: bool,
+) -> list[dict[str, Any]]:
     """Write the images of one identity. Returns the data of each pair for the JSON files."""
     split, source, identity, pid, person = job
     records = []
@@ -291,7 +296,7 @@ def _real_path(split: int, source: int, identity: int, pid: int, k: int, aerial:
     return [folder, f"P{person:04d}T{session:05d}A0C{camera}F{frame}.jpg"]
 
 
-def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list) -> Path | None:
+def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list[str]) -> Path | None:
     """Path of an image in the data set's folder; None if the layout has no such image."""
     if layout == "TBAGPR":
         return Path(SOURCES[source], *path)
@@ -307,11 +312,11 @@ def _labels(person: Person, view: View) -> list[int]:
     return [p.gender, p.age, view.dim, p.weight, p.height, view.angle, int(view.aerial)]
 
 
-def _train_json(records: list[dict]) -> list[list]:
+def _train_json(records: list[dict[str, Any]]) -> list[list[Any]]:
     return [[r["pid"], i, *r["paths"], r["captions"][0]] for i, r in enumerate(records)]
 
 
-def _eval_json(records: list[dict], rng: np.random.Generator) -> dict[str, list]:
+def _eval_json(records: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, list[Any]]:
     """Parallel lists of images and of captions, with a random number of captions for each pair."""
     counts = rng.choice(3, size=len(records), p=(0.1, 0.65, 0.25))
     for i, record in enumerate(records):
@@ -333,7 +338,7 @@ def _key(source: int, path: list[str]) -> str:
     return f"{path[0]}_{path[1][:-4]}" if source == 0 else path[1]
 
 
-def _entries(layout: str, records: list[tuple[int, int, dict]]) -> list[dict]:
+def _entries(layout: str, records: list[tuple[int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
     """The JSON list of the other layouts, from (split, identity, record)."""
     attributes = read_attributes("configs/attributes.yaml")
     _, image_key = PEDES.get(layout, ("", "image"))
@@ -365,5 +370,5 @@ def _class_names(attributes: list[Attribute], labels: list[list[int]]) -> list[d
     ]
 
 
-def _write_json(path: Path, content) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")

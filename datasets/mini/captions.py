@@ -77,7 +77,9 @@ class _Speaker:
     `keep` scales the probability with which a minor detail is mentioned.
     """
 
-    def __init__(self, person: Person, views: tuple[View, View], rng, keep: float) -> None:
+    def __init__(
+        self, person: Person, views: tuple[View, View], rng: np.random.Generator, keep: float
+    ) -> None:
         self.p, self.views, self.rng, self.keep = person, views, rng, keep
         self.angles = {view.angle for view in views}
         self.ground = next(view for view in views if not view.aerial)

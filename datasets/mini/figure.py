@@ -57,7 +57,7 @@ def _entries(root: Path) -> list[tuple[str, Path, Path, str]]:
     return entries
 
 
-def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Break text into lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():

@@ -1,5 +1,6 @@
 """A person of mini-TBAGPR: labels, clothes and colours, sampled at random for each identity."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +100,7 @@ class Person:
     tone: float  # brightness of the cloth, around 1
 
     @property
-    def look(self) -> tuple:
+    def look(self) -> tuple[object, ...]:
         """A key that is different for any two identities of a split."""
         upper, lower = (self.upper, self.upper_colour), (self.lower, self.lower_colour)
         return upper, lower, self.bag, self.hat, (self.hair, self.hair_colour)
@@ -194,7 +195,7 @@ def _shoes(rng: np.random.Generator, woman: bool, age: int, warm: bool) -> tuple
     return kind, pick(rng, _SNEAKERS if kind == "sneakers" else _LEATHER)
 
 
-def pick(rng: np.random.Generator, weights: dict[str, float]) -> str:
+def pick(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
     """A random key of `weights`, with a probability in proportion to its value."""
     values = np.fromiter(weights.values(), float)
     return list(weights)[rng.choice(len(values), p=values / values.sum())]

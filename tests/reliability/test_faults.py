@@ -15,6 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 import datasets.image_cache
 import processor.nonfinite
+import processor.step
 import processor.trainer
 import train as train_entry
 from datasets.image_cache import ImageFiles
@@ -65,7 +66,7 @@ def poisoned(monkeypatch, steps, how="images"):
 def small_scale(monkeypatch):
     """Of fp16's gradients; at the usual first scale the first steps overflow."""
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**10)
-    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(processor.step, "GradScaler", scaler)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from datasets.samplers import IdentitySampler
 from processor.evaluator import Evaluator
 from processor.resume import read_state
 from tests.helpers import ROOT, read, run
-from tests.reliability.runs import assert_same_end, flags, folder_of, same, start
+from tests.reliability.runs import assert_same_end, flags, folder_of, same, start, with_r1
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
@@ -73,7 +72,7 @@ def rising(monkeypatch, after=0, by=1):
         evaluate = evaluate.inner
 
     def evaluated(*args):
-        return replace(evaluate(*args), r1=by * float(next(epochs)))
+        return with_r1(evaluate(*args), by * float(next(epochs)))
 
     evaluated.inner = evaluate
     monkeypatch.setattr(Evaluator, "evaluate", evaluated)
