@@ -36,6 +36,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/mypy
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

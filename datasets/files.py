@@ -120,12 +120,12 @@ class ImageFolder:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             pass  # ValueError: no path at all, with a zero byte in it
         except OSError as error:
-            problem = error.strerror
+            problem = error.strerror or str(error)
         listing = self._listed[str(folder)] = _Listing(frozenset(files), names, problem)
         return listing
 
 
-def _is_file(item: os.DirEntry) -> bool:
+def _is_file(item: os.DirEntry[str]) -> bool:
     try:
         return item.is_file()
     except OSError:  # a link into a folder that is not to be read: opening it will say so
@@ -137,7 +137,7 @@ class Said:
 
     def __init__(self) -> None:
         self._facts: dict[tuple[str, ...], tuple[Any, str]] = {}
-        self._seen: dict[tuple, str] = {}
+        self._seen: dict[tuple[object, ...], str] = {}
         self._again: dict[str, list[str]] = {}  # by kind: places
         self.cut: list[str] = []  # where captions stand that are too long to be read whole
 
@@ -159,7 +159,7 @@ class Said:
 
     def sample(self, sample: TrainSample, pid: Any) -> None:
         """A training sample, its identity as the file has it."""
-        paths = [image.path for image in (sample.image, sample.pair) if image]
+        paths = [image.path for image in sample.images]
         self._show("train", pid, paths, sample.entry)
         self.once("samples of train", (pid, *paths, sample.caption), sample.entry)
 
@@ -170,7 +170,7 @@ class Said:
         self._show(split, pid, paths, entry)
         self.once(f"images of {split}, which count again", (pid, *paths), entry)
 
-    def caption(self, split: str, key: tuple, entry: str) -> None:
+    def caption(self, split: str, key: tuple[object, ...], entry: str) -> None:
         """A query, with the identity and all else that the file says of it."""
         self.once(f"captions of {split}, which count again", key, entry)
 

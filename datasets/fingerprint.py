@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 from datasets.records import Data, Image, Split
@@ -19,11 +20,11 @@ def fingerprint(data: Data) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"name": data.name, "fingerprint": {}, "counts": {}}
 
-    def shown(image: Image | None) -> list | None:
+    def shown(image: Image | None) -> list[object] | None:
         if image is None:
             return None
         path = image.path.removeprefix(data.root).lstrip("/")
-        return [unicodedata.normalize("NFC", path), image.attributes]
+        return [unicodedata.normalize("NFC", path), image.attributes or None]
 
     def note(name: str, pids: set[int], captions: int, images: int, content: object) -> None:
         text = json.dumps(content).encode()
@@ -32,7 +33,7 @@ def fingerprint(data: Data) -> dict[str, Any]:
 
     samples = data.train
     rows = [[s.pid, s.source, s.caption, shown(s.image), shown(s.pair)] for s in samples]
-    paths = {image.path for s in samples for image in (s.image, s.pair) if image is not None}
+    paths = {image.path for s in samples for image in s.images}
     note("train", {s.pid for s in samples}, len(samples), len(paths), rows)
     for name, split in data.splits.items():
         content = _content(split, shown)
@@ -42,7 +43,7 @@ def fingerprint(data: Data) -> dict[str, Any]:
     return found
 
 
-def _content(split: Split, shown) -> list:
+def _content(split: Split, shown: Callable[[Image], object]) -> list[object]:
     galleries = [
         [view, [shown(image) for image in g.images], g.pids, g.sources]
         for view, g in split.galleries.items()

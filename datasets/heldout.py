@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from datasets.overlap import persons
+from datasets.overlap import Person, persons
 from datasets.records import Data, Gallery, Split, TrainSample
 from utils.errors import UserError
 
@@ -40,17 +40,23 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
 
 
 def _draw(
-    pids: list[int], who: dict, in_test: set, share: float, seed: list[int], source: str
+    pids: list[int],
+    who: dict[int, Person],
+    in_test: set[Person],
+    share: float,
+    seed: list[int],
+    source: str,
 ) -> set[int]:
     """The identities of one source that leave training."""
-    groups: dict[object, list[int]] = {}
+    groups: dict[Person, list[int]] = {}
     for pid in pids:
         groups.setdefault(who[pid], []).append(pid)
     people = list(groups)
     # RandomState, because NumPy promises that its numbers stay the same in later versions.
     order = [people[i] for i in np.random.RandomState(seed).permutation(len(people))]
     order.sort(key=lambda person: person in in_test)  # stable: a draw within both parts
-    wanted, out = max(1, round(share * len(pids))), set()
+    wanted = max(1, round(share * len(pids)))
+    out: set[int] = set()
     for person in order:
         if len(out) < wanted and len(out) + len(groups[person]) < len(pids):
             out.update(groups[person])
@@ -71,14 +77,15 @@ def _numbers(samples: list[TrainSample]) -> dict[int, int]:
 def _split(samples: list[TrainSample], views: tuple[str, ...], sources: list[str]) -> Split:
     """Samples as queries and gallery: every caption of an entry, every image of a view once."""
     split = Split(list(sources), {view: Gallery() for view in views})
-    number, seen = _numbers(samples), set()
+    number = _numbers(samples)
+    seen: set[tuple[object, ...]] = set()
     for sample in samples:
         pid = number[sample.pid]
         # Two samples of an entry may share a caption or an image: views or captions of their own.
         if (sample.entry, sample.caption) not in seen:
             split.add_caption(sample.caption, pid, sample.source)
         seen.add((sample.entry, sample.caption))
-        for view, image in zip(views, (sample.image, sample.pair), strict=False):
+        for view, image in zip(views, sample.images, strict=False):
             if (view, pid, image.path) not in seen:
                 split.galleries[view].add(image, pid, sample.source)
             seen.add((view, pid, image.path))

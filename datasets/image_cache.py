@@ -24,7 +24,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ ALIKE = 3  # levels, on average; decoders of another version or machine differ b
 VERSION = 3  # raise it when the bytes made from the same image change
 
 
-class ImageFiles(Dataset):
+class ImageFiles(Dataset[Tensor]):
     """Images [3, H, W] uint8 of a list of files, by position: read anew, or from a cache.
 
     Args:
@@ -96,37 +96,37 @@ class ImageFiles(Dataset):
                     _remove_unfinished(path)
                 if not path.exists():  # nobody has made it meanwhile
                     self._write(path, num_workers, skip)
-        self.cache = _Cache(path, (1 + max(self.rows), 3, *self.size))
-        self._compare(path)
-        if self.cache.broken and not skip:
-            raise BrokenImage(next(iter(self.cache.broken.values())))
+        self.cache = cache = _Cache(path, (1 + max(self.rows), 3, *self.size))
+        self._compare(cache)
+        if cache.broken and not skip:
+            raise BrokenImage(next(iter(cache.broken.values())))
 
-    def _compare(self, path: Path) -> None:
+    def _compare(self, cache: _Cache) -> None:
         """Raise UserError unless the cache holds the images that it is named after: the first, the
         last and some that nobody could foresee. BrokenImage if one cannot be read any more."""
         paths, entries = self._distinct()
-        last, others = len(paths) - 1, self.cache.others()
+        last, others = len(paths) - 1, cache.others()
         inner = range(1, last)
         drawn = random.SystemRandom().sample(inner, min(COMPARED - 2, len(inner)))
         rows = sorted({0, last, *drawn})
         for row in rows:
-            broken = str(row) in self.cache.broken
+            broken = str(row) in cache.broken
             try:
                 anew = load_image(paths[row], self.size, entries[row])
             except BrokenImage:
                 if not broken:
                     raise
                 continue
-            if broken or (self.cache[row].float() - anew.float()).abs().mean() > ALIKE:
+            if broken or (cache[row].float() - anew.float()).abs().mean() > ALIKE:
                 raise UserError(
-                    f"{path}: the cache holds for {paths[row]} something else than that file"
+                    f"{cache.path}: the cache holds for {paths[row]} something else than that file"
                     + (f", and {others}" if others else "")
                     + "; delete it"
                 )
         if others and rank() == 0:
             logging.getLogger(LOGGER_NAME).warning(
-                f"{path}: this cache {others}; {len(rows)} of its {last + 1} images were compared "
-                "with their files and are alike, the others are taken on trust"
+                f"{cache.path}: this cache {others}; {len(rows)} of its {last + 1} images were "
+                "compared with their files and are alike, the others are taken on trust"
             )
 
     def _hash(self) -> str:
@@ -152,7 +152,7 @@ class ImageFiles(Dataset):
         bar = tqdm(total=len(paths), desc=f"resize into {path.parent}", unit="image", disable=None)
         broken: dict[int, str] = {}
 
-        def write(file) -> None:
+        def write(file: IO[bytes]) -> None:
             shape = (len(paths), 3, *self.size)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -173,7 +173,7 @@ class ImageFiles(Dataset):
             write_atomically(path, write, before=note)
 
 
-class _Lenient(Dataset):
+class _Lenient(Dataset[tuple[Tensor, str]]):
     """Images with an empty message; if `skip`, a broken one as a black image with its message."""
 
     def __init__(self, files: ImageFiles, skip: bool) -> None:
@@ -207,7 +207,7 @@ class _Cache:
             if np.lib.format.read_magic(self.file) != (1, 0):
                 raise ValueError("it is of another version of NumPy's format")
             found, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
-            if (found, fortran, dtype) != (shape, False, np.uint8):
+            if (found, fortran, dtype) != (shape, False, np.dtype(np.uint8)):
                 order = " by columns" if fortran else ""
                 raise ValueError(f"it holds {dtype}{found}{order} instead of uint8{shape}")
             self.start = self.file.tell()
@@ -229,7 +229,7 @@ class _Cache:
         start = self.start + row * self.length
         try:
             while done < self.length:
-                rest = memoryview(content)[done:]
+                rest = content.data[done:]
                 got = os.preadv(self.file.fileno(), [rest], start + done)
                 if not got:
                     raise ValueError("it ends before its images do; another program has cut it")
@@ -238,7 +238,7 @@ class _Cache:
             self._refuse(error)
         return torch.from_numpy(content.reshape(self.shape[1:]))
 
-    def _refuse(self, error: Exception) -> None:
+    def _refuse(self, error: Exception) -> NoReturn:
         raise UserError(f"{self.path}: the cache cannot be read: {error}; delete it") from None
 
     def others(self) -> str:

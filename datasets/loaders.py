@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from easydict import EasyDict
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from datasets.image_cache import ImageFiles
 from datasets.records import Data, Image
-from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
+from datasets.samplers import EpochSampler, IdentitySampler, RandomSampler, evaluation_batches
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
 from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
@@ -28,8 +29,8 @@ from utils.interrupt import serve_training
 
 
 def to_device(
-    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Tensor]:
+    batch: dict[str, Any], device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
     """Move a training batch and make its images the encoder's input (`train_transform`)."""
     batch = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -43,11 +44,11 @@ def to_device(
 
 
 def on_device(
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[dict[str, Any]],
     device: torch.device,
     mean: Sequence[float],
     std: Sequence[float],
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented, on a
     stream of its own, while the last is computed on. (On a CPU streams are empty shells.)"""
     streams = torch.get_device_module(device)
@@ -62,7 +63,7 @@ def on_device(
         yield _arrived(*ahead, streams.current_stream())
 
 
-def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[str, Tensor]:
+def _arrived(batch: dict[str, Any], copied: Any, stream: Any) -> dict[str, Any]:
     """Let the computing stream wait for its batch, and the allocator know who uses it."""
     stream.wait_event(copied)
     for value in batch.values():
@@ -71,15 +72,27 @@ def _arrived(batch: dict[str, Tensor], copied: object, stream: object) -> dict[s
     return batch
 
 
+class TrainLoader(DataLoader[dict[str, Any]]):
+    """Batches of the training set, whose sampler's `set_epoch` is to be called before an epoch."""
+
+    dataset: TrainDataset
+    batch_sampler: EpochSampler
+
+
+class ImageLoader(DataLoader[Tensor]):
+    """Batches of images."""
+
+    dataset: ImageFiles
+
+
 def train_loader(
     data: Data,
     args: EasyDict,
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
     masked: bool = False,
-) -> DataLoader:
-    """Batches of the training set, of several processes this one's shards of them. The loader's
-    `batch_sampler` is an `EpochSampler`, whose `set_epoch` is to be called before each epoch.
+) -> TrainLoader:
+    """Batches of the training set, of several processes this one's shards of them.
 
     Args:
         masked: add masked captions, for a loss that needs them.
@@ -92,6 +105,7 @@ def train_loader(
     augment = augmentation_of(args, masked)
     dataset = TrainDataset(data.train, images, numbers, args.text_length, augment, skip)
     epochs = (args.batch_size, args.seed, processes)
+    sampler: EpochSampler
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
         sampler = IdentitySampler(pids, args.num_instance, *epochs)
@@ -102,7 +116,7 @@ def train_loader(
             )
     else:
         sampler = RandomSampler(len(dataset), *epochs)
-    return DataLoader(
+    return TrainLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=TrainDataset.collate,
@@ -115,12 +129,12 @@ def image_loader(
     args: EasyDict,
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
-) -> DataLoader:
+) -> ImageLoader:
     """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
     several processes each gets its `evaluation_batches`."""
     batches, _ = evaluation_batches(len(images), args.test_batch_size, processes)
     files = _image_files(images, args, processes)
-    return DataLoader(files, batch_sampler=batches, **_workers(args, device, processes))
+    return ImageLoader(files, batch_sampler=batches, **_workers(args, device, processes))
 
 
 def caption_batches(
@@ -145,7 +159,7 @@ def _image_files(
     return files
 
 
-def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict:
+def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict[str, Any]:
     workers = min(args.num_workers, cores() // processes.local_size)
     return {
         "num_workers": workers,

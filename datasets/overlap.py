@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from datasets.files import same_content
 from datasets.records import Data, Image
@@ -17,6 +18,8 @@ from datasets.records import Data, Image
 # AG-ReID's names: person, session and altitude (these three are its identity), camera, frame. So
 # one person may have several identities.
 PERSON = re.compile(r"P(\d+)T\d+A\d+C\d+F\d+")
+# ("person", their number), ("id", the data set's), or (split, identity).
+Person: TypeAlias = tuple[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,19 @@ def shown(data: Data, split: str) -> Iterator[tuple[int, Image]]:
     """(pid, image) of every image of a split, "train" included, of all views."""
     if split == "train":
         for sample in data.train:
-            for image in (sample.image, sample.pair):
-                if image is not None:
-                    yield sample.pid, image
+            for image in sample.images:
+                yield sample.pid, image
         return
     for gallery in data.splits[split].galleries.values():
         yield from zip(gallery.pids, gallery.images, strict=True)
 
 
-def persons(data: Data, split: str) -> dict[int, Hashable]:
+def persons(data: Data, split: str) -> dict[int, Person]:
     """Who every identity of a split is, comparable between splits as far as the data set tells: by
     the person's number in AG-ReID's file names, or by ids that mean the same in every split.
     Otherwise an identity equals only itself."""
     ids = data.ids.get(split)
-    found: dict[int, Hashable] = {}
+    found: dict[int, Person] = {}
     for pid, image in shown(data, split):
         if pid not in found or found[pid][0] != "person":
             match = PERSON.match(os.path.basename(image.path))
@@ -98,7 +100,7 @@ def persons(data: Data, split: str) -> dict[int, Hashable]:
     return found
 
 
-def name_of(person: Hashable) -> str:
+def name_of(person: Person) -> str:
     """For messages: "person P0001", "id anna", "identity 3 of val"."""
     kind, number = person
     if kind == "person":

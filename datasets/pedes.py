@@ -75,7 +75,7 @@ class _Reader:
         path: Path,
         images: Path,
         image_key: str,
-        keys: Sequence[str] | None = None,
+        keys: Sequence[str] = (),
         attributes: Sequence[Attribute] = (),
     ) -> None:
         self.path, self.image_key, self.keys = path, image_key, keys
@@ -91,7 +91,7 @@ class _Reader:
         self.optional = {key for key in ("pair_image", "attributes") if key in first}
         if len(self.optional) == 2:
             self.optional.add("pair_attributes")
-        checked = {split: [] for split in SPLITS}
+        checked: dict[str, list[int]] = {split: [] for split in SPLITS}
         for i, row in enumerate(self.rows):
             checked[self._check(row, i)].append(i)
         train = self._train(checked["train"])

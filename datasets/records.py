@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
 class Image(NamedTuple):
-    """An image file and, where the data set has them, its attribute labels."""
+    """An image file and its attribute labels, if the data set has any."""
 
     path: str
-    attributes: tuple[int, ...] | None = None
+    attributes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class TrainSample:
     pair: Image | None
     entry: str  # where it stands, for messages: "AG-ReID/agtext_train.json, sample 17"
     source: int = 0  # index into the splits' `sources`
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The only one, or both."""
+        return (self.image,) if self.pair is None else (self.image, self.pair)
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Data:
     views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, with two, of `pair`
 
     # By split the data set's own id of every pid, where it means the same person in every split.
-    ids: dict[str, list[int | str]] = field(default_factory=dict)
+    ids: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     root: str = ""  # the folder that the images' paths begin with
 
     # What its files say twice and the like, a line for each kind, with the count.

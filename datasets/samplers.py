@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 SPARES = 3  # samples that may stand in for one whose image is broken
 
 
-class Key(NamedTuple):
+@dataclass(frozen=True)
+class Key:
     """What a training data set is indexed with."""
 
     index: int
@@ -185,7 +187,8 @@ class IdentitySampler(EpochSampler):
 
     def _deal(self, generator: torch.Generator) -> tuple[dict[int, list[list[int]]], Iterator[int]]:
         """The groups of every identity, and a random number below 2^62 for each that is chosen."""
-        size, shuffled = self.num_instance, {pid: [] for pid in self.by_pid}
+        size = self.num_instance
+        shuffled: dict[int, list[int]] = {pid: [] for pid in self.by_pid}
         for index in torch.randperm(len(self.pids), generator=generator).tolist():
             shuffled[self.pids[index]].append(index)
         short = sum(-len(indices) % size for indices in self.by_pid.values())

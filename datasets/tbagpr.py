@@ -100,15 +100,9 @@ def one_view(data: Data, views: str) -> Data:
 
     Every caption goes with each of its sample's images; the gallery holds the images of `views`.
     """
-
-    def chosen(aerial: Sequence, ground: Sequence) -> list:
-        return [*(aerial if "a" in views else ()), *(ground if "g" in views else ())]
-
-    train = chosen(
-        [replace(s, pair=None) for s in data.train],
-        [replace(s, image=s.pair, pair=None) for s in data.train],
-    )
-    shown = chosen(VIEWS[:1], VIEWS[1:])
+    numbers = [number for number, view in enumerate(VIEWS) if view[0] in views]
+    train = [replace(s, image=s.images[n], pair=None) for n in numbers for s in data.train]
+    shown = [VIEWS[n] for n in numbers]
     view = " + ".join(shown)
     splits = {}
     for name, split in data.splits.items():
@@ -127,7 +121,7 @@ def vote(labels: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, 
 
     Takes (pid, labels of one image) in voting order.
     """
-    counters: dict[int, list[Counter]] = {}
+    counters: dict[int, list[Counter[int]]] = {}
     for pid, values in labels:
         per_attribute = counters.setdefault(pid, [Counter() for _ in range(VOTED)])
         for counter, value in zip(per_attribute, values, strict=False):
@@ -187,16 +181,16 @@ class _Reader:
                 raise UserError(f"{where}: lists of different lengths: {dict(zip(keys, lengths))}")  # noqa: B905
             if not lengths[0]:
                 raise UserError(f"{where}: '{keys[0]}' is empty")
-        rows = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
-        for i, (pid, image, pair) in enumerate(rows):
+        images = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
+        for i, (pid, image, pair) in enumerate(images):
             entry = f"{where}, image {i}"
             checked = offset + checked_pid(pid, entry)
             shown = [self._image(source, path, entry) for path in (image, pair)]
             self.said.images(split, pid, shown, entry)
             for view, one in zip(VIEWS, shown, strict=True):
                 joined.galleries[view].add(one, checked, index)
-        rows = zip(lists["caption_pids"], lists["captions"], strict=True)
-        for i, (pid, caption) in enumerate(rows):
+        captions = zip(lists["caption_pids"], lists["captions"], strict=True)
+        for i, (pid, caption) in enumerate(captions):
             entry = f"{where}, caption {i}"
             checked = offset + checked_pid(pid, entry)
             joined.add_caption(checked_caption(caption, entry, self.said), checked, index)
@@ -221,17 +215,14 @@ class _Reader:
 
 
 def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
-    views = [(s.pid, s.image.attributes) for s in train] + [
-        (s.pid, s.pair.attributes) for s in train
-    ]
-    voted = vote(views)
+    voted = vote([(s.pid, s.images[n].attributes) for n in range(len(VIEWS)) for s in train])
 
-    def with_vote(pid: int, image: Image) -> Image:
-        return Image(image.path, voted[pid] + image.attributes[VOTED:])
+    def with_vote(sample: TrainSample) -> TrainSample:
+        own = voted[sample.pid]
+        image, pair = (Image(i.path, own + i.attributes[VOTED:]) for i in sample.images)
+        return replace(sample, image=image, pair=pair)
 
-    return [
-        replace(s, image=with_vote(s.pid, s.image), pair=with_vote(s.pid, s.pair)) for s in train
-    ]
+    return [with_vote(sample) for sample in train]
 
 
 def _vote_split(split: Split) -> None:

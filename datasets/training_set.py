@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from datasets.image_cache import ImageFiles
@@ -17,7 +16,7 @@ from datasets.transforms import UNIFORM_PLAIN, BrokenImage
 from utils.errors import UserError
 
 
-class TrainDataset(Dataset):
+class TrainDataset(Dataset[dict[str, Any]]):
     """Samples by `Key`; a batch of them is a dict of tensors:
 
     `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `uniform` (and `pair_uniform`)
@@ -68,23 +67,23 @@ class TrainDataset(Dataset):
             f"last: {skipped[-1]}"
         )
 
-    def _item(self, index: int, seed: int) -> dict[str, Tensor | int]:
+    def _item(self, index: int, seed: int) -> dict[str, Any]:
         sample, ids = self.samples[index], self.caption_ids[index]
         generator = torch.Generator().manual_seed(seed)
-        item = {"index": index, "pids": sample.pid}
+        item: dict[str, Any] = {"index": index, "pids": sample.pid}
         item["images"] = self.images[index]
         item["uniform"] = torch.rand(self.numbers, generator=generator)
         if sample.pair is not None:
             item["pair_images"] = self.images[len(self.samples) + index]
             item["pair_uniform"] = torch.rand(self.numbers, generator=generator)
-        if sample.image.attributes is not None:
+        if sample.image.attributes:
             item["attributes"] = torch.tensor(sample.image.attributes)
             if sample.pair is not None:
                 item["pair_attributes"] = torch.tensor(sample.pair.attributes)
         return item | self.augment(ids, generator)
 
     @staticmethod
-    def collate(items: list[dict]) -> dict[str, Tensor]:
+    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         """Stack the samples and cut the captions to the longest.
 
         Those of `mlm` keep their padding: in the original's cross-modal transformer words attend

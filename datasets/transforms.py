@@ -93,7 +93,7 @@ def read_image(
                 return upright
             if upright is not image:
                 image.close()  # its pixels, too
-            return upright.transpose(turn)
+            return _turned(upright, turn)
     except UnidentifiedImageError:
         error = f"it is none of {', '.join(FORMATS)}"
     except MemoryError:
@@ -101,7 +101,7 @@ def read_image(
     except Exception as reason:  # decoders of corrupted files raise nearly anything
         error = f"{reason}" or type(reason).__name__
         if isinstance(reason, OSError) and reason.errno:
-            error = reason.strerror
+            error = reason.strerror or error
             if reason.errno in (errno.EACCES, errno.EPERM):  # not the picture's fault
                 advice = "Give this user access to it"
     where = f" ({entry})" if entry else ""
@@ -149,6 +149,12 @@ def _orientation(image: PILImage.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
+def _turned(image: PILImage.Image, turn: PILImage.Transpose) -> PILImage.Image:
+    turned = image.transpose(turn)
+    turned.info.clear()  # EXIF would have it turned again
+    return turned
+
+
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
     """8-bit RGB of a decoded image of any mode. Transparency is dropped, as in the original: the
     colours that stand in the file count. Raises ValueError for grey values of unknown scale.
@@ -179,7 +185,17 @@ def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
     A JPEG of more than four times the size is decoded smaller, but at twice the size or more, so
     that the resizing filter still decides: the bytes differ by a level or two.
     """
-    image = read_image(path, entry, at_least=(2 * size[0], 2 * size[1]))
+    return _resized(read_image(path, entry, at_least=(2 * size[0], 2 * size[1])), size)
+
+
+def convert_image(image: PILImage.Image, size: tuple[int, int]) -> Tensor:
+    """The same of an image that PIL has opened: turned upright, as EXIF says, and resized."""
+    image.load()  # which turns a TIFF upright, and clears its orientation
+    turn, rgb = UPRIGHT.get(_orientation(image)), to_rgb(image)
+    return _resized(rgb if turn is None else _turned(rgb, turn), size)
+
+
+def _resized(image: PILImage.Image, size: tuple[int, int]) -> Tensor:
     return tv.pil_to_tensor(tv.resize(image, list(size)))
 
 
@@ -192,7 +208,9 @@ def normalise(
 
 
 @functools.cache  # once per device: a copy to it in every step would be a wait
-def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     mean_C11, std_C11 = (torch.tensor(v)[:, None, None] for v in (mean, std))
     return (1 / (255 * std_C11)).to(device), (mean_C11 / std_C11).to(device)
 

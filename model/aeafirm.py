@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
 from model.backbone import Backbone
-from model.losses.firm import SentenceTable, predict_attributes
+from model.losses.firm import MatchingHead, SentenceTable, predict_attributes
 from model.losses.inputs import Inputs, Mean, Setting
 from model.losses.registry import LOSSES
 from utils.devices import at_least_float32
@@ -32,6 +35,8 @@ class AEAFIRM(nn.Module):
         sentences: FIRM's sentence table; needed if `match2` is named.
         processes: the processes that encode a batch's shards; the losses are those of all of it.
     """
+
+    atr_matching_head: MatchingHead  # if `match2` is named
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class AEAFIRM(nn.Module):
         """Unnormalised text features [B, D], float32."""
         return at_least_float32(self.base_model.encode_captions(ids_BL)[0])
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of a training batch; see `losses`.
 
         batch: `images` [B, 3, H, W] and `caption_ids` [B, L], `pids` [B]; with two views
@@ -109,7 +114,7 @@ class AEAFIRM(nn.Module):
             return {}
         return {"sentences": self.base_model.encode_captions(self.sentences.ids)[0]}
 
-    def losses(self, encoded: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, encoded: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Weighted losses by name, their sum `total`, and what losses log (`Inputs.log`).
 
         Of several processes each gives what it `encode`d of its shard, `batch["counts"]` says how
@@ -132,9 +137,9 @@ class AEAFIRM(nn.Module):
         for row in self.rows.values():
             if row.after:
                 row.after(inputs)
-        return {**losses, "total": sum(losses.values()), **inputs.logged}
+        return {**losses, "total": reduce(add, losses.values()), **inputs.logged}
 
-    def _inputs(self, encoded: dict[str, Tensor], batch: dict[str, Tensor]) -> Inputs:
+    def _inputs(self, encoded: dict[str, Tensor], batch: dict[str, Any]) -> Inputs:
         """What the losses see: the rows of all processes' samples, and of the own the tokens."""
         features = self._gathered(encoded, ("text", "image", "pair"), batch)
         labels = self._gathered(batch, ("pids", "attributes", "pair_attributes"), batch)
@@ -153,7 +158,7 @@ class AEAFIRM(nn.Module):
         )
 
     def _gathered(
-        self, parts: dict[str, Tensor], names: Sequence[str], batch: dict[str, Tensor]
+        self, parts: dict[str, Tensor], names: Sequence[str], batch: dict[str, Any]
     ) -> dict[str, Tensor]:
         """The named tensors [b, ...] that are there, of all processes, [B, ...]."""
         counts = self._counts(batch)
@@ -162,7 +167,7 @@ class AEAFIRM(nn.Module):
         found = {n: at_least_float32(v) if v.is_floating_point() else v for n, v in found.items()}
         return self.processes.all_gather(found, counts)
 
-    def _mean(self, mean: Mean, batch: dict[str, Tensor]) -> Tensor:
+    def _mean(self, mean: Mean, batch: dict[str, Any]) -> Tensor:
         """The sums of all processes over their counts. A process without a sample of its own has
         encoded a stand-in, which does not count."""
         both_2 = torch.stack([mean.sum, torch.full_like(mean.sum, mean.count)])
@@ -171,11 +176,12 @@ class AEAFIRM(nn.Module):
         total, count = gathered["mean"].sum(0)
         return total / count
 
-    def _counts(self, batch: dict[str, Tensor]) -> list[int]:
+    def _counts(self, batch: dict[str, Any]) -> list[int]:
         """Samples of each process."""
         return batch.get("counts", [len(batch["pids"])])
 
     def predict_attributes(self, image_VD: Tensor) -> Tensor:
         """FIRM's class of each attribute, [V, A]: whose sentences match the image best."""
+        assert self.sentences is not None, "only a model with match2 names attributes"
         sentence_SD = self.encode_text(self.sentences.ids)
         return predict_attributes(self.atr_matching_head(sentence_SD, image_VD), self.sentences)

@@ -98,6 +98,7 @@ class Backbone(open_clip.CLIP):
             pool.positional_embedding = _position_embedding(self.grid, pool.q_proj.in_features)
             return
         patch = self.config.vision_patch_size
+        assert patch is not None, "of a ViT"
         stride = stride or patch
         if stride > patch:
             raise UserError(f"--stride_size {stride} exceeds the patch size {patch}: pixels lost")
@@ -142,7 +143,7 @@ class Backbone(open_clip.CLIP):
         self.visual.compile()
         self.transformer.compile(dynamic=True)  # captions of any length without a new compilation
 
-    def _attention(self, tokens: int, device: torch.device) -> AbstractContextManager:
+    def _attention(self, tokens: int, device: torch.device) -> AbstractContextManager[None]:
         """The faster attention kernel: on a CPU, short sequences go through plain matrix products.
 
         Forward and backward in bfloat16 on two cores: 14 ms against the fused kernel's 22 ms at 25
@@ -221,6 +222,8 @@ def load_backbone(
     that are no CLIP.
     """
     if choice == "scratch":
+        if scratch is None:
+            raise ValueError("a backbone from scratch needs its sizes")
         backbone = Backbone(scratch, image_size, stride, half)
         backbone.reset_from_scratch()
         return backbone

@@ -169,8 +169,8 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
     """
     weights = checkpoint["model"]
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
-    names = ("match2", "dot", "cat") if "atr_matching_head.weight" in weights else ()
-    names = [name for name in args.loss_names.split("+") if name in names]
+    heads = ("match2", "dot", "cat") if "atr_matching_head.weight" in weights else ()
+    names = [name for name in args.loss_names.split("+") if name in heads]
     if not clip:
         raise UserError(
             f"{where}: no weights named {PREFIX}*; is this a checkpoint of this family?"

@@ -369,7 +369,7 @@ def openai_assumed(path: Path, config: BackboneConfig) -> str:
     )
 
 
-def _reach(config: dict) -> None:
+def _reach(config: dict[str, Any]) -> None:
     """Raise OSError at once where the hub is out of reach: its own library tries for a minute."""
     if not config.get("hf_hub") or urllib.request.getproxies():
         return

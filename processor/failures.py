@@ -29,18 +29,19 @@ def explain_failures(
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(memory_advice(args, device, what)) from None
     except RuntimeError as error:
+        told = str(error)
         # A worker's death is noticed anywhere, also while a file is written: then it comes wrapped.
-        if error.__context__ is not None and "DataLoader worker" in str(error.__context__):
-            error = error.__context__
-        if "can't allocate memory" in str(error):  # what the CPU's allocator says
+        if "DataLoader worker" in str(error.__context__):
+            told = str(error.__context__)
+        if "can't allocate memory" in told:  # what the CPU's allocator says
             raise UserError(memory_advice(args, device, what)) from None
-        if re.search(r"shared memory|\bshm\b", str(error)):
+        if re.search(r"shared memory|\bshm\b", told):
             raise UserError(
                 "loader processes pass batches through shared memory, and /dev/shm is full: give "
                 "it more room (docker run --shm-size 8g), or --num_workers 0"
             ) from None
         # "DataLoader worker (pid 12) is killed by signal: Killed. " or "(pid(s) 12, 13) exited ..."
-        died = re.match(r"DataLoader worker \(pid[^\d]* ([\d, ]+)\) (.*?)\.? *$", str(error))
+        died = re.match(r"DataLoader worker \(pid[^\d]* ([\d, ]+)\) (.*?)\.? *$", told)
         if died is None:
             raise
         pids = [int(pid) for pid in died[1].split(",")]

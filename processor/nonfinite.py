@@ -30,7 +30,7 @@ class _Step:
     keys: Sequence[Key]
     names: tuple[str, ...]
     values: Tensor
-    arrived: torch.Event | None
+    arrived: torch.cuda.Event | None
 
     def here(self, wait: bool) -> bool:
         if self.arrived is not None and wait:

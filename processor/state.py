@@ -84,7 +84,8 @@ class Generators:
 
     def state_dict(self) -> dict[str, Any]:
         """All processes must call it."""
-        kind, keys, position, *gauss = np.random.get_state()
+        state: Any = np.random.get_state()
+        kind, keys, position, *gauss = state
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         globals_ = {
             "torch": torch.get_rng_state(),

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from easydict import EasyDict
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -45,7 +46,7 @@ class TrainStep:
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        self.scaler = GradScaler(self.device.type, enabled=args.precision == "fp16")
         self.buffers = [
             (module, name)
             for module in model.modules()
@@ -54,7 +55,7 @@ class TrainStep:
         ]
         # Averages gradients over processes in the backward pass. Buffers need no synchronisation:
         # every process computes the same queue.
-        self.forward = model
+        self.forward: nn.Module = model
         if self.processes.size > 1 and args.accum_steps == 1:
             self.forward = DistributedDataParallel(
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
@@ -77,6 +78,7 @@ class TrainStep:
         no_loss, no_gradient = ~values["total"].isfinite(), ~norm.isfinite()
         skipped = undone = no_loss | no_gradient
         if self.scaler.is_enabled():  # gradients that overflow are its business, down to scale 1
+            assert self.scaler._scale is not None  # since `unscale_`
             skipped = no_loss | (no_gradient & (self.scaler._scale <= 1))
         self.update(skipped)
         for (module, name), old in zip(self.buffers, before, strict=True):
@@ -100,14 +102,15 @@ class TrainStep:
         with context:
             values = model.losses({**whole, **model.encode_sentences()}, batch)
         self.scaler.scale(values["total"]).backward()
+        gradients = {k: v.grad for k, v in whole.items() if v.grad is not None}
         start = 0
         for part in parts:
             stop = start + len(part["pids"])
             with context:
                 again = model.encode(part)
-            used = [name for name in again if whole[name].grad is not None]
+            used = [name for name in again if name in gradients]
             torch.autograd.backward(
-                [again[name] for name in used], [whole[name].grad[start:stop] for name in used]
+                [again[name] for name in used], [gradients[name][start:stop] for name in used]
             )
             start = stop
         self.processes.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
@@ -120,7 +123,7 @@ class TrainStep:
             self.scaler.update()
         elif self.optimizer.param_groups[0]["fused"]:
             # What the scaler itself gives to fused optimizers: they skip on the device.
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+            vars(self.optimizer).update(grad_scale=None, found_inf=skipped.float())
             self.optimizer.step()
         elif not skipped:  # weights in half or double precision: a wait for the device
             self.optimizer.step()

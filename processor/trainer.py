@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from easydict import EasyDict
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 
-from datasets.loaders import on_device
+from datasets.loaders import TrainLoader, on_device
 from processor.best import Best
 from processor.epoch_log import EpochLog
 from processor.evaluator import Evaluator
@@ -39,7 +40,7 @@ class Trainer:
 
     Args:
         train_step: of a model and its optimizer.
-        loader: training batches of an `EpochSampler`.
+        loader: training batches.
         evaluators: of the splits that choose a checkpoint; the first chooses best.pth. With none
             it is that of the last epoch.
         run_dir: receives all files.
@@ -50,11 +51,11 @@ class Trainer:
         self,
         args: EasyDict,
         train_step: TrainStep,
-        loader: DataLoader,
+        loader: TrainLoader,
         evaluators: Sequence[Evaluator],
         run_dir: Path,
         log: logging.Logger,
-        data: dict[str, Any] | None = None,
+        data: dict[str, Any],
     ) -> None:
         self.args, self.train_step, self.loader, self.evaluators = (
             args,
@@ -78,7 +79,7 @@ class Trainer:
             args, len(loader), self.sampler.count, device, run_dir, log, self.processes
         )
         # All that survives the run, by name; see processor/state.py.
-        self.parts = {
+        self.parts: dict[str, Stateful | nn.Module] = {
             "model": self.model,
             "optimizer": OptimizerState(train_step.optimizer),
             "scaler": train_step.scaler,
@@ -158,8 +159,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, dict[str, float]]:
         """Metrics in percent by split."""
         metrics = {
-            e.name: e.evaluate(self.model, self._save_or_stop).percentages()
-            for e in self.evaluators
+            e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
         }
         # Other processors may round a similarity otherwise, and all must choose alike.
         return self.processes.from_rank_0(metrics)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from easydict import EasyDict
@@ -38,7 +39,7 @@ def build_optimizer(
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             groups.setdefault(settings_of(name, args), []).append(parameter)
-    params = [
+    params: list[dict[str, Any]] = [
         {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}
         for (lr, decay), members in groups.items()
     ]

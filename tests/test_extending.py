@@ -74,6 +74,8 @@ def test_its_code_lints(extended):
     run(extended, sys.executable, "-m", "ruff", "format", "--no-cache", "--check", ".")
     linter = "from importlinter.cli import lint_imports_command as main; main()"
     run(extended, sys.executable, "-c", linter, "--no-cache", "--no-logo")
+    # With the cache of `make lint`: most of the time goes to torch's types.
+    run(extended, sys.executable, "-m", "mypy", "--cache-dir", ROOT / ".mypy_cache")
 
 
 def test_its_tests_pass_and_none_that_was_there_has_to_be_edited(extended):

@@ -61,7 +61,9 @@ def recall(runs: Sequence[Run], most: int = 50) -> list[Chart]:
                 ranked = read_queries(run.folder / "test_queries.npz", "test", gallery)
                 first = ranked.rows_Q3[:, 0]
                 first = first[~first.isnan()]
-                share = [(k, 100 * (first <= k).double().mean().item()) for k in range(1, most + 1)]
+                share: Points = [
+                    (k, 100 * (first <= k).double().mean().item()) for k in range(1, most + 1)
+                ]
                 found.setdefault(gallery, []).append((run, share))
     values = [y for lines in found.values() for _, share in lines for _, y in share]
     low = min(filter(math.isfinite, values), default=0)

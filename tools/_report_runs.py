@@ -9,8 +9,9 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from processor.queries import check_figures, read_results
+from processor.queries import check_metrics, read_results
 from utils.errors import UserError
+from utils.metrics import METRICS
 from utils.runs import EVENTS
 
 DIGITS = len(EVENTS.format(0)) - 1  # of the number at the end of a file of curves
@@ -32,13 +33,13 @@ def read_run(folder: Path, colour: str) -> Run:
     """Raises UserError if the folder is no evaluated run."""
     path = folder / "test_results.json"
     results = read_results(path, folder / "test_queries.npz")
-    check_figures(results, path)
+    check_metrics(results, path)
     return Run(folder, folder.absolute().name, results, read_scalars(folder), colour)
 
 
 def percentages(gallery: dict[str, Any]) -> list[float]:
     """R@1, R@5, R@10, mAP and mINP of a gallery in test_results.json."""
-    return [gallery[key] for key in ("r1", "r5", "r10", "mAP", "mINP")]
+    return [gallery[key] for key in METRICS]
 
 
 def read_scalars(folder: Path) -> dict[str, Points]:
@@ -62,8 +63,8 @@ def read_scalars(folder: Path) -> dict[str, Points]:
         except Exception as error:  # what reads a stranger's file may raise anything
             raise UserError(f"{path}: no events of TensorBoard: {error}") from None
         first = min((event.step for curve in found.values() for event in curve), default=math.inf)
-        number = path.suffix.removeprefix(".")
-        number = int(number) if number.isdecimal() and len(number) == DIGITS else 0
+        ending = path.suffix.removeprefix(".")
+        number = int(ending) if ending.isdecimal() and len(ending) == DIGITS else 0
         files.append((number, first, found))
     files.sort(key=lambda file: file[0])
     older = [file for file in files if not file[0]]

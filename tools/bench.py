@@ -20,7 +20,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
@@ -34,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from easydict import EasyDict
 from prettytable import PrettyTable
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.loaders import to_device, train_loader
@@ -61,7 +65,7 @@ GALLERIES = (3_200, 20_000, 100_000)
 QUERIES = 3_200
 TEXT = "a man in grey shirt and blue jeans with black backpack walking woman red coat white shoes"
 
-Row = dict[str, float | str]
+Row = dict[str, Any]  # figures and words by their names
 
 
 class Clock:
@@ -98,7 +102,8 @@ class SteadyClock(Clock):
         for _ in range(warm_up):
             if self.once(run) > 5:
                 break
-        seconds, started = [], time.perf_counter()
+        seconds: list[float] = []
+        started = time.perf_counter()
         while len(seconds) < 3 or (
             len(seconds) < self.repeat and time.perf_counter() - started < 20 and not known(seconds)
         ):
@@ -130,7 +135,7 @@ def captions(count: int) -> list[str]:
     return [" ".join(words[w] for w in row[:n]) for row, n in zip(picks, lengths, strict=True)]
 
 
-def made_up_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, torch.Tensor]:
+def made_up_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, Tensor]:
     """A training batch, of two views unless `pairs` is off; `pad` leaves captions uncut."""
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
     ids = tokenize(captions(size), args.text_length)
@@ -149,11 +154,12 @@ def made_up_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, to
     return batch
 
 
-def plain_losses(model: AEAFIRM, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def plain_losses(model: AEAFIRM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The step as the family's code computes it: a call per view, everything at 77 tokens, and
     FIRM's head called for each image, attribute and sentence."""
-    encode = model.base_model
-    full = F.pad(model.sentences.ids, (0, 77 - model.sentences.ids.shape[1]))
+    encode, table = model.base_model, model.sentences
+    assert table is not None, "`main` asks for match2"
+    full = F.pad(table.ids, (0, 77 - table.ids.shape[1]))
     encoded = {
         "image": encode.encode_images(batch["images"])[0],
         "pair": encode.encode_images(batch["pair_images"])[0],
@@ -161,12 +167,11 @@ def plain_losses(model: AEAFIRM, batch: dict[str, torch.Tensor]) -> dict[str, to
         "sentences": encode.encode_captions(full)[0],
     }
     head = model.atr_matching_head
-    own_forward = head.forward
 
-    def looped(sentence_SD: torch.Tensor, image_VD: torch.Tensor) -> torch.Tensor:
+    def looped(sentence_SD: Tensor, image_VD: Tensor) -> Tensor:
         labels_VA = torch.cat([batch["attributes"], batch["pair_attributes"]])
         state = model.generator.get_state()
-        sampled = model.sentences.sample(labels_VA, model.generator)
+        sampled = table.sample(labels_VA, model.generator)
         model.generator.set_state(state)  # the loss samples the same again
         logits = image_VD.new_zeros((len(image_VD), len(sentence_SD), 2))
         for index_VA in sampled:
@@ -177,11 +182,8 @@ def plain_losses(model: AEAFIRM, batch: dict[str, torch.Tensor]) -> dict[str, to
                     logits[v, s] = F.linear(fused, head.weight, head.bias)
         return logits
 
-    head.forward = looped
-    try:
+    with mock.patch.object(head, "forward", looped):
         return model.losses(encoded, batch)
-    finally:
-        head.forward = own_forward
 
 
 def matrix_peak(device: torch.device, precision: str, clock: Clock) -> float:
@@ -231,7 +233,7 @@ def bench_step(
     config = model.base_model.config
     context = autocast(args.precision, device)
 
-    def batch() -> dict[str, torch.Tensor]:
+    def batch() -> dict[str, Tensor]:
         return to_device(raw, device, config.image_mean, config.image_std)
 
     def step() -> None:
@@ -264,16 +266,17 @@ def bench_step(
     )  # fmt: skip
     if args.plain or args.accum_steps > 1:
         return  # their parts are not those below
-    ready, parts = batch(), {}
+    ready = batch()
+    parts: dict[str, list[float]] = {}
     images = torch.cat([ready["images"], ready["pair_images"]])
-    ids = [ready["caption_ids"]] + ([model.sentences.ids] if "match2" in names else [])
+    ids = [ready["caption_ids"]] + ([model.sentences.ids] if model.sentences else [])
 
-    def note(name: str, run: Callable[[], object]) -> object:
-        box = []
+    def note(name: str, run: Callable[[], object]) -> Any:
+        box: list[Any] = []
         parts.setdefault(name, []).append(clock.once(lambda: box.append(run())))
         return box[0]
 
-    def texts() -> list:
+    def texts() -> list[tuple[Tensor, Tensor]]:
         rows = model.base_model.embed_tokens(*ids)
         return [model.base_model.encode_captions(i, r) for i, r in zip(ids, rows, strict=True)]
 
@@ -285,12 +288,13 @@ def bench_step(
             note("  image encoder, forward", lambda: model.base_model.encode_images(images))
             note("  text encoder, forward", texts)
             encoded = model.encode(ready, sentences=True)
-            losses = note("  losses, forward", lambda e=encoded: model.losses(e, ready))
+            losses = note("  losses, forward", partial(model.losses, encoded, ready))
         optimizer.zero_grad(set_to_none=True)
         # The losses' share of the backward pass, down to the features, then the whole of it.
         total, features = losses["total"], [v for v in encoded.values() if v.requires_grad]
-        note("  losses, backward", lambda t=total, f=features: torch.autograd.grad(
-            t, f, retain_graph=True, allow_unused=True))  # fmt: skip
+        note("  losses, backward", partial(
+            torch.autograd.grad, total, features, retain_graph=True, allow_unused=True
+        ))  # fmt: skip
         note("  backward, whole", total.backward)
         note("  optimizer", optimizer.step)
     for name, found in parts.items():
@@ -320,7 +324,8 @@ def measured_step(args: EasyDict, pairs: bool) -> tuple[float, float, float]:
         # Parts of the same size, but two of several: each is encoded twice.
         args.accum_steps = max(min(args.accum_steps, 2), -int(-args.accum_steps // scale))
     found = next(bench_step(args, device, SteadyClock(device, 30), quick=True, pairs=pairs))
-    return tuple(scale * found[f"{which}_ms"] / 1e3 for which in ("median", "low", "high"))
+    median, low, high = (scale * found[f"{which}_ms"] / 1e3 for which in ("median", "low", "high"))
+    return median, low, high
 
 
 @torch.no_grad()
@@ -340,7 +345,9 @@ def bench_encode(args: EasyDict, device: torch.device, clock: Clock) -> Iterator
         yield row(f"encode {count} {name}", seconds, per_second=rate, unit=name)
 
 
-def ranked_by_loop(similarity_QG, query_pids_Q, gallery_pids_G) -> list[tuple[float, float]]:
+def ranked_by_loop(
+    similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor
+) -> list[tuple[float, float]]:
     """AP and INP by a loop over queries, as evaluation is often written."""
     results = []
     for scores, pid in zip(similarity_QG, query_pids_Q, strict=True):
@@ -361,15 +368,15 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
         name = f"rank {QUERIES} x {size}"
         once = Clock(device, min(3, clock.repeat))
         held = memory_mib(device)
-        seconds = once(lambda q=query, g=gallery, i=query_pids, j=gallery_pids: retrieval(q, g, i, j), 1)  # fmt: skip  # noqa: E501
+        seconds = once(partial(retrieval, query, gallery, query_pids, gallery_pids), 1)
         yield row(name, seconds, memory_mib=memory_mib(device) - held)
         part = 3_200 if size == GALLERIES[0] else 320  # of the queries; the rest take as long
         similarity, pids = query[:part] @ gallery.T, query_pids[:part]
-        metrics = once(lambda s=similarity, i=pids, j=gallery_pids: query_metrics(s, i, j), 1)
+        metrics = once(partial(query_metrics, similarity, pids, gallery_pids), 1)
         yield row(f"  metrics of {part} queries", metrics)
-        yield row(f"  sorting {part} queries alone", once(lambda s=similarity: s.sort(dim=1), 1))
+        yield row(f"  sorting {part} queries alone", once(partial(similarity.sort, dim=1), 1))
         if size == GALLERIES[0]:
-            loop = lambda s=similarity, i=pids, j=gallery_pids: ranked_by_loop(s, i, j)  # noqa: E731
+            loop = partial(ranked_by_loop, similarity, pids, gallery_pids)
             yield row(f"  loop over {part} queries", Clock(device, 1)(loop, 0))
 
 

@@ -9,6 +9,7 @@ be, but deserves a look, is a warning; with --strict warnings fail too.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import unicodedata
@@ -89,9 +90,9 @@ class Report:
 def parts_of(data: Data) -> dict[str, Part]:
     """Train, val and test in one form."""
     samples = data.train
-    images = {view: [] for view in data.views}
+    images: dict[str, list[Image]] = {view: [] for view in data.views}
     for sample in samples:
-        for view, image in zip(data.views, (sample.image, sample.pair), strict=False):
+        for view, image in zip(data.views, sample.images, strict=True):
             images[view].append(image)
     images = {view: list(dict.fromkeys(found)) for view, found in images.items()}
     parts = {
@@ -115,7 +116,7 @@ def parts_of(data: Data) -> dict[str, Part]:
     return parts
 
 
-class _Looked(Dataset):
+class _Looked(Dataset[tuple[str, int]]):
     """Reads an image whole: (problem or "", shorter side)."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -252,7 +253,7 @@ def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report)
 def main() -> None:
     names = ("dataset_name", "root_dir", "views", "attributes_file", "num_workers")
 
-    def extra(parser) -> None:
+    def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--min_side", type=int, default=16, metavar="INT",
             help="smaller images are reported; pixels (default: 16)",

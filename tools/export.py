@@ -11,6 +11,7 @@ told.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ FAMILY_OPTIONS = (
     "dataset_name", "sampler", "num_instance", "root_dir", "batch_size", "test_batch_size",
     "num_workers",
 )  # fmt: skip
-# Those that it has in another way, or that change no figure.
+# Those that it has in another way, or that change no metric.
 ELSEWHERE = {
     "img_size", "milestones", "stride_size", "seed", "precision", "compile", "grad_checkpointing",
     "accum_steps", *SCRATCH_ONLY, *MAY_DIFFER,
@@ -72,7 +73,7 @@ _TupleDumper.add_representer(
 
 
 def main() -> None:
-    def extra(parser) -> None:
+    def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--output",
             required=True,

@@ -42,7 +42,7 @@ from utils.devices import choose_device, choose_precision
 from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
 from utils.logger import say
-from utils.metrics import FIGURES
+from utils.metrics import METRICS
 from utils.options import OPTIONS
 from utils.text import visible
 
@@ -212,7 +212,7 @@ def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
     return environment.get_template("report.html.jinja").render(
         runs=runs,
         figures=figures(runs),
-        names=FIGURES,
+        names=METRICS,
         recall=recall,
         training=training,
         thinned=charts.MOST if longest > charts.MOST else 0,

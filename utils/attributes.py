@@ -41,7 +41,7 @@ def read_attributes(path: str | Path) -> list[Attribute]:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: expected a list of attributes")
-    attributes = []
+    attributes: list[Attribute] = []
     for number, entry in enumerate(entries, 1):
         where = f"{path}: attribute {number}"
         if not isinstance(entry, dict) or set(entry) != {"attribute", "classes"}:

@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -51,9 +51,9 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     """
     found = nonfinite_weights(content.get("model", {}))
     if found:
-        before = "; the save before this one stays" if Path(path).exists() else ""
+        kept = "; the save before this one stays" if Path(path).exists() else ""
         raise UserError(
-            f"{path}: not written: {_told(found)}{before}. A lower --lr, more --warmup_epochs, "
+            f"{path}: not written: {_told(found)}{kept}. A lower --lr, more --warmup_epochs, "
             "--grad_clip 1 or --precision fp32 may prevent it"
         )
 
@@ -262,9 +262,9 @@ def refuse_oversized(content: Any, size: int) -> None:
         if not isinstance(value, (Tensor, dict, list, tuple, set, frozenset)):
             return 1, 8
         if id(value) in known:
-            if known[id(value)] is None:
+            if (found := known[id(value)]) is None:
                 raise ValueError(f"{place} holds itself")
-            return known[id(value)]
+            return found
         known[id(value)] = None
         if isinstance(value, Tensor):
             if wrong := _not_plain(value):
@@ -412,7 +412,9 @@ def _as_is(value: Any, *_: Any) -> Any:
     return value
 
 
-def _strided(flat: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+def _strided(
+    flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
     return flat.as_strided(size, stride, offset)
 
 
@@ -439,7 +441,7 @@ _HARMLESS = {
 
 
 class _ModuleUnpickler(pickle.Unpickler):
-    def __init__(self, file, archive: zipfile.ZipFile, folder: str) -> None:
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
         self._archive, self._folder = archive, folder
         self._records: dict[str, bytearray] = {}
@@ -454,7 +456,7 @@ class _ModuleUnpickler(pickle.Unpickler):
         except KeyError:
             raise UserError(f"refused: the archive asks for {module}.{name}") from None
 
-    def persistent_load(self, saved: tuple) -> Tensor:
+    def persistent_load(self, saved: tuple[Any, ...]) -> Tensor:
         _, dtype, key, _, _ = saved
         if key not in self._records:
             self._records[key] = bytearray(self._archive.read(f"{self._folder}/{key}"))

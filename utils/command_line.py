@@ -7,9 +7,9 @@ import errno
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from easydict import EasyDict
 
@@ -38,7 +38,9 @@ _BOOKKEEPING = {
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse prints a page of usage; one line is kinder
+    def error(
+        self, message: str
+    ) -> NoReturn:  # argparse prints a page of usage; one line is kinder
         message = re.sub(r"^argument --\w+: command line: ", "--", message)  # each says it once
         raise UserError(f"{message} (--help lists all options)")
 
@@ -114,7 +116,7 @@ def _checkpoint_to_resume(
     return preset.parent / LAST if _is_of_run(preset) else _newest_checkpoint(values)
 
 
-def _is_of_run(preset: Path | None) -> bool:
+def _is_of_run(preset: Path | None) -> TypeGuard[Path]:
     """Whether the preset is the configs.yaml of a run that has saved."""
     return preset is not None and preset.name == CONFIG and (preset.parent / LAST).is_file()
 
@@ -229,8 +231,7 @@ def parse_test_options(
 
     `extra` adds a tool's own options, which come back with the others.
 
-    Returns (options, checkpoint path, notes). Notes are lines to log: which entries of configs.yaml
-    are not used, because they are unknown here or in `COMMAND_LINE_ONLY`.
+    Returns (options, checkpoint path, notes), the notes those of `options_of_run`.
     """
     parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
     parser.add_argument(
@@ -251,6 +252,16 @@ def parse_test_options(
     own = {n: given.pop(n) for n in list(given) if n not in (*TEST_OPTIONS, *_CHECKPOINT_OPTIONS)}
     config_file = Path(given.pop("config_file"))
     checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
+    args, notes = options_of_run(config_file, given)
+    return EasyDict(args, **own), checkpoint, notes
+
+
+def options_of_run(config_file: Path, given: dict[str, Any]) -> tuple[EasyDict, list[str]]:
+    """The options in a run's configs.yaml, overridden by those given, and the lines to log: which
+    entries are not used, because they are unknown here or in `COMMAND_LINE_ONLY`.
+
+    Raises UserError.
+    """
     recorded = read_yaml(config_file)
     unknown = sorted(set(recorded) - set(OPTIONS) - _BOOKKEEPING)
     notes = [f"{config_file}: ignored, unknown here: {', '.join(unknown)}"] if unknown else []
@@ -263,8 +274,7 @@ def parse_test_options(
         value, default = recorded.pop(name, ""), OPTIONS[name].default
         if value not in ("", default, os.path.join(PROJECT, default)) and name not in given:
             notes.append(_not_taken(config_file, name, value))
-    args = EasyDict(resolve({**recorded, **given}), **own)
-    return args, checkpoint, notes
+    return resolve({**recorded, **given}), notes
 
 
 def parse_some(
@@ -294,7 +304,9 @@ def parse_given(
     return given, own
 
 
-def _build_parser(options, description: str, defaults: bool = True) -> argparse.ArgumentParser:
+def _build_parser(
+    options: Iterable[Option], description: str, defaults: bool = True
+) -> argparse.ArgumentParser:
     """Flags without defaults: what was not typed stays absent, so that a preset can fill it."""
     parser = _Parser(
         description=description,
@@ -305,7 +317,9 @@ def _build_parser(options, description: str, defaults: bool = True) -> argparse.
     options = list(options)
     for title, group in GROUPS.items():
         members = [o for o in group if o in options]
-        section = parser.add_argument_group(title) if members else None
+        if not members:
+            continue
+        section = parser.add_argument_group(title)
         for o in members:
             shown = " ".join(map(str, o.default)) if isinstance(o.default, list) else o.default
             help_text = o.help.replace("%", "%%")
@@ -316,18 +330,19 @@ def _build_parser(options, description: str, defaults: bool = True) -> argparse.
                     f"--{o.name}", action=argparse.BooleanOptionalAction, help=help_text
                 )
             else:
+                const: dict[str, Any] = {"const": o.const} if o.const else {}
                 section.add_argument(
                     f"--{o.name}",
                     type=_typed(o),
                     nargs="?" if o.const else o.count,
-                    **({"const": o.const} if o.const else {}),
+                    **const,
                     metavar="|".join(o.choices) if o.choices else o.type.__name__.upper(),
                     help=help_text,
                 )
     return parser
 
 
-def _typed(option: Option):
+def _typed(option: Option) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             return option.coerce_one(text, "command line")

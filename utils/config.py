@@ -23,7 +23,12 @@ LARGEST_MODEL = 5e9  # weights of an encoder; CLIP's largest has half of that
 
 
 def resolve(values: dict[str, Any]) -> EasyDict:
-    """Fill in the defaults and check the options against each other. Raises UserError."""
+    """Fill in the defaults and check the options against each other. Raises UserError.
+
+    What is called `args` everywhere comes from here: every option of utils/options.py by its name,
+    of the type that its row gives (several: a list), which `Option.coerce` has seen to. To a type
+    checker an EasyDict's entries are Any.
+    """
     args = EasyDict({o.name: values.get(o.name, o.default) for o in OPTIONS.values()})
     args.loss_names = "".join(args.loss_names.split())
     _check_sizes(args)

@@ -64,10 +64,11 @@ class Processes:
             return parts
         widths = [math.prod(value.shape[1:]) for value in parts.values()]
         flat = [v.reshape(len(v), w) for v, w in zip(parts.values(), widths, strict=True)]
-        columns = _Gather.apply(torch.cat(flat, dim=1), tuple(counts), self).split(widths, dim=1)
+        # torch leaves `apply` untyped; it gives what `forward` gives.
+        rows = _Gather.apply(torch.cat(flat, dim=1), tuple(counts), self)  # type: ignore[no-untyped-call]
         return {
             name: column.reshape(len(column), *value.shape[1:])
-            for (name, value), column in zip(parts.items(), columns, strict=True)
+            for (name, value), column in zip(parts.items(), rows.split(widths, dim=1), strict=True)
         }
 
     def all_gather_objects(self, value: Any) -> list[Any]:
@@ -118,7 +119,7 @@ SINGLE_PROCESS = Processes()
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_BD: Tensor, counts: tuple[int, ...], processes: Processes) -> Tensor:
+    def forward(ctx: Any, rows_BD: Tensor, counts: tuple[int, ...], processes: Processes) -> Tensor:
         ctx.start, ctx.own, ctx.size = sum(counts[: processes.rank]), len(rows_BD), processes.size
         padded = rows_BD.new_zeros((max(counts), rows_BD.shape[1]))  # collectives want one shape
         padded[: ctx.own] = rows_BD
@@ -127,7 +128,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient[ctx.start : ctx.start + ctx.own] * ctx.size, None, None
 
 

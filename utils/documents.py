@@ -4,7 +4,7 @@ silence. A byte-order mark in front is passed over; UTF-16 is read as well."""
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import yaml
@@ -33,7 +33,7 @@ class Loader(yaml.SafeLoader):
 
     merged = 0
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[Any, int] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode) or _is_merge(key):
@@ -72,7 +72,7 @@ def _mappings(node: yaml.Node) -> list[yaml.MappingNode]:
     return [one for one in found if isinstance(one, yaml.MappingNode)]
 
 
-def _number(kind: str):
+def _number(kind: str) -> Callable[[Loader, Any], Any]:
     def construct(loader: Loader, node: yaml.Node) -> Any:
         if len(node.value) > LONGEST_NUMBER:
             line = node.start_mark.line + 1
@@ -82,9 +82,11 @@ def _number(kind: str):
     return construct
 
 
-Loader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node)
-)
+def _tuple(loader: Loader, node: yaml.SequenceNode) -> list[Any]:
+    return loader.construct_sequence(node)
+
+
+Loader.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
 for kind in ("int", "float"):
     Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _number(kind))
 

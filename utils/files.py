@@ -16,8 +16,9 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, BinaryIO
 
 from utils.errors import UserError
 from utils.logger import LOGGER_NAME, say
@@ -61,7 +62,7 @@ def read_file(path: str | Path) -> bytes:
         return file.read()
 
 
-def append(path: Path) -> TextIO:
+def append(path: Path) -> TextIOWrapper:
     """A text file to add lines to; it is made if there is none. Raises UserError if it cannot be
     opened, or is a link or no regular file. One that another folder shares (`cp -al`) is parted
     from it first."""
@@ -91,7 +92,7 @@ def _open_own(path: Path, flags: int) -> int:
 
 
 def write_atomically(
-    path: Path, write: Callable[[BinaryIO], object], before: Callable[[], object] = lambda: None
+    path: Path, write: Callable[[IO[bytes]], object], before: Callable[[], object] = lambda: None
 ) -> None:
     """Write beside `path`, sync to disk, then rename: readers see the old file or the new one.
 

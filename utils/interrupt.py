@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 from utils.errors import StoppedBySignal, rank
 
@@ -36,7 +37,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
-        self._before: dict[int, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]

@@ -6,7 +6,7 @@ What is counted
 - A match is a gallery item of the query's identity; its rank counts from 1.
 - Ties: similarities within TIE of each other count as equal, and of equals the matches are ranked
   last. So a picture that is there twice has one rank wherever it stands, and a model that gives
-  every item the same score gets the worst figure. (Without TIE they would not: kernels round a
+  every item the same score gets the worst metrics. (Without TIE they would not: kernels round a
   row's last bits by its position in a batch.)
 - A query whose identity the gallery lacks has no rank; it is left out of every mean and counted
   in `Retrieval.unmatched`.
@@ -23,28 +23,24 @@ from utils.devices import at_least_float32
 from utils.errors import UserError
 
 CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
-FIGURES = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
+METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
 TIE = 1e-6  # some ten times what float32 rounds a cosine by, and far below what separates people
 COUNTED = 64  # matches per query up to which counting is faster than sorting
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Means over queries, in percent."""
+    """Means over queries."""
 
-    r1: float
-    r5: float
-    r10: float
-    mAP: float
-    mINP: float
+    metrics: dict[str, float]  # those of METRICS, in percent
     queries: int  # queries with at least one match
     unmatched: int  # queries without any
     gallery: int
 
-    def percentages(self) -> dict[str, float]:
-        """The five figures by their usual names, in the usual order."""
-        values = (self.r1, self.r5, self.r10, self.mAP, self.mINP)
-        return dict(zip(FIGURES, values, strict=True))
+    def results(self) -> dict[str, float]:
+        """All of it by name, as test_results.json has it."""
+        counts = {"queries": self.queries, "unmatched": self.unmatched, "gallery": self.gallery}
+        return {**self.metrics, **counts}
 
 
 @dataclass(frozen=True)
@@ -106,9 +102,15 @@ def rank(
     return Ranked(torch.cat(rows), query_pids_Q.cpu(), len(gallery_GD))
 
 
-def retrieval(*args, **kwargs) -> Retrieval:
+def retrieval(
+    query_QD: Tensor,
+    gallery_GD: Tensor,
+    query_pids_Q: Tensor,
+    gallery_pids_G: Tensor,
+    chunk: int | None = None,
+) -> Retrieval:
     """`rank`, then the means. Raises UserError where no query has a match."""
-    return rank(*args, **kwargs).summary()
+    return rank(query_QD, gallery_GD, query_pids_Q, gallery_pids_G, chunk).summary()
 
 
 def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor) -> Tensor:
@@ -151,20 +153,15 @@ def _not_below(similarity_QG: Tensor, least_QM: Tensor) -> Tensor:
     Ranks of the matches are all that the metrics need. Counting takes one pass over the
     similarities per match; sorting them takes as long as some COUNTED passes.
     """
-    queries, gallery = similarity_QG.shape
     if least_QM.shape[1] > COUNTED:
         ascending_QG = similarity_QG.sort(dim=1).values
-        return gallery - torch.searchsorted(ascending_QG, least_QM)
-    # Bytes of 0 and 1 are added eight at a time, as integers: up to 255 of them cannot carry into
-    # the next byte. This is a hundred times faster on a CPU than summing booleans.
-    padded = -(-gallery // (8 * 255)) * 8 * 255
-    above = torch.zeros((queries, padded), dtype=torch.bool, device=similarity_QG.device)
-    columns = []
-    for least_Q in least_QM.unbind(1):
-        torch.ge(similarity_QG, least_Q[:, None], out=above[:, :gallery])
-        eights = above.view(torch.int64).view(queries, -1, 255).sum(dim=2)
-        columns.append(eights.view(torch.uint8).sum(dim=1))
-    return torch.stack(columns, dim=1)
+        return similarity_QG.shape[1] - torch.searchsorted(ascending_QG, least_QM)
+    # Query by query the comparisons stay in the processor's cache. Counts have their place from the
+    # start: small tensors allocated between large ones would fragment the memory.
+    count_QM = torch.empty_like(least_QM, dtype=torch.int32)
+    for similarity_G, least_M, count_M in zip(similarity_QG, least_QM, count_QM, strict=True):
+        torch.sum(similarity_G >= least_M[:, None], dim=1, dtype=torch.int32, out=count_M)
+    return count_QM
 
 
 def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
@@ -179,11 +176,11 @@ def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
         return 100 * values.double().mean().item()
 
     return Retrieval(
-        r1=percent(first <= 1),
-        r5=percent(first <= 5),
-        r10=percent(first <= 10),
-        mAP=percent(ap),
-        mINP=percent(inp),
+        {
+            **{f"R@{k}": percent(first <= k) for k in (1, 5, 10)},
+            "mAP": percent(ap),
+            "mINP": percent(inp),
+        },
         queries=len(first),
         unmatched=len(rows_Q3) - len(first),
         gallery=gallery,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
 
 from utils.files import append
 from utils.logger import LAST_WORDS, LOGGER_NAME, say
@@ -30,7 +30,7 @@ class _AboveBars(logging.Handler):
 class _File(logging.FileHandler):
     """A full disk delays lines of the log, and ends no run."""
 
-    def _open(self) -> TextIO:
+    def _open(self) -> TextIOWrapper:
         return append(Path(self.baseFilename))
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prettytable import PrettyTable, TableStyle
 
@@ -64,7 +64,12 @@ def in_csv(text: object) -> str:
     return f"'{shown}" if guarded else shown
 
 
-def _table(head, rows, escape, left: int = 1) -> PrettyTable:
+def _table(
+    head: Sequence[object],
+    rows: Sequence[Sequence[object]],
+    escape: Callable[[object], str],
+    left: int = 1,
+) -> PrettyTable:
     table = PrettyTable([escape(name) for name in head], align="r")
     table.add_rows([[escape(cell) for cell in row] for row in rows])
     for name in table.field_names[:left]:

@@ -36,7 +36,7 @@ def visible(text: object, lines: bool = False) -> str:
         lines: keep line breaks.
     """
 
-    def shown(found: re.Match) -> str:
+    def shown(found: re.Match[str]) -> str:
         letter = found.group()
         return letter if lines and letter == "\n" else letter.encode("unicode_escape").decode()
 

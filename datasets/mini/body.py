@@ -5,7 +5,10 @@ A mesh seen by any camera gives ground and aerial pictures that agree with one a
 flat drawings of each view would not.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .mesh import Mesh, ball, flat_colours, limb, tube
 from .people import COLOURS, GIRTH, HAIR_COLOURS, SKINS, STATURE, Person
@@ -54,7 +57,7 @@ class _Tailor:
         self.swing = min(stride, 0.26) if tight else stride
         self.phase = phase
 
-    def trunk_radii(self, z):
+    def trunk_radii(self, z: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Half width and depth of the naked trunk at heights z, as fractions of the stature."""
         p = self.p
         width = np.interp(z, _TRUNK_Z, _TRUNK_W[p.gender])
@@ -63,7 +66,7 @@ class _Tailor:
         belly = np.exp(-(((np.asarray(z) - 0.59) / 0.1) ** 2)) * (0.35 if p.weight == 2 else 0)
         return width * (1 + (self.k - 1) * below), depth * (1 + (self.k - 1 + belly) * below)
 
-    def cloth(self, u, v, rows) -> np.ndarray:
+    def cloth(self, u: np.ndarray, v: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Colours of a piece of the upper garment: pattern and folds; rows counts quads down."""
         p, other = self.p, COLOURS[self.p.pattern_colour]
         colours = flat_colours(u.shape, self.upper)
@@ -252,7 +255,9 @@ class _Tailor:
                 furled = np.array((0.006, 0.01, 0.026, 0.024, 0.016, 0.004)) * h
                 self.mesh.add(tube(path, furled, furled, 8)[0], (44, 60, 120))
 
-    def box(self, centre, half, colour, darker: float = 0.8) -> None:
+    def box(
+        self, centre: ArrayLike, half: Sequence[float], colour: ArrayLike, darker: float = 0.8
+    ) -> None:
         """A soft box with a darker flap; half (x, y, z) as fractions of the stature."""
         drop = np.array((1.0, 0.97, 0.6, 0.2, -0.2, -0.6, -0.97, -1.0)) * half[2] * self.h
         girth = np.array((0.02, 0.9, 1.0, 1.0, 1.0, 1.0, 0.9, 0.02)) * self.h
@@ -323,26 +328,31 @@ class _Tailor:
         if p.hat != "none":
             self.hat(centre, radii)
 
-    def face(self, centre, radii) -> None:
+    def face(self, centre: np.ndarray, radii: np.ndarray) -> None:
         p, h, s = self.p, self.h, self.head
 
-        def spot(x, y, z, size, colour, bias=-0.012):
-            at = centre + np.array((x, y, z)) * h * s
+        def spot(
+            place: tuple[float, float, float],
+            size: tuple[float, float, float],
+            colour: ArrayLike,
+            bias: float = -0.012,
+        ) -> None:
+            at = centre + np.array(place) * h * s
             self.mesh.add(ball(at, np.array(size) * h * s, 4, 6)[0], colour, bias)
 
-        spot(0, 0.056, -0.012, (0.007, 0.008, 0.012), self.skin * 1.04)
+        spot((0, 0.056, -0.012), (0.007, 0.008, 0.012), self.skin * 1.04)
         for x in (-0.018, 0.018):
-            spot(x, 0.047, 0.006, (0.007, 0.005, 0.005), (40, 30, 28))
-            spot(x, 0.047, 0.019, (0.011, 0.004, 0.003), self.skin * 0.45)
+            spot((x, 0.047, 0.006), (0.007, 0.005, 0.005), (40, 30, 28))
+            spot((x, 0.047, 0.019), (0.011, 0.004, 0.003), self.skin * 0.45)
             if p.glasses:
-                spot(x, 0.053, 0.005, (0.016, 0.004, 0.011), (26, 26, 30), -0.02)
-        spot(0, 0.046, -0.034, (0.014, 0.005, 0.004), (176, 84, 80))
+                spot((x, 0.053, 0.005), (0.016, 0.004, 0.011), (26, 26, 30), -0.02)
+        spot((0, 0.046, -0.034), (0.014, 0.005, 0.004), (176, 84, 80))
         if p.mask:
             quads, u, v = ball(centre, radii * 1.08, 10, 16)
             worn = (np.abs(u) < 1.3) & (v > 0.53) & (v < 0.9)
             self.mesh.add(quads[worn], (204, 226, 240), -0.03)
 
-    def hat(self, centre, radii) -> None:
+    def hat(self, centre: np.ndarray, radii: np.ndarray) -> None:
         p, h = self.p, self.h
         colour = np.array(COLOURS[p.hat_colour], float)
         quads, u, v = ball(centre + (0, 0, 0.012 * h), radii * (1.18, 1.16, 1.12), 10, 16)
@@ -358,7 +368,9 @@ class _Tailor:
         self.mesh.add(brim[0], colour * 0.88, -0.04)
 
 
-def figure(person: Person, phase: float, stride: float) -> tuple[np.ndarray, ...]:
+def figure(
+    person: Person, phase: float, stride: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mesh of a person at a moment of the walk.
 
     phase (radians) is where in the step, stride (radians) how far the legs swing. Returns quads

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -61,7 +61,7 @@ def sample_pair(
     Training uses one caption; val and test use none to two of a pair.
     """
     rng = np.random.default_rng([seed, split, source, identity, k, 1])
-    views = tuple(sample_view(rng, person, source, aerial) for aerial in (True, False))
+    views = sample_view(rng, person, source, True), sample_view(rng, person, source, False)
     captions = [caption(person, views, rng) for _ in range(3)]
     return views, captions, int(rng.integers(*_QUALITY, endpoint=True))
 
@@ -98,7 +98,7 @@ def _labels(person: Person, view: View) -> list[int]:
     return [p.gender, p.age, view.dim, p.weight, p.height, view.angle, int(view.aerial)]
 
 
-def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list) -> Path | None:
+def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list[str]) -> Path | None:
     """Where an image lies below the data set's folder; None if the layout has no such image."""
     if layout == "TBAGPR":
         return Path(SOURCES[source], *path)
@@ -109,8 +109,13 @@ def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list) 
 
 
 def _render_identity(
-    job: tuple, root: Path, seed: int, pairs: int, layout: str, real: bool
-) -> list[dict]:
+    job: tuple[int, int, int, int, Person],
+    root: Path,
+    seed: int,
+    pairs: int,
+    layout: str,
+    real: bool,
+) -> list[dict[str, Any]]:
     """Write the images of one identity; returns what the JSON files need to know of each pair."""
     split, source, identity, pid, person = job
     records = []
@@ -176,7 +181,7 @@ def _named(attributes: list[Attribute], labels: list[list[int]]) -> list[dict[st
     ]
 
 
-def _entries(layout: str, records: list[tuple[int, int, dict]]) -> list[dict]:
+def _entries(layout: str, records: list[tuple[int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
     """The JSON list of the other layouts; records come with split and identity."""
     attributes = read_attributes("configs/attributes.yaml")
     _, image_key = PEDES.get(layout, ("", "image"))
@@ -200,11 +205,11 @@ def _entries(layout: str, records: list[tuple[int, int, dict]]) -> list[dict]:
     return entries
 
 
-def _train_json(records: list[dict]) -> list[list]:
+def _train_json(records: list[dict[str, Any]]) -> list[list[Any]]:
     return [[r["pid"], i, *r["paths"], r["captions"][0]] for i, r in enumerate(records)]
 
 
-def _eval_json(records: list[dict], rng: np.random.Generator) -> dict[str, list]:
+def _eval_json(records: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, list[Any]]:
     """Parallel lists of images and of captions; identities have a varying number of captions."""
     counts = rng.choice(3, size=len(records), p=(0.1, 0.65, 0.25))
     for i, record in enumerate(records):
@@ -221,7 +226,7 @@ def _eval_json(records: list[dict], rng: np.random.Generator) -> dict[str, list]
     }
 
 
-def _jobs(parameters: dict, real: bool) -> list[tuple[int, int, int, int, Person]]:
+def _jobs(parameters: dict[str, Any], real: bool) -> list[tuple[int, int, int, int, Person]]:
     """(split, source, number in the source, pid, person) of all whose images are rendered."""
     jobs, next_pid = [], [0, 0]
     for split, name in enumerate(SPLITS):
@@ -235,7 +240,7 @@ def _jobs(parameters: dict, real: bool) -> list[tuple[int, int, int, int, Person
     return train + [(1, *job[1:]) for job in test if job[1] == 0] + test
 
 
-def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> None:
+def _render_all(root: Path, parameters: dict[str, Any], workers: int, progress: bool) -> None:
     seed, pairs, layout = parameters["seed"], parameters["pairs"], parameters["layout"]
     real = parameters.get("val") == "like_real"
     jobs = _jobs(parameters, real)
@@ -243,14 +248,14 @@ def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> N
     # Spawned workers do not inherit the threads and the memory of a program that trains.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
     with pool as executor:
-        done = executor.map(work, jobs, chunksize=4) if workers > 1 else map(work, jobs)
+        done = executor.map(work, jobs, chunksize=4) if executor else map(work, jobs)
         bar = tqdm(done, total=len(jobs), unit="person", disable=None if progress else True)
         results = list(zip(jobs, bar, strict=True))
     if layout != "TBAGPR":
         first = 1 if layout == "CUHK-PEDES" else 0  # its identities count from 1
-        records = [(j[0], first + i, r) for i, (j, found) in enumerate(results) for r in found]
+        listed = [(j[0], first + i, r) for i, (j, found) in enumerate(results) for r in found]
         file = PEDES[layout][0] if layout in PEDES else CUSTOM
-        _write_json(root / file, _entries(layout, records))
+        _write_json(root / file, _entries(layout, listed))
         return
     for source, source_name in enumerate(SOURCES):
         folder = root / source_name
@@ -271,7 +276,7 @@ def _render_all(root: Path, parameters: dict, workers: int, progress: bool) -> N
     _write_json(root / "attrs.json", attrs)
 
 
-def _write_json(path: Path, content) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
 
 
@@ -356,7 +361,7 @@ def render(
     return True
 
 
-def _is_complete(root: Path, parameters: dict) -> bool:
+def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
     """Whether the set of these parameters stands there, by its marker, which is written last."""
     try:
         return load_json(read_file(root / MARKER)) == parameters

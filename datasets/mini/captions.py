@@ -76,7 +76,9 @@ def _sentence(text: str) -> str:
 class _Speaker:
     """Words for one pair of pictures; keep is the probability that a minor detail is told."""
 
-    def __init__(self, person: Person, views: tuple[View, View], rng, keep: float) -> None:
+    def __init__(
+        self, person: Person, views: tuple[View, View], rng: np.random.Generator, keep: float
+    ) -> None:
         self.p, self.views, self.rng, self.keep = person, views, rng, keep
         self.angles = {view.angle for view in views}
         self.ground = next(view for view in views if not view.aerial)

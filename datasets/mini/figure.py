@@ -13,7 +13,7 @@ from .view import SOURCES
 _WIDTH, _MARGIN, _TITLE, _GAP, _LINE = 1200, 38, 34, 10, 22  # pixels
 
 
-def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines of text that fit into width pixels."""
     lines = [""]
     for word in text.split():

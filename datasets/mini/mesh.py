@@ -1,6 +1,9 @@
 """Meshes of coloured quadrilaterals, and the two shapes that bodies are made of."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class Mesh:
@@ -13,7 +16,7 @@ class Mesh:
     def __init__(self) -> None:
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, quads: np.ndarray, colours, bias: float = 0.0) -> None:
+    def add(self, quads: np.ndarray, colours: ArrayLike, bias: float = 0.0) -> None:
         """Append quads [..., 4, 3], colours broadcastable to [..., 3]."""
         quads = quads.reshape(-1, 4, 3)
         colours = np.asarray(colours, float)
@@ -26,7 +29,9 @@ class Mesh:
         return quads, colours, bias
 
 
-def tube(path, across, along, sides: int = 10, square: float = 2.0):
+def tube(
+    path: ArrayLike, across: ArrayLike, along: ArrayLike, sides: int = 10, square: float = 2.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Skin of a bent tube with elliptic rings.
 
     path [R, 3] ring centres, running downwards or forwards so that quads face outwards; across
@@ -55,20 +60,22 @@ def tube(path, across, along, sides: int = 10, square: float = 2.0):
     return quads, np.broadcast_to(u, (rings - 1, sides)), np.repeat(v[:, None], sides, 1)
 
 
-def ball(centre, radii, rings: int = 6, sides: int = 8):
+def ball(
+    centre: ArrayLike, radii: Sequence[float] | np.ndarray, rings: int = 6, sides: int = 8
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Skin of an ellipsoid; radii (x, y, z) in metres. Returns the same as `tube`."""
     polar = np.linspace(0.04, np.pi - 0.04, rings + 1)
     path = np.array(centre) + np.outer(np.cos(polar), (0.0, 0.0, radii[2]))
     return tube(path, radii[0] * np.sin(polar), radii[1] * np.sin(polar), sides)
 
 
-def limb(joints, radii, rings: int) -> tuple[np.ndarray, np.ndarray]:
+def limb(joints: ArrayLike, radii: Sequence[float], rings: int) -> tuple[np.ndarray, np.ndarray]:
     """Path [rings, 3] through three joints, and radii [rings] interpolated along it, in metres."""
     at = np.linspace(0, 2, rings)
     path = np.stack([np.interp(at, (0, 1, 2), np.array(joints)[:, i]) for i in range(3)], axis=1)
     return path, np.interp(at, np.linspace(0, 2, len(radii)), radii)
 
 
-def flat_colours(shape: tuple[int, int], base) -> np.ndarray:
+def flat_colours(shape: tuple[int, int], base: ArrayLike) -> np.ndarray:
     """Writable colours [*shape, 3], all of them `base`."""
     return np.broadcast_to(np.asarray(base, float), (*shape, 3)).copy()

@@ -1,5 +1,6 @@
 """Who a person is: the sampled record of an identity, and the words and colours it is made of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,13 +99,13 @@ class Person:
     tone: float  # brightness of the cloth, around 1
 
     @property
-    def look(self) -> tuple:
+    def look(self) -> tuple[object, ...]:
         """What has to differ between any two identities of a split."""
         upper, lower = (self.upper, self.upper_colour), (self.lower, self.lower_colour)
         return upper, lower, self.bag, self.hat, (self.hair, self.hair_colour)
 
 
-def pick(rng: np.random.Generator, weights: dict[str, float]) -> str:
+def pick(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
     """One key of `weights`, drawn in proportion to its value."""
     values = np.fromiter(weights.values(), float)
     return list(weights)[rng.choice(len(values), p=values / values.sum())]

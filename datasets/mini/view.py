@@ -1,8 +1,11 @@
 """One picture of one person: camera, background, light and the flaws of the camera."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
 from .body import figure
@@ -17,6 +20,8 @@ _HEIGHTS = {  # pixels, lowest and highest, by (source, aerial)
     (1, True): (112, 170),
     (1, False): (204, 280),
 }
+
+Metres: TypeAlias = Any  # Python's floats and NumPy's, which are others for NumPy on Python 3.10
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class View:
     elevation: float  # of the camera over the horizon
     roll: float
     span: float  # metres that the height of the picture covers at the person's distance
-    centre: tuple[float, float]  # of the person in the picture, as fractions of its size
+    centre: tuple[float, ...]  # x and y of the person in the picture, as fractions of its size
     occluder: str  # none, pole, bush, person
     seed: int  # of the background and the noise
 
@@ -79,7 +84,7 @@ class _Camera:
         self.middle = zoom * np.array(view.centre) * view.size
         self.turn = np.cos(view.roll), np.sin(view.roll)
 
-    def __call__(self, points) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, points: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [..., 2] and distances along the optical axis [...] of points [..., 3]."""
         away = np.asarray(points, float) - self.place
         depth = np.maximum(away @ self.ahead, 0.3)
@@ -95,21 +100,32 @@ class _Canvas:
     def __init__(self, image: Image.Image, camera: _Camera) -> None:
         self.image, self.draw, self.camera = image, ImageDraw.Draw(image), camera
 
-    def area(self, points, colour) -> None:
+    def area(self, points: ArrayLike, colour: ArrayLike) -> None:
         pixels, _ = self.camera(points)
         self.draw.polygon(pixels.ravel().tolist(), fill=_ink(colour))
 
-    def wall(self, x0, x1, z0, z1, colour, y=3.0) -> None:
+    def wall(
+        self, x0: Metres, x1: Metres, z0: Metres, z1: Metres, colour: ArrayLike, y: float = 3.0
+    ) -> None:
         """An upright rectangle facing the camera at distance y behind the person."""
         self.area([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], colour)
 
-    def ground(self, x0, x1, y0, y1, colour, turn: float = 0.0) -> None:
+    def ground(
+        self, x0: Metres, x1: Metres, y0: Metres, y1: Metres, colour: ArrayLike, turn: float = 0.0
+    ) -> None:
         """A rectangle on the ground, turned about the origin by `turn`."""
         x, y = np.array((x0, x1, x1, x0)), np.array((y0, y0, y1, y1))
         cosine, sine = np.cos(turn), np.sin(turn)
         self.area(np.stack([x * cosine - y * sine, x * sine + y * cosine, 0 * x], axis=1), colour)
 
-    def blob(self, rng, middle, radius, colour, leaves=40) -> None:
+    def blob(
+        self,
+        rng: np.random.Generator,
+        middle: tuple[Metres, Metres, Metres],
+        radius: float,
+        colour: ArrayLike,
+        leaves: int = 40,
+    ) -> None:
         """Foliage: overlapping leaves of varying brightness around a point; radius in metres."""
         (x, y), _ = self.camera(middle)
         scale = radius * self.camera.focal / np.linalg.norm(self.camera.place - middle)
@@ -120,11 +136,11 @@ class _Canvas:
             self.draw.ellipse(box, fill=_ink(np.array(colour) * rng.uniform(0.65, 1.25)))
 
 
-def _ink(colour) -> tuple[int, ...]:
+def _ink(colour: ArrayLike) -> tuple[int, ...]:
     return tuple(int(c) for c in np.clip(colour, 0, 255))
 
 
-def _shade(colour, rng, spread=0.08) -> np.ndarray:
+def _shade(colour: ArrayLike, rng: np.random.Generator, spread: float = 0.08) -> np.ndarray:
     return np.array(colour, float) * rng.uniform(1 - spread, 1 + spread)
 
 
@@ -248,8 +264,8 @@ def _floor(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
             canvas.ground(-0.88, -0.8, -9, 9, (150, 146, 140), turn)
             canvas.ground(0.8, 0.88, -9, 9, (150, 146, 140), turn)
     if rng.random() < 0.35:
-        x, y = rng.choice((-1, 1)) * rng.uniform(0.8, 1.1), rng.uniform(-1.2, 1.6)
-        canvas.blob(rng, (x, y, 0.3), 0.5, (64, 104, 56), 34)
+        place = rng.choice((-1, 1)) * rng.uniform(0.8, 1.1), rng.uniform(-1.2, 1.6), 0.3
+        canvas.blob(rng, place, 0.5, (64, 104, 56), 34)
 
 
 def _mottle(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
@@ -263,7 +279,9 @@ def _mottle(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
     return Image.fromarray(np.clip(np.asarray(image) * gain[..., None], 0, 255).astype(np.uint8))
 
 
-def _placed(person: Person, phase, stride, yaw, at=(0.0, 0.0)):
+def _placed(
+    person: Person, phase: float, stride: float, yaw: float, at: Sequence[float] = (0.0, 0.0)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mesh of `figure`, turned by yaw and moved on the ground."""
     quads, colours, bias = figure(person, phase, stride)
     cosine, sine = np.cos(yaw), np.sin(yaw)
@@ -273,7 +291,9 @@ def _placed(person: Person, phase, stride, yaw, at=(0.0, 0.0)):
     return quads, colours, bias
 
 
-def _shadow(image: Image.Image, camera: _Camera, quads, sun, view: View) -> Image.Image:
+def _shadow(
+    image: Image.Image, camera: _Camera, quads: np.ndarray, sun: np.ndarray, view: View
+) -> Image.Image:
     """Darken the ground where the figure keeps the light off; at dusk only around the feet."""
     mask = Image.new("L", image.size, 0)
     draw = ImageDraw.Draw(mask)
@@ -291,7 +311,9 @@ def _shadow(image: Image.Image, camera: _Camera, quads, sun, view: View) -> Imag
     return Image.composite(Image.new("RGB", image.size, (22, 24, 36)), image, mask)
 
 
-def _draw_figure(canvas: _Canvas, mesh, sun, dim: int) -> None:
+def _draw_figure(
+    canvas: _Canvas, mesh: tuple[np.ndarray, np.ndarray, np.ndarray], sun: np.ndarray, dim: int
+) -> None:
     """Paint a mesh from back to front, lit by the sun (unit vector) and the sky."""
     quads, colours, bias = mesh
     pixels, depth = canvas.camera(quads)
@@ -309,7 +331,7 @@ def _draw_figure(canvas: _Canvas, mesh, sun, dim: int) -> None:
         canvas.draw.polygon(corner, fill=tuple(colour))
 
 
-def _occlude(canvas: _Canvas, view: View, rng: np.random.Generator, sun) -> None:
+def _occlude(canvas: _Canvas, view: View, rng: np.random.Generator, sun: np.ndarray) -> None:
     """Something that hides a small part of the person."""
     side = float(rng.choice((-1, 1)))
     if view.occluder == "pole":
@@ -331,7 +353,7 @@ def _develop(image: Image.Image, view: View, rng: np.random.Generator) -> Image.
     """Blur, light, colour cast and noise: what the scene's light and the camera make of it."""
     blur = (0.75, 0.5) if view.aerial else (0.6, 0.35)
     image = image.filter(ImageFilter.GaussianBlur(blur[view.source] * rng.uniform(0.5, 1.0)))
-    pixels = np.asarray(image, np.float32)
+    pixels: np.ndarray = np.asarray(image, np.float32)
     cast = ((1.03, 1.0, 0.95), (0.96, 1.0, 1.05))[view.source]
     if view.dim:
         tint = np.array(((0.94, 0.98, 1.12), (1.09, 0.98, 0.88))[rng.integers(2)])

@@ -81,6 +81,10 @@ class FeatureQueue(nn.Module):
         dim: D.
     """
 
+    text: Tensor  # [size, D]
+    aerial: Tensor  # [size, D]
+    pids: Tensor  # [size]
+
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("text", torch.zeros(size, dim))
@@ -120,11 +124,13 @@ def aea_loss(
         exists_K = torch.cat([in_batch, queue.pids >= 0])
         text_keys.append(queue.aerial)
         aerial_keys.append(queue.text)
-    # Products side by side, so that the queue is never copied next to the batch's features.
-    return sum(
-        form(scale * torch.cat([anchor_BD @ k.T for k in keys], dim=1), targets_BK, exists_K)
-        for anchor_BD, keys in ((text_BD, text_keys), (aerial_BD, aerial_keys))
-    )
+
+    def of_anchors(anchor_BD: Tensor, keys: list[Tensor]) -> Tensor:
+        # Products side by side, so that the queue is never copied next to the batch's features.
+        logits_BK = scale * torch.cat([anchor_BD @ k.T for k in keys], dim=1)
+        return form(logits_BK, targets_BK, exists_K)
+
+    return of_anchors(text_BD, text_keys) + of_anchors(aerial_BD, aerial_keys)
 
 
 def supkl(inputs: Inputs) -> Tensor:

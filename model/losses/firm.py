@@ -29,6 +29,12 @@ class SentenceTable(nn.Module):
         columns: which columns of the labels the attributes are; left out: all, in order.
     """
 
+    ids: Tensor  # [S, L]
+    first: Tensor  # [A, classes]: the first of each class's sentences
+    count: Tensor  # [A, classes]: how many there are
+    classes: Tensor  # [A]: number of classes
+    columns: Tensor  # [A]
+
     def __init__(
         self,
         classes: Sequence[Sequence[int]],
@@ -108,7 +114,8 @@ class MatchingHead(nn.Linear):
         super().__init__(dim if fusion == "dot" else 2 * dim, 2)
         self.fusion = fusion
 
-    def forward(self, sentence_SD: Tensor, image_VD: Tensor) -> Tensor:
+    # A Linear for its weights alone: their names, shapes and initial values.
+    def forward(self, sentence_SD: Tensor, image_VD: Tensor) -> Tensor:  # type: ignore[override]
         """Both outputs for every image and sentence, [V, S, 2], at least float32."""
         weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
         return match_logits(sentence_SD, image_VD, weight, bias, self.fusion)
@@ -165,6 +172,8 @@ def match2(inputs: Inputs) -> Tensor:
 
 def match2_modules(setting: Setting) -> dict[str, nn.Module]:
     """The sentence table and the matching head."""
+    if setting.sentences is None:
+        raise ValueError("match2 needs a sentence table")
     fusion = "dot" if "dot" in setting.loss_names else "cat"
     head = MatchingHead(setting.dim, fusion)
     return {"sentences": setting.sentences, "atr_matching_head": head}

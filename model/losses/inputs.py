@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 
-class Mean(NamedTuple):
+@dataclass(frozen=True)
+class Mean:
     """A mean whose terms belong to one process's samples: all processes' sums over all counts.
 
     What a loss of `Inputs.own` returns. Processes may have different numbers of terms, so a mean
@@ -73,7 +76,7 @@ class Inputs:
         if self.pair_BD is not None:
             names += [("text", "pair")] + [("image", "pair")] * all_pairs
         values = [loss(self.unit[a], self.unit[b]) for a, b in names]
-        return sum(values) / len(values)
+        return reduce(add, values) / len(values)
 
     def log(self, name: str, value: Tensor) -> None:
         """Show a scalar beside the losses, in the log and in TensorBoard. It takes no part in the

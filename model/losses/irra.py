@@ -7,6 +7,9 @@ each sample instead of their mean, for example to weight samples.
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +84,7 @@ def itc_of_views(inputs: Inputs, all_pairs: bool = True) -> Tensor:
 def cmpm_of_views(inputs: Inputs) -> Tensor:
     """`cmpm` of each view and the text, the mean over views."""
     values = [cmpm(view, inputs.text_BD, inputs.pids_B) for view in inputs.views]
-    return sum(values) / len(values)
+    return reduce(add, values) / len(values)
 
 
 def identity(inputs: Inputs) -> Tensor:
@@ -92,7 +95,7 @@ def identity(inputs: Inputs) -> Tensor:
         F.cross_entropy(F.linear(feature_BD, weight, bias), inputs.pids_B)
         for feature_BD in (inputs.text_BD, *inputs.views)
     )
-    return sum(text + image for image in images) / 2
+    return reduce(add, [text + image for image in images]) / 2
 
 
 def identity_modules(setting: Setting) -> dict[str, nn.Module]:

@@ -70,7 +70,7 @@ def test_five_attributes_are_voted_aerial_first_and_two_stay_the_images_own(mini
 def test_without_attributes_the_attribute_file_is_not_needed(mini_copy):
     (mini_copy / "attrs.json").unlink()
     data = read_tbagpr(mini_copy, attributes=False)
-    assert data.attribute_names == () and data.train[0].image.attributes is None
+    assert data.attribute_names == () and data.train[0].image.attributes == ()
 
 
 def first_image(root):

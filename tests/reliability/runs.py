@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,17 @@ import train as train_entry
 from tests.helpers import ROOT, SCRATCH, run
 from utils.checkpoint import load_checkpoint
 from utils.errors import run_main
+from utils.metrics import Retrieval
 
 RECIPE = "supkl+queue+match2+dot"
 # Forked from a process that has imported everything and computed nothing, so children start fast.
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["train"])
+
+
+def with_r1(result: Retrieval, r1: float) -> Retrieval:
+    """The result of an evaluation with another R@1."""
+    return replace(result, metrics={**result.metrics, "R@1": r1})
 
 
 def flags(root, out, **overrides) -> list[str]:
@@ -115,7 +122,7 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return {name: [e.value for e in events.Scalars(name)] for name in names}
 
 
-def same(a, b, where="") -> None:
+def assert_same(a, b, where="") -> None:
     """Assert that two nested values are equal bit for bit."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
@@ -123,11 +130,11 @@ def same(a, b, where="") -> None:
     elif isinstance(a, dict):
         assert list(a) == list(b), where
         for key in a:
-            same(a[key], b[key], f"{where}.{key}")
+            assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{where}[{i}]")
+            assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b or (a != a and b != b), where
 
@@ -135,6 +142,6 @@ def same(a, b, where="") -> None:
 def assert_same_end(folder: Path, uninterrupted: Path) -> None:
     """Assert equal checkpoints, bit for bit, and equal losses in the logs."""
     for name in ("last.pth", "best.pth"):
-        same(load_checkpoint(folder / name), load_checkpoint(uninterrupted / name), name)
+        assert_same(load_checkpoint(folder / name), load_checkpoint(uninterrupted / name), name)
     assert logged_losses(folder) == logged_losses(uninterrupted)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

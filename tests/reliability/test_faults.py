@@ -15,6 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 import datasets.image_cache
 import processor.nonfinite
+import processor.step
 import processor.trainer
 import train as train_entry
 from datasets.image_cache import ImageFiles
@@ -26,7 +27,15 @@ from processor.resume import read_state
 from processor.step import TrainStep
 from processor.trainer import Trainer
 from tests.helpers import options, read, run
-from tests.reliability.runs import assert_same_end, flags, folder_of, forks, same, scalars, start
+from tests.reliability.runs import (
+    assert_same,
+    assert_same_end,
+    flags,
+    folder_of,
+    forks,
+    scalars,
+    start,
+)
 from utils.checkpoint import digest, load_checkpoint
 from utils.errors import StoppedBySignal, UserError, run_main
 from utils.files import lock
@@ -65,7 +74,7 @@ def poisoned(monkeypatch, steps, how="images"):
 def lower_first_scale(monkeypatch):
     """Let fp16's gradient scale start low. At the usual one the first steps overflow."""
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**10)
-    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(processor.step, "GradScaler", scaler)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +466,7 @@ def test_curves_that_cannot_be_written_do_not_end_the_run(
     assert "no more curves for TensorBoard: [Errno 28] No space left on device\n" in shown.out
     assert "Traceback" not in shown.out + shown.err
     folders = [folder_of(tmp_path / name) for name in ("full", "uninterrupted")]
-    same(*(load_checkpoint(folder / "last.pth") for folder in folders))
+    assert_same(*(load_checkpoint(folder / "last.pth") for folder in folders))
     tally["writes to a full disk"] += 1
 
 
@@ -475,7 +484,7 @@ def test_the_previous_save_replaces_a_corrupted_checkpoint(
     shown = capsys.readouterr().out
     assert re.search(r".*/last.pth: .*corrupted.*\ntaken: .*/last.1.pth", shown)
     assert "resumed after 2 epochs and 0 steps" in shown
-    same(load_checkpoint(folder / "last.pth"), intact)
+    assert_same(load_checkpoint(folder / "last.pth"), intact)
     assert (
         folder / "last.corrupted.pth"
     ).read_bytes() == data  # not one of the saves of --keep_last
@@ -522,7 +531,7 @@ def test_runs_that_start_in_the_same_second_get_different_folders(mini_root, tmp
         assert process.exitcode == 0
     folders = list((tmp_path / "t").glob("*/*/last.pth"))
     assert len(folders) == 2
-    same(*(load_checkpoint(path)["model"] for path in folders))
+    assert_same(*(load_checkpoint(path)["model"] for path in folders))
 
 
 def test_memory_that_runs_out_outside_of_steps_gets_a_one_line_error(capsys):

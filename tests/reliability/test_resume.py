@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from datasets.samplers import IdentitySampler
 from processor.evaluator import Evaluator
 from processor.resume import read_state
 from tests.helpers import ROOT, read, run
-from tests.reliability.runs import assert_same_end, flags, folder_of, same, start
+from tests.reliability.runs import assert_same, assert_same_end, flags, folder_of, start, with_r1
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
@@ -73,7 +72,7 @@ def let_recall_rise(monkeypatch, after=0, by=1):
         evaluate = evaluate.inner
 
     def evaluated(*args):
-        return replace(evaluate(*args), r1=by * float(next(epochs)))
+        return with_r1(evaluate(*args), by * float(next(epochs)))
 
     evaluated.inner = evaluate
     monkeypatch.setattr(Evaluator, "evaluate", evaluated)
@@ -182,7 +181,7 @@ def test_a_best_checkpoint_of_a_later_epoch_than_the_resumed_save_is_backed_up(
     save_checkpoint(folder / "best.pth", later)
     again = ["--resume", "--config_file", folder / "configs.yaml", "--resume_ckpt_file"]
     run(train_entry.main, monkeypatch, *again, folder / "last.2.pth", "--lr", "1e-4")
-    same(load_checkpoint(folder / "best.backup1.pth"), later)
+    assert_same(load_checkpoint(folder / "best.backup1.pth"), later)
     log = (folder / "train_log.txt").read_text()
     text = "best.pth is of epoch 3, and not this run's; now best.backup1.pth; written, of epoch 1,"
     assert text in log
@@ -199,8 +198,8 @@ def test_a_best_checkpoint_of_a_later_epoch_than_the_resumed_save_is_backed_up(
     other |= {"best": other["best"] | {"R@1": -1.0}}
     save_checkpoint(folder / "best.pth", other)
     run(train_entry.main, monkeypatch, *again, folder / "last.pth", "--num_epoch", 4)
-    same(load_checkpoint(folder / "best.backup2.pth"), other)
-    same(load_checkpoint(folder / "best.backup1.pth"), later)
+    assert_same(load_checkpoint(folder / "best.backup2.pth"), other)
+    assert_same(load_checkpoint(folder / "best.backup1.pth"), later)
 
 
 @pytest.mark.parametrize(
