@@ -37,7 +37,7 @@ from utils.devices import allow_open_files, choose_precision
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.run_log import setup_logger
-from utils.text import Lines, visible
+from utils.text import Multiline, visible
 
 
 def main() -> None:
@@ -75,18 +75,18 @@ def main() -> None:
         results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
         queries |= per_query(name, galleries)
         heading = visible(f"{name} split, which {protocol.role(name)}")
-        log.info(Lines(f"\n{heading}\n{gallery_table(figures)}"))
+        log.info(Multiline(f"\n{heading}\n{gallery_table(figures)}"))
         if args.bootstrap:
             found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
             results["splits"][name]["intervals"] = found
             heading = f"95 % intervals, {args.bootstrap} draws of identities"
-            log.info(Lines(f"\n{heading}\n{interval_table(found)}"))
+            log.info(Multiline(f"\n{heading}\n{interval_table(found)}"))
         if best.get("split") == name:
             log.info(repeats(best, next(iter(figures.values()))))
         if data.attribute_names and hasattr(model, "atr_matching_head"):
             accuracy = evaluator.attribute_accuracy(model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
-            log.info(Lines(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
+            log.info(Multiline(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()
     if not processes.is_rank_0:
         return

@@ -18,7 +18,7 @@ from utils.errors import UserError, rank
 from utils.files import expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
-from utils.runs import CONFIG, LAST, differences, folders, is_named, refuse_if_at_work
+from utils.runs import CONFIG, LAST, differences, is_named, refuse_if_in_use, run_folders
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What test.py accepts; it reads the other options from the run's configs.yaml.
@@ -130,7 +130,7 @@ def _newest_checkpoint(values: dict[str, Any]) -> Path | None:
     auto = values["resume"] == "auto"
     # Where there must be a run, its own options say of which data set.
     dataset = values.get("dataset_name", OPTIONS["dataset_name"].default if auto else "*")
-    runs = [folder for folder in folders(output_dir, dataset) if is_named(folder, name)]
+    runs = [folder for folder in run_folders(output_dir, dataset) if is_named(folder, name)]
     for folder in runs:
         if os.path.isfile(folder / LAST):
             return folder / LAST
@@ -139,7 +139,7 @@ def _newest_checkpoint(values: dict[str, Any]) -> Path | None:
     where = Path(output_dir, dataset.strip("*"))
     check(auto, f"--resume: {where}/ has no run '{name}' with a {LAST}")
     if rank() == 0:  # of several processes, one asks
-        refuse_if_at_work(runs)
+        refuse_if_in_use(runs)
     return None
 
 

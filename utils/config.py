@@ -54,8 +54,8 @@ def resolve(values: dict[str, Any]) -> EasyDict:
     if args.sampler == "identity":
         check(
             args.batch_size % args.num_instance == 0,
-            f"--batch_size {args.batch_size} must be a multiple of --num_instance {args.num_instance} "
-            "for --sampler identity",
+            f"--batch_size {args.batch_size} must be a multiple of --num_instance "
+            f"{args.num_instance} for --sampler identity",
         )
     check(
         args.accum_steps <= args.batch_size,

@@ -19,7 +19,7 @@ from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.run_log import setup_logger
-from utils.runs import folders
+from utils.runs import run_folders
 
 ENTRY_POINTS = [ROOT / "train.py", ROOT / "test.py", *(ROOT / "tools").glob("[!_]*.py")]
 STRANGER = 54321  # a user id that no machine knows
@@ -179,13 +179,13 @@ def test_what_is_not_permitted_is_told_as_that(tmp_path, capsys):
             parent.chmod(0o755)
     closed = tmp_path / "AGDataAttr"
     closed.mkdir(mode=0o700)
-    told = told_to_a_stranger(lambda: folders(str(tmp_path), "AGDataAttr"))
+    told = told_to_a_stranger(lambda: run_folders(str(tmp_path), "AGDataAttr"))
     assert told == f"UserError: {closed}: Permission denied (--output_dir)"
     told = told_to_a_stranger(lambda: check_writable(tmp_path))
     assert told == f"UserError: {tmp_path}: Permission denied; results are written into it"
     (closed / "run").mkdir(mode=0o700)  # of a colleague, in a folder of all
     closed.chmod(0o755)
-    assert "run" in told_to_a_stranger(lambda: folders(str(tmp_path), "AGDataAttr"))
+    assert "run" in told_to_a_stranger(lambda: run_folders(str(tmp_path), "AGDataAttr"))
     ask = ["--resume", "--name", "x", "--output_dir", str(tmp_path)]
     assert "has no run 'x'" in told_to_a_stranger(lambda: parse_options(ask))
     (closed / "20260101_000000_x").mkdir(mode=0o700)

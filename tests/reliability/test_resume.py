@@ -333,7 +333,7 @@ def test_a_run_whose_options_are_lost_is_not_begun_anew(mini_root, tmp_path, mon
 def test_a_signal_before_training_leaves_with_the_status_of_one_that_may_start_again():
     code = (
         "import signal; from utils.errors import run_main; "
-        "from utils.interrupt import leave_at_once; leave_at_once(); "
+        "from utils.interrupt import exit_on_signals; exit_on_signals(); "
         "run_main(lambda: signal.raise_signal(signal.SIGTERM))"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

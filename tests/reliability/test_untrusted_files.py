@@ -28,7 +28,7 @@ from utils.files import append, lock, read_file, write_atomically
 from utils.logger import say
 from utils.run_log import setup_logger
 from utils.runs import open_run
-from utils.text import Lines, visible
+from utils.text import Multiline, visible
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_name_with_a_line_break_is_none_for_a_run(given, monkeypatch, attempt)
 def test_a_logged_text_stays_on_its_line(tmp_path, attempt, capsys):
     log = setup_logger(tmp_path / "train_log.txt")
     log.info("run folder: /x/a\ntouch harm \x1b[2J")
-    log.info(Lines("a table\nof two lines"))
+    log.info(Multiline("a table\nof two lines"))
     setup_logger()
     first, second, third = (tmp_path / "train_log.txt").read_text().splitlines()
     assert first.endswith(r"  run folder: /x/a\ntouch harm \x1b[2J")
@@ -307,7 +307,7 @@ def test_a_file_system_that_cannot_sync_or_change_rights_is_said_once(
         save_checkpoint(tmp_path / "last.pth", {"model": {"w": torch.tensor([value])}})
     assert load_checkpoint(tmp_path / "last.pth")["model"]["w"].item() == 2
     (said,) = capsys.readouterr().out.splitlines()
-    assert "files there cannot be" in said and "going on without" in said
+    assert "files there cannot be" in said and "continuing without" in said
     made = f"{call} answers {errno.errorcode[reason]}"
     attempt("7", made, "could not be written: the run ends", said)
 
