@@ -2,7 +2,7 @@
 
     python test.py --config_file logs/AGDataAttr/<run>/configs.yaml --root_dir data/mini-TBAGPR
 
-The figures are printed and written to test_results.json beside the checkpoint. torchrun spreads the
+The metrics are printed and written to test_results.json beside the checkpoint. torchrun spreads the
 encoding over GPUs, as it does for train.py.
 """
 
@@ -13,27 +13,19 @@ import utils  # noqa: F401  before torch is loaded
 # isort: split
 
 import argparse
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from datasets.registry import read_for_test
-from model.build import build_evaluation_model
-from processor.evaluator import (
-    Evaluator,
-    attribute_table,
-    gallery_table,
-    interval_table,
-    intervals,
-)
+from processor.evaluator import attribute_table, gallery_table, interval_table, intervals
 from processor.failures import explain_failures
+from processor.inference import Run
 from processor.queries import per_query, write_results
 from processor.summary import data_of, epoch_and_best, protocol_of, repeats, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
-from utils.devices import allow_open_files, choose_precision
+from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.run_log import setup_logger
@@ -50,41 +42,40 @@ def main() -> None:
     log = setup_logger(rank=processes.rank)
     for note in notes:
         log.info(note)
-    args.precision = choose_precision(args.precision, device)
     checkpoint = load_checkpoint(path)
-    model = build_evaluation_model(args, checkpoint, str(path)).to(device)
-    data, lost = read_for_test(args)
+    run = Run(args, checkpoint, path, device)
+    data = run.data()
     protocol = protocol_of(checkpoint, args, data, processes)
     content, told = data_of(checkpoint, data)
     warn(log, data)
     epoch, best = epoch_and_best(checkpoint)
     log.info(f"{path}: epoch {epoch}; {device.type}, {args.precision}")
-    for note in (*model.base_model.notes, f"this checkpoint is {protocol}", *lost, *told):
+    for note in (*run.notes, f"this checkpoint is {protocol}", *told):
         log.info(note)
 
     queries: dict[str, np.ndarray] = {}
     results: dict[str, Any] = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
     results |= {"protocol": protocol.results(), "data": content}
-    # The split that chose the checkpoint comes too, so that its figures can be compared.
+    # The split that chose the checkpoint comes too, so that its metrics can be compared.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
-        evaluator = Evaluator(data, name, args, device, processes=processes)
+        evaluator = run.evaluator(name, processes)
         with explain_failures(args, device, evaluator.files, "evaluation"):
-            features = evaluator.encode(model)
+            features = evaluator.encode(run.model)
             galleries = evaluator.galleries(features)
-        figures = {k: ranked.summary() for k, ranked in galleries.items()}
-        results["splits"][name] = {"galleries": {k: asdict(r) for k, r in figures.items()}}
+        metrics = {k: ranked.summary() for k, ranked in galleries.items()}
+        results["splits"][name] = {"galleries": {k: r.results() for k, r in metrics.items()}}
         queries |= per_query(name, galleries)
         heading = visible(f"{name} split, which {protocol.role(name)}")
-        log.info(Multiline(f"\n{heading}\n{gallery_table(figures)}"))
+        log.info(Multiline(f"\n{heading}\n{gallery_table(metrics)}"))
         if args.bootstrap:
             found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
             results["splits"][name]["intervals"] = found
             heading = f"95 % intervals, {args.bootstrap} draws of identities"
             log.info(Multiline(f"\n{heading}\n{interval_table(found)}"))
         if best.get("split") == name:
-            log.info(repeats(best, next(iter(figures.values()))))
-        if data.attribute_names and hasattr(model, "atr_matching_head"):
-            accuracy = evaluator.attribute_accuracy(model, features)
+            log.info(repeats(best, next(iter(metrics.values()))))
+        if data.attribute_names and hasattr(run.model, "atr_matching_head"):
+            accuracy = evaluator.attribute_accuracy(run.model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(Multiline(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()

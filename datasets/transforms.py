@@ -93,7 +93,7 @@ def read_image(
                 return upright
             if upright is not image:
                 image.close()  # its pixels, too
-            return upright.transpose(turn)
+            return _turned(upright, turn)
     except UnidentifiedImageError:
         error = f"it is none of {', '.join(FORMATS)}"
     except MemoryError:
@@ -149,6 +149,12 @@ def _orientation(image: PILImage.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
+def _turned(image: PILImage.Image, turn: PILImage.Transpose) -> PILImage.Image:
+    turned = image.transpose(turn)
+    turned.info.clear()  # EXIF would have it turned again
+    return turned
+
+
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
     """8-bit RGB of a decoded image of any mode. Transparency is dropped, as in the original: the
     colours that stand in the file count. Raises ValueError for grey values of unknown scale.
@@ -179,7 +185,17 @@ def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
     A JPEG of more than four times the size is decoded smaller, but at twice the size or more, so
     that the resizing filter still decides: the bytes differ by a level or two.
     """
-    image = read_image(path, entry, at_least=(2 * size[0], 2 * size[1]))
+    return _resized(read_image(path, entry, at_least=(2 * size[0], 2 * size[1])), size)
+
+
+def convert_image(image: PILImage.Image, size: tuple[int, int]) -> Tensor:
+    """The same of an image that PIL has opened: turned upright, as EXIF says, and resized."""
+    image.load()  # which turns a TIFF upright, and clears its orientation
+    turn, rgb = UPRIGHT.get(_orientation(image)), to_rgb(image)
+    return _resized(rgb if turn is None else _turned(rgb, turn), size)
+
+
+def _resized(image: PILImage.Image, size: tuple[int, int]) -> Tensor:
     return tv.pil_to_tensor(tv.resize(image, list(size)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from processor.summary import epoch_and_best
 from utils.checkpoint import UnusableFile, load_checkpoint
-from utils.metrics import FIGURES
+from utils.metrics import METRICS
 from utils.runs import LAST_EPOCH
 
 
@@ -40,7 +40,7 @@ class Best:
             if split != LAST_EPOCH and split not in best["metrics"]:
                 raise ValueError(f"its best epoch by {split} has no metrics")
             for metrics in best["metrics"].values():
-                if [type(metrics[name]) for name in FIGURES] != [float] * len(FIGURES):
+                if [type(metrics[name]) for name in METRICS] != [float] * len(METRICS):
                     raise ValueError("its best metrics are no numbers")
         self.found = state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from easydict import EasyDict
@@ -20,7 +21,7 @@ from model.aeafirm import AEAFIRM
 from utils.devices import at_least_float32, autocast
 from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 from utils.errors import UserError
-from utils.metrics import FIGURES, Ranked, Retrieval, rank
+from utils.metrics import METRICS, Ranked, Retrieval, rank
 from utils.text import visible
 from utils.uncertainty import bootstrap
 
@@ -31,6 +32,12 @@ class Features:
 
     captions: Tensor
     views: dict[str, Tensor]
+
+
+def encode_images(model: AEAFIRM, images_BCHW: Tensor) -> Tensor:
+    """Unnormalised features [B, D] of bytes, as loaders give them."""
+    config = model.base_model.config
+    return model.encode_image(normalise(images_BCHW, config.image_mean, config.image_std))
 
 
 class Evaluator:
@@ -74,7 +81,7 @@ class Evaluator:
 
     def check_images(self) -> None:
         """Read every image of this process's share once. Raises UserError for a broken one: of a
-        gallery none is skipped, since figures of a smaller gallery would not compare."""
+        gallery none is skipped, since metrics of a smaller gallery would not compare."""
         total = sum(map(len, self.loaders.values()))
         with tqdm(total=total, desc=f"check {self.name}", leave=False, disable=None) as bar:
             for loader in self.loaders.values():
@@ -116,15 +123,11 @@ class Evaluator:
                 rows = [torch.zeros((0, width), device=self.device, dtype=dtype)]
             return self.processes.all_gather({name: torch.cat(rows)}, counts)[name]
 
-        def encode_bytes(images: Tensor) -> Tensor:
-            config = model.base_model.config
-            return model.encode_image(normalise(images, config.image_mean, config.image_std))
-
         with bar:
             features = Features(
                 run("captions", model.encode_text, self.captions),
                 {
-                    view: run(view, encode_bytes, loader)[self.rows[view]]
+                    view: run(view, partial(encode_images, model), loader)[self.rows[view]]
                     for view, loader in self.loaders.items()
                 },
             )
@@ -139,7 +142,7 @@ class Evaluator:
         )[1]
 
     def evaluate(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Retrieval:
-        """All captions against the first view's images: the paper's figures."""
+        """All captions against the first view's images: the paper's metrics."""
         return next(iter(self.galleries(self.encode(model, between)).values())).summary()
 
     def galleries(self, features: Features) -> dict[str, Ranked]:
@@ -200,12 +203,12 @@ class Evaluator:
 
 
 def gallery_table(galleries: dict[str, Retrieval]) -> str:
-    """The galleries' figures in percent, a row each."""
-    table = PrettyTable(["gallery", "queries", "images", *FIGURES])
+    """The galleries' metrics in percent, a row each."""
+    table = PrettyTable(["gallery", "queries", "images", *METRICS])
     table.align = "r"
     table.align["gallery"] = "l"
     for name, r in galleries.items():
-        shown = [f"{value:.2f}" for value in r.percentages().values()]
+        shown = [f"{value:.2f}" for value in r.metrics.values()]
         table.add_row([name, r.queries, r.gallery, *shown])
     lines = [table.get_string()]
     lines += [
@@ -217,14 +220,14 @@ def gallery_table(galleries: dict[str, Retrieval]) -> str:
 
 
 def intervals(ranked: Ranked, draws: int, seed: int) -> dict[str, list[float]]:
-    """95 % interval of each figure of a gallery, bootstrapped over identities."""
+    """95 % interval of each metric of a gallery, bootstrapped over identities."""
     low, high = bootstrap(ranked.percentages(), ranked.pids_Q, draws, seed).tolist()
-    return {name: [a, b] for name, a, b in zip(FIGURES, low, high, strict=True)}
+    return {name: [a, b] for name, a, b in zip(METRICS, low, high, strict=True)}
 
 
 def interval_table(galleries: dict[str, dict[str, list[float]]]) -> str:
     """The intervals, a gallery a row."""
-    table = PrettyTable(["gallery", *FIGURES])
+    table = PrettyTable(["gallery", *METRICS])
     table.align = "r"
     table.align["gallery"] = "l"
     for name, found in galleries.items():

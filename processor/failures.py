@@ -65,7 +65,7 @@ def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
     if what == "evaluation":
         return (
             f"out of memory in the evaluation at --test_batch_size {args.test_batch_size} "
-            f"({measured}): give a smaller one, which changes no figure"
+            f"({measured}): give a smaller one; the metrics stay the same"
         )
     given = ", ".join(
         f"{name} {getattr(args, name)}"

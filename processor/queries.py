@@ -5,7 +5,7 @@ gallery's captions in the order of the data set: `pid` (identity), `first` (rank
 counted from 1), `ap` and `inp` in [0, 1]; NaN for a caption without a match. `images` is the number
 of images in the gallery. Other checkpoints' archives have their names: best_test_queries.npz.
 
-`evaluation` is a mark of the evaluation, which the figures in test_results.json have too: a kill
+`evaluation` is a mark of the evaluation, which the metrics in test_results.json have too: a kill
 between the two files leaves them of two evaluations, and who reads both must know.
 """
 
@@ -26,10 +26,11 @@ import torch
 from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import open_file, read_file, write_atomically
-from utils.metrics import Ranked
+from utils.metrics import METRICS, Ranked
 
 COLUMNS = ("first", "ap", "inp")  # of `query_metrics`
 MARK, AGAIN = "evaluation", "evaluate the run again (test.py)"
+FORMER = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}  # names in results of older versions
 MOST = 2**23  # captions of a gallery; its arrays take a quarter of a GB then
 # By --val_dataset: the protocols that a run follows, and the checkpoint of each.
 CHECKPOINTS = {
@@ -58,7 +59,7 @@ def per_query(split: str, galleries: dict[str, Ranked]) -> dict[str, np.ndarray]
 
 
 def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, np.ndarray]) -> str:
-    """Write the figures as JSON and the archive beside a checkpoint, each whole or not at all, and
+    """Write the metrics as JSON and the archive beside a checkpoint, each whole or not at all, and
     none if the disk is full. Returns what to tell."""
     name, mark = stem(checkpoint.name), secrets.token_hex(8)
     target = checkpoint.parent / f"{name}_results.json"
@@ -135,7 +136,9 @@ def _array(archive: zipfile.ZipFile, name: str, kinds: str = "iuf") -> np.ndarra
 
 
 def read_results(path: Path, archive: Path) -> dict[str, Any]:
-    """The figures that test.py has written, whose results caption by caption are in `archive`.
+    """The metrics that test.py has written, by the names of today if an older version wrote them.
+
+    `archive` has their results caption by caption.
 
     Raises UserError if there are none, or none that it writes, or if the two files are of different
     evaluations.
@@ -160,10 +163,21 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
                 f"{path} and {archive.name} are of different evaluations, since one was cut off "
                 f"between the two; {AGAIN}"
             )
+    for split in _objects(results, "splits"):
+        for gallery in _objects(split, "galleries"):
+            for former in FORMER.keys() & gallery.keys():
+                gallery[FORMER[former]] = gallery.pop(former)
     return results
 
 
-def check_figures(results: dict[str, Any], path: Path) -> None:
+def _objects(parent: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The objects in an entry of an object; none where it is something else."""
+    found = parent.get(key)
+    children = found.values() if isinstance(found, dict) else ()
+    return [child for child in children if isinstance(child, dict)]
+
+
+def check_metrics(results: dict[str, Any], path: Path) -> None:
     """Raise UserError unless all that `read_results` has found is as test.py writes it."""
     if wrong := _wrong(results):
         raise UserError(f"{path}: no results of test.py: {wrong}; {AGAIN}")
@@ -183,9 +197,9 @@ def _wrong(results: dict[str, Any]) -> str:
         galleries = content.get("galleries") if isinstance(content, dict) else None
         if not isinstance(galleries, dict) or not galleries:
             return f"{split} has no galleries"
-        for name, figures in galleries.items():
-            for key in ("r1", "r5", "r10", "mAP", "mINP", "queries", "gallery"):
-                value: Any = figures.get(key) if isinstance(figures, dict) else None
+        for name, metrics in galleries.items():
+            for key in (*METRICS, "queries", "gallery"):
+                value: Any = metrics.get(key) if isinstance(metrics, dict) else None
                 most = 2**31 if key in ("queries", "gallery") else 100.001  # but for rounding
                 if type(value) not in (int, float) or not 0 <= value <= most:
                     return f"{split}, {name}: {key} is {value!r:.60}"

@@ -19,9 +19,9 @@ from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
 from processor.evaluator import Evaluator
-from utils.command_line import typed_again
+from utils.command_line import command_line_only_arguments
 from utils.distributed import Processes
-from utils.metrics import FIGURES, Retrieval
+from utils.metrics import METRICS, Retrieval
 from utils.runs import LAST_EPOCH
 from utils.text import visible
 
@@ -146,7 +146,7 @@ def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], lis
 
 def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
     """The epoch of a checkpoint, and what chose it: `split`, `epoch` and, unless the last epoch was
-    taken, figures in percent. None and empty where it says nothing, or what other code means."""
+    taken, metrics in percent. None and empty where it says nothing, or what other code means."""
     epoch: Any = checkpoint.get("epoch")
     best: Any = checkpoint.get("best")
     plain = isinstance(best, dict) and all(
@@ -155,15 +155,14 @@ def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, An
     )
     whole = plain and {"epoch", "split"} <= set(best)
     whole = whole and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
-    whole = whole and (best["split"] == LAST_EPOCH or set(FIGURES) <= set(best))
+    whole = whole and (best["split"] == LAST_EPOCH or set(METRICS) <= set(best))
     return (epoch if type(epoch) is int else None), (best if whole else {})
 
 
 def repeats(best: dict[str, Any], now: Retrieval) -> str:
-    """Whether an evaluation gives the figures that training had at the best epoch."""
-    figures = now.percentages()
-    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in figures.items())
-    then = " ".join(f"{k} {best[k]:.2f}" for k in figures)
+    """Whether an evaluation gives the metrics that training had at the best epoch."""
+    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in now.metrics.items())
+    then = " ".join(f"{k} {best[k]:.2f}" for k in now.metrics)
     return f"training at epoch {best['epoch']}: {then}: {'equal' if same else 'DIFFERENT'}"
 
 
@@ -179,18 +178,18 @@ def evaluate_with(config: Path, checkpoints: Sequence[Path], args: EasyDict) -> 
     for path in checkpoints:
         command = ["python", "test.py", "--config_file", str(config)]
         command += [] if path.name == "best.pth" else ["--checkpoint", str(path)]
-        command += typed_again(args)
+        command += command_line_only_arguments(args)
         lines.append(visible(f"evaluate {path.name} with: {shlex.join(command)}"))
     return "\n".join(lines)
 
 
 def best_table(best: dict[str, dict[str, Any]]) -> str:
-    """The best epoch by each split that chose one, with all splits' figures there."""
-    table = PrettyTable(["best epoch", "chosen on", "figures of", *FIGURES])
+    """The best epoch by each split that chose one, with all splits' metrics there."""
+    table = PrettyTable(["best epoch", "chosen on", "metrics of", *METRICS])
     table.float_format = ".2"
     for chosen_on, found in best.items():
-        for split, figures in found["metrics"].items():
-            table.add_row([found["epoch"], chosen_on, split, *figures.values()])
+        for split, metrics in found["metrics"].items():
+            table.add_row([found["epoch"], chosen_on, split, *metrics.values()])
         if chosen_on == LAST_EPOCH:
-            table.add_row([found["epoch"], "no split: the last epoch", *[""] * (1 + len(FIGURES))])
+            table.add_row([found["epoch"], "no split: the last epoch", *[""] * (1 + len(METRICS))])
     return table.get_string()

@@ -159,8 +159,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, dict[str, float]]:
         """Metrics in percent by split."""
         metrics = {
-            e.name: e.evaluate(self.model, self._save_or_stop).percentages()
-            for e in self.evaluators
+            e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
         }
         # Other processors may round a similarity otherwise, and all must choose alike.
         return self.processes.from_rank_0(metrics)

@@ -1,4 +1,4 @@
-"""What a report reads: the figures of evaluated runs, and the curves of their training."""
+"""What a report reads: the metrics of evaluated runs, and the curves of their training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from processor.queries import check_figures, read_results
+from processor.queries import check_metrics, read_results
 from utils.errors import UserError
+from utils.metrics import METRICS
 from utils.runs import EVENTS
 
 DIGITS = len(EVENTS.format(0)) - 1  # of the number at the end of a file of curves
@@ -32,13 +33,13 @@ def read_run(folder: Path, colour: str) -> Run:
     """Raises UserError if the folder is no evaluated run."""
     path = folder / "test_results.json"
     results = read_results(path, folder / "test_queries.npz")
-    check_figures(results, path)
+    check_metrics(results, path)
     return Run(folder, folder.absolute().name, results, read_scalars(folder), colour)
 
 
 def percentages(gallery: dict[str, Any]) -> list[float]:
     """R@1, R@5, R@10, mAP and mINP of a gallery in test_results.json."""
-    return [gallery[key] for key in ("r1", "r5", "r10", "mAP", "mINP")]
+    return [gallery[key] for key in METRICS]
 
 
 def read_scalars(folder: Path) -> dict[str, Points]:

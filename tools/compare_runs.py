@@ -6,7 +6,7 @@
 Needs what test.py writes: test_queries.npz, or best_test_queries.npz of a run that has both
 protocols (`--protocol paper`, or the file itself in place of the run's folder). First come the
 options, data, epochs and protocol in which the runs differ; other captions, identities or galleries
-are refused. Then each figure of both sides (means over their seeds) and the difference b - a, with
+are refused. Then each metric of both sides (means over their seeds) and the difference b - a, with
 
 - a 95 % interval (bootstrap). It covers other people, and where a side has several seeds also other
   seeds of it; with one seed of each it says nothing about other seeds.
@@ -38,7 +38,7 @@ from utils.config import read_yaml
 from utils.errors import UserError, run_main
 from utils.files import path_option
 from utils.logger import say
-from utils.metrics import FIGURES, Ranked
+from utils.metrics import METRICS, Ranked
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import CONFIG
 from utils.tables import console
@@ -111,9 +111,9 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
                 f"{config} --checkpoint {path / checkpoint}"
             )
     ranked = read_queries(archive, split, gallery)
-    figures = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
-    known = figures.suffix == ".json" and os.path.lexists(figures)
-    run = Run(path, ranked, options, read_results(figures, archive) if known else {})
+    results = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
+    known = results.suffix == ".json" and os.path.lexists(results)
+    run = Run(path, ranked, options, read_results(results, archive) if known else {})
     images = run.said("splits", split, "galleries", gallery, "gallery")
     if not ranked.gallery and isinstance(images, int):  # an archive of an older version
         run.ranked = Ranked(ranked.rows_Q3, ranked.pids_Q, images)
@@ -160,7 +160,7 @@ def distinct(values: Iterable[str | None]) -> list[str]:
 
 
 def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
-    """What a reader of the figures must know."""
+    """What a reader of the metrics must know."""
     lines = []
     for side, runs in sides.items():
         facts = [run.facts() for run in runs]
@@ -177,7 +177,7 @@ def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
         if len(set(map(str, seeds))) < len(seeds):
             lines.append(f"{side}: a seed more than once, and a repeat says little of other seeds")
         if any(run.said("protocol", "chosen_on") == split for run in runs):
-            lines.append(f"{side}: {split} itself chose the epoch; its figures flatter")
+            lines.append(f"{side}: {split} itself chose the epoch; its metrics flatter")
         if any(run.said("protocol", "chosen_on") == UNKNOWN for run in runs):
             lines.append(f"{side}: what chose the epoch is unknown (results of an older version)")
         for run in runs:
@@ -223,13 +223,11 @@ def compare(
     p = permutation_p(b_RQM.mean(dim=0) - a_RQM.mean(dim=0), pids_Q, draws).tolist()
     covered = "people and seeds" if max(len(a_RQM), len(b_RQM)) > 1 else "people"
     rows = []
-    for i, figure in enumerate(FIGURES):
-        values = [
-            [run.ranked.summary().percentages()[figure] for run in side] for side in runs.values()
-        ]
+    for i, metric in enumerate(METRICS):
+        values = [[run.ranked.summary().metrics[metric] for run in side] for side in runs.values()]
         one, two = map(statistics.mean, values)
         rows.append(
-            [figure, *map(shown, values), f"{two - one:+.2f}",
+            [metric, *map(shown, values), f"{two - one:+.2f}",
              f"{low[i]:+.2f} to {high[i]:+.2f}", f"{p[i]:.4f}"]
         )  # fmt: skip
     lines = [
@@ -241,7 +239,7 @@ def compare(
         visible(f"{split}, gallery {gallery}: ")
         + f"{len(pids_Q)} captions of {len(pids_Q.unique())} identities, "
         f"{images}{draws} draws",
-        console(["figure", "a", "b", "b - a", f"95 % ({covered})", "p (people)"], rows, left=0),
+        console(["metric", "a", "b", "b - a", f"95 % ({covered})", "p (people)"], rows, left=0),
         *map(visible, warnings(runs, split)),
     ]
     for name, side in runs.items():

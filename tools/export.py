@@ -52,7 +52,7 @@ FAMILY_OPTIONS = (
     "dataset_name", "sampler", "num_instance", "root_dir", "batch_size", "test_batch_size",
     "num_workers",
 )  # fmt: skip
-# Those that it has in another way, or that change no figure.
+# Those that it has in another way, or that change no metric.
 ELSEWHERE = {
     "img_size", "milestones", "stride_size", "seed", "precision", "compile", "grad_checkpointing",
     "accum_steps", *SCRATCH_ONLY, *MAY_DIFFER,

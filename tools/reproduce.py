@@ -4,8 +4,8 @@
     python tools/reproduce.py --table mini --root_dir data/mini-TBAGPR --seeds 1 2
 
 A table is a file in configs/tables/ (or any path): rows of options over a base preset, with the
-published figures. Each row and seed is a job with a folder of its own under --output_dir, whose
-name has a hash of the data and of all options that change a figure. So what is done is skipped,
+published metrics. Each row and seed is a job with a folder of its own under --output_dir, whose
+name has a hash of the data and of all options that change a metric. So what is done is skipped,
 what was cut off goes on from its last checkpoint, and a change of either makes a new job. The code
 that a job ran with is noted beside it; where that is another than the present one this is told, and
 --strict trains the job again. A job that fails is reported, and the others go on. The table is
@@ -48,18 +48,18 @@ from tqdm import tqdm
 
 from datasets.registry import read_dataset
 from processor.history import HISTORY, read_history
-from processor.queries import CHECKPOINTS, check_figures, read_results, stem
+from processor.queries import CHECKPOINTS, check_metrics, read_results, stem
 from processor.summary import epoch_and_best
 from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
-from utils.command_line import parse_given, typed_again
+from utils.command_line import command_line_only_arguments, parse_given
 from utils.config import read_preset, read_yaml, resolve, write_config
 from utils.documents import load_json, load_yaml
 from utils.errors import UserError, run_main, suggest
 from utils.files import append, expand, lock, open_file, read_file, write_atomically
 from utils.logger import say
-from utils.metrics import FIGURES
+from utils.metrics import METRICS
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import differences
 from utils.tables import as_csv, console, in_latex, in_markdown, latex, markdown
@@ -79,7 +79,7 @@ PROTOCOLS = {
     "val": "best epoch chosen on val",
     "last": "last epoch, none chosen",
 }
-# Options of train.py that may be given here. The first make other jobs; the rest change no figure.
+# Options of train.py that may be given here. The first make other jobs; the rest change no metric.
 # Those that say what is trained and where it lies are not among them.
 OTHER_JOBS = ("num_epoch", "precision", "val_dataset")
 SAME_JOBS = tuple(
@@ -119,7 +119,7 @@ class Job:
             try:
                 overlap = (found[protocol].get("protocol") or {}).get("overlap") or {}
                 numbers = [overlap.get(name, 0) for name in ("images", "people")]
-                numbers += [found[protocol][name] for name in FIGURES]
+                numbers += [found[protocol][name] for name in METRICS]
             except (AttributeError, KeyError):
                 raise _corrupted(path) from None
             if not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
@@ -212,11 +212,11 @@ def read_table(name: str) -> Table:
         slugs[slug(name)] = name
         if row.get("needs", "finetune") != "finetune":
             raise UserError(f"{where}: needs is '{row['needs']}'; it can only be finetune")
-        for figure, value in row.get("published", {}).items():
-            if figure not in FIGURES or type(value) not in (int, float) or not 0 <= value <= 100:
+        for metric, value in row.get("published", {}).items():
+            if metric not in METRICS or type(value) not in (int, float) or not 0 <= value <= 100:
                 raise UserError(
-                    f"{where}: published {figure}: {reprlib.repr(value)}; expected "
-                    f"{', '.join(FIGURES)} in percent"
+                    f"{where}: published {metric}: {reprlib.repr(value)}; expected "
+                    f"{', '.join(METRICS)} in percent"
                 )
         base = row["base"] if "base" in row else content["base"]
         if HIDDEN.search(base):
@@ -277,7 +277,7 @@ def make_jobs(
 
 
 def job_folder(place: Path, args: EasyDict, content: list[Any]) -> Path:
-    """`place` and a hash of the options and of the rest that a job's figures depend on.
+    """`place` and a hash of the options and of the rest that a job's metrics depend on.
 
     Options at their defaults do not count, so that a job survives new ones. Where a default has
     changed since, the folder's options are others, and the job gets a folder by all of them.
@@ -413,7 +413,7 @@ class Runner:
         self.stopping = False
 
     def run(self, job: Job) -> None:
-        """Train (or go on), evaluate every protocol's checkpoint, and note the figures."""
+        """Train (or go on), evaluate every protocol's checkpoint, and note the metrics."""
         if self.stopping:
             return
         gpu = self.gpus.get()
@@ -431,27 +431,26 @@ class Runner:
             if job.last is None:
                 raise UserError(f"{job.folder}: train.py left no last.pth there; run this again")
             run = job.last.parent
-            figures = {}
+            metrics = {}
             for protocol, file in CHECKPOINTS[job.args.val_dataset].items():
                 self._call(
                     job, gpu, "test.py", "--config_file", str(run / "configs.yaml"),
-                    "--checkpoint", str(run / file), *typed_again(job.args),
+                    "--checkpoint", str(run / file), *command_line_only_arguments(job.args),
                 )  # fmt: skip
                 found = run / f"{stem(file)}_results.json"
                 result = read_results(found, run / f"{stem(file)}_queries.npz")
-                check_figures(result, found)
+                check_metrics(result, found)
                 first = next(iter(result["splits"]["test"]["galleries"].values()))
-                values = [first[name] for name in ("r1", "r5", "r10", "mAP", "mINP")]
-                figures[protocol] = {
-                    **dict(zip(FIGURES, values, strict=True)),
+                metrics[protocol] = {
+                    **{name: first[name] for name in METRICS},
                     **{name: result.get(name) for name in ("epoch", "protocol", "data")},
                     "queries": str(run / f"{stem(file)}_queries.npz"),
                 }
             about = {"row": job.row, "seed": job.seed, "code": job.code}
-            job.found = {**about, "seconds": time.time() - started, **figures}
+            job.found = {**about, "seconds": time.time() - started, **metrics}
             text = json.dumps(job.found, indent=2)
             write_atomically(job.folder / "done.json", lambda file: file.write(text.encode()))
-            scores = ", ".join(f"{p} R@1 {found['R@1']:.2f}" for p, found in figures.items())
+            scores = ", ".join(f"{p} R@1 {found['R@1']:.2f}" for p, found in metrics.items())
             seconds = job.found["seconds"]
             say(visible(f"{job.row}, seed {job.seed}: done in {seconds:.0f} s, {scores}"))
         except (UserError, OSError) as error:  # a full disk may end this job, and no other
@@ -546,8 +545,8 @@ def tables_of(
     table: Table, jobs: list[Job], left_out: dict[str, str]
 ) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(heading, titles, rows) of each protocol: mean and standard deviation over seeds, beside the
-    published figures."""
-    titles = ["method", "seeds", *FIGURES, "published R@1", "difference"]
+    published metrics."""
+    titles = ["method", "seeds", *METRICS, "published R@1", "difference"]
     for protocol in PROTOCOLS:
         if not any(protocol in CHECKPOINTS[job.args.val_dataset] for job in jobs):
             continue
@@ -555,7 +554,7 @@ def tables_of(
         for row in table.rows:
             found = [j.results[protocol] for j in jobs if j.row == row["name"] and j.results
                      and protocol in j.results]  # fmt: skip
-            cells = [spread([f[name] for f in found]) for name in FIGURES]
+            cells = [spread([f[name] for f in found]) for name in METRICS]
             published = row.get("published", {}).get("R@1")
             difference = ""
             if found and published is not None:

@@ -1,4 +1,4 @@
-"""Figures of an evaluation depend on neither its batches nor the gallery's order."""
+"""Metrics of an evaluation depend on neither its batches nor the gallery's order."""
 
 import random
 import shutil
@@ -36,8 +36,8 @@ def test_a_picture_that_is_there_twice_has_one_feature_in_any_batch_and_order(mi
         for one, other in twins:
             a, b = (features.views["aerial"][place[path]] for path in (one, other))
             assert torch.equal(a, b)
-        figures = evaluator.galleries(features).items()
-        found.add(tuple((name, *r.summary().percentages().values()) for name, r in figures))
+        galleries = evaluator.galleries(features).items()
+        found.add(tuple((name, *r.summary().metrics.values()) for name, r in galleries))
     assert len(found) == 1
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,16 @@ import train
 from datasets.samplers import IdentitySampler, RandomSampler, evaluation_batches
 from processor.evaluator import Evaluator
 from tests.helpers import ROOT, read
-from tests.reliability.runs import flags, folder_of, forks, same, scalars, start, start_many
+from tests.reliability.runs import (
+    flags,
+    folder_of,
+    forks,
+    same,
+    scalars,
+    start,
+    start_many,
+    with_r1,
+)
 from utils.checkpoint import load_checkpoint
 from utils.distributed import SINGLE_PROCESS, AgreedFlags, Processes, shard_sizes
 
@@ -126,16 +134,16 @@ def elsewhere():
         train.read_state = lambda path, keep: read(path.replace("last.pth", "last.1.pth"))
 
 
-def figures_that_differ():
+def metrics_that_differ():
     """As on processors of two kinds, which round otherwise: one process's rise, the other's fall."""
     evaluate = Evaluator.evaluate
-    figures = iter([1, 2, 3] if os.environ["RANK"] == "0" else [3, 2, 1])
-    Evaluator.evaluate = lambda *args: replace(evaluate(*args), r1=next(figures))
+    found = iter([1, 2, 3] if os.environ["RANK"] == "0" else [3, 2, 1])
+    Evaluator.evaluate = lambda *args: with_r1(evaluate(*args), next(found))
 
 
-def test_processes_whose_figures_differ_choose_the_same_checkpoint(mini_root, tmp_path):
+def test_processes_whose_metrics_differ_choose_the_same_checkpoint(mini_root, tmp_path):
     """Those of the first count; a process that would go its own way would wait for ever."""
-    join(start_many(2, flags(mini_root, tmp_path), before=figures_that_differ))
+    join(start_many(2, flags(mini_root, tmp_path), before=metrics_that_differ))
     assert load_checkpoint(folder_of(tmp_path) / "best.pth")["epoch"] == 3
 
 

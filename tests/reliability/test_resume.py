@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from datasets.samplers import IdentitySampler
 from processor.evaluator import Evaluator
 from processor.resume import read_state
 from tests.helpers import ROOT, read, run
-from tests.reliability.runs import assert_same_end, flags, folder_of, same, start
+from tests.reliability.runs import assert_same_end, flags, folder_of, same, start, with_r1
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
@@ -73,7 +72,7 @@ def rising(monkeypatch, after=0, by=1):
         evaluate = evaluate.inner
 
     def evaluated(*args):
-        return replace(evaluate(*args), r1=by * float(next(epochs)))
+        return with_r1(evaluate(*args), by * float(next(epochs)))
 
     evaluated.inner = evaluate
     monkeypatch.setattr(Evaluator, "evaluate", evaluated)
@@ -316,13 +315,11 @@ def test_a_run_whose_options_are_lost_is_not_begun_anew(mini_root, tmp_path, mon
     at = words.index("--output_dir")
     run(train_entry.main, monkeypatch, *words[:at], *words[at + 2 :], *last)
     log = config.with_name("train_log.txt").read_text()
-    assert f"{config}: missing, so nobody can tell which options have changed" in log
+    assert f"{config}: missing, so changes of options are unknown" in log
     config.write_text(text)
-    with pytest.raises(UserError, match="--seed 5: only a new run can have another than 1"):
+    with pytest.raises(UserError, match="--seed 5: the run has 1; only a new run can change it"):
         run(train_entry.main, monkeypatch, *words, "--resume", "--seed", 5)
-    with pytest.raises(
-        UserError, match="--finetune b.pth: only a new run can have another than ''"
-    ):
+    with pytest.raises(UserError, match="--finetune b.pth: the run has ''"):
         run(train_entry.main, monkeypatch, *words, "--resume", "--finetune", "b.pth")
     with pytest.raises(UserError, match="--dataset_name /abs: unknown"):
         run(train_entry.main, monkeypatch, *words, "--resume", "auto", "--dataset_name", "/abs")

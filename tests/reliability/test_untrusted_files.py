@@ -256,8 +256,8 @@ def test_a_run_from_another_machine_is_evaluated_and_touches_none_of_its_places(
     said = capsys.readouterr().out
     assert not theirs.exists() and "test split" in said
     for name in ("image_cache", "attributes_file"):
-        assert f"its {name} is not taken on trust" in said and f"to use it: --{name}" in said
-    line = next(line for line in said.splitlines() if "not taken on trust" in line)
+        assert f"its {name} is not trusted" in said and f"to use it: --{name}" in said
+    line = next(line for line in said.splitlines() if "not trusted" in line)
     attempt("6", "configs.yaml with an image cache and an attributes file of elsewhere", "folders were made there, or it could not be evaluated", line)  # fmt: skip
     args, _, _ = parse_test_options(["--config_file", str(config), "--image_cache", "mine"])
     assert args.image_cache == "mine"
@@ -272,9 +272,7 @@ def test_resuming_makes_no_image_cache_where_a_config_says(given, tmp_path, monk
         assert parse_options(ask).image_cache == ""
         assert parse_options([*ask, "--image_cache", "mine"]).image_cache == "mine"
     resumed(given, monkeypatch)
-    assert (
-        not theirs.exists() and "its image_cache is not taken on trust" in capsys.readouterr().out
-    )
+    assert not theirs.exists() and "its image_cache is not trusted" in capsys.readouterr().out
 
 
 def test_the_command_that_evaluates_a_run_names_its_attributes_and_cache(mini_root, tmp_path, monkeypatch, capsys):  # fmt: skip

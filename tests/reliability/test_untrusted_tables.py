@@ -29,7 +29,7 @@ from tools import compare_runs, report, reproduce
 from tools._report_runs import Run, read_scalars
 from utils import files
 from utils.errors import UserError
-from utils.metrics import Ranked
+from utils.metrics import METRICS, Ranked
 from utils.runs import EVENTS
 from utils.tables import as_csv, console, latex, markdown
 
@@ -189,12 +189,8 @@ def ranked(seed, count=30):
 def evaluated(folder, seed=0):
     """A run's folder as test.py leaves it."""
     folder.mkdir(exist_ok=True)
-    figures = {
-        **dict.fromkeys(("r1", "r5", "r10", "mAP", "mINP"), 50.0),
-        "queries": 30,
-        "gallery": 40,
-    }
-    results = {"epoch": 3, "splits": {"test": {"galleries": {"aerial": figures}}}}
+    metrics = {**dict.fromkeys(METRICS, 50.0), "queries": 30, "gallery": 40}
+    results = {"epoch": 3, "splits": {"test": {"galleries": {"aerial": metrics}}}}
     write_results(folder / "best.pth", results, per_query("test", {"aerial": ranked(seed)}))
     (folder / "configs.yaml").write_text("name: x\n")
     return folder
@@ -223,7 +219,7 @@ def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path, monkeypatch, a
             use()
     evaluated(folder, seed=1)
     report.read_run(folder, "red")
-    attempt("1", "test.py killed between its two files", "figures of two models side by side", error.value)  # fmt: skip
+    attempt("1", "test.py killed between its two files", "metrics of two models side by side", error.value)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["test_results.json", "test_queries.npz"])
@@ -429,7 +425,7 @@ def test_any_byte_of_an_archive_of_results_may_be_another(tmp_path):
 RESULTS = [
     "null", "3", "[]", "{}", '{"splits": null}', '{"splits": {"test": []}}',
     '{"splits": {"test": {"galleries": {}}}}', '{"splits": {"test": {"galleries": {"aerial": 3}}}}',
-    '{"splits": {"test": {"galleries": {"aerial": {"r1": "x"}}}}}', '{"splits": NaN}', "{", "\xff",
+    '{"splits": {"test": {"galleries": {"aerial": {"R@1": "x"}}}}}', '{"splits": NaN}', "{", "\xff",
     '{"splits": {}, "splits": {}}', "[" * 9999, '{"protocol": 3, "splits": {"test": {}}}', "9" * 9999,
 ]  # fmt: skip
 
@@ -446,15 +442,15 @@ def test_results_that_are_none_are_told(text, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"r1": 10**400}, "test, aerial: r1 is 1000"),
-        ({"r1": 500}, "test, aerial: r1 is 500"),
-        ({"r1": math.nan}, "test, aerial: r1 is nan"),
+        ({"R@1": 10**400}, "test, aerial: R@1 is 1000"),
+        ({"R@1": 500}, "test, aerial: R@1 is 500"),
+        ({"R@1": math.nan}, "test, aerial: R@1 is nan"),
         ({"queries": -1}, "test, aerial: queries is -1"),
         ({"data": {"changed": [1]}}, "its 'data' has no object under 'changed'"),
         ({"accuracy": {"age": {"aerial": 10**400}}}, "its attribute_accuracy is no table"),
     ],
 )
-def test_figures_that_test_py_cannot_have_written_are_told(more, message, tmp_path, attempt):
+def test_metrics_that_test_py_cannot_have_written_are_told(more, message, tmp_path, attempt):
     folder = evaluated(tmp_path / "a")
     path = folder / "test_results.json"
     results = json.loads(path.read_text())
@@ -467,7 +463,7 @@ def test_figures_that_test_py_cannot_have_written_are_told(more, message, tmp_pa
         report.read_run(folder, "red")
     assert message in str(error.value)
     if "1000" in message:
-        attempt("5", "a figure of 400 digits in test_results.json", "OverflowError", error.value)
+        attempt("5", "a metric of 400 digits in test_results.json", "OverflowError", error.value)
 
 
 def test_a_pipe_in_place_of_results_keeps_nobody_waiting(tmp_path):
@@ -574,7 +570,7 @@ def test_a_full_disk_ends_a_job_and_not_the_others(table, mini_root, tmp_path, m
     assert "FAILED itc, seed 1: the other was tried" in shown
 
 
-def test_figures_that_cannot_be_noted_stand_in_the_table(table, mini_root, tmp_path, monkeypatch, capsys, attempt):  # fmt: skip
+def test_metrics_that_cannot_be_noted_stand_in_the_table(table, mini_root, tmp_path, monkeypatch, capsys, attempt):  # fmt: skip
     def call(runner, job, *_):
         folder = job.folder / "logs/AGDataAttr/run"
         folder.mkdir(parents=True, exist_ok=True)
@@ -595,7 +591,7 @@ def test_figures_that_cannot_be_noted_stand_in_the_table(table, mini_root, tmp_p
     assert reproduce.re.match(r"FAILED sdm, seed 1: .*/done.json: could not be written: No", failed)
     text = (tmp_path / "out/small/table.md").read_text()
     assert len(reproduce.re.findall(r"\| (?:sdm|itc) +\| +1 \| 50.00", text)) == 2
-    attempt("8", "a disk that is full when a job's done.json is written", "its figures are lost", f"in the table, and {failed}")  # fmt: skip
+    attempt("8", "a disk that is full when a job's done.json is written", "its metrics are lost", f"in the table, and {failed}")  # fmt: skip
 
 
 def test_a_console_on_a_full_disk_ends_no_job(table, mini_root, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import tools.reproduce as tool
 from processor.queries import read_queries
 from tests.helpers import ROOT, SCRATCH, run
 from utils.errors import UserError
-from utils.metrics import FIGURES
+from utils.metrics import METRICS
 
 BASE = {
     **SCRATCH, "img_size": [32, 16], "batch_size": 6, "test_batch_size": 8, "num_epoch": 3,
@@ -51,7 +51,7 @@ def jobs_of(table, root, out="x", seeds=(1,), **options):
 
 @pytest.fixture
 def finish(monkeypatch):
-    """Jobs that are done at once, with these figures, and by the named code."""
+    """Jobs that are done at once, with these metrics, and by the named code."""
 
     def by(sources, protocol=None, epochs=None):
         code = {"commit": f"commit of {sources}", "sources": sources}
@@ -61,8 +61,8 @@ def finish(monkeypatch):
             folder = job.folder / "logs/AGDataAttr/run"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "last.pth").write_bytes(b"")
-            figures = dict.fromkeys(("r1", "r5", "r10", "mAP", "mINP"), 50.0)
-            galleries = {"aerial": {**figures, "queries": 9, "gallery": 9}}
+            metrics = dict.fromkeys(METRICS, 50.0)
+            galleries = {"aerial": {**metrics, "queries": 9, "gallery": 9}}
             result = {"epoch": 3, "splits": {"test": {"galleries": galleries}}, **(protocol or {})}
             for name in ("test", "best_test"):
                 (folder / f"{name}_results.json").write_text(json.dumps(result))
@@ -99,8 +99,8 @@ def test_a_table_is_run_written_and_traced_to_single_captions(
         assert words in shown
         for result in results:
             archive = result[protocol]["queries"]
-            figures = read_queries(tool.Path(archive), "test", "aerial").summary().percentages()
-            assert figures == pytest.approx({name: result[protocol][name] for name in FIGURES})
+            metrics = read_queries(tool.Path(archive), "test", "aerial").summary().metrics
+            assert metrics == pytest.approx({name: result[protocol][name] for name in METRICS})
         mean = sum(r[protocol]["R@1"] for r in results) / 2
         markdown = (out / "small/table.md").read_text()
         assert f"{mean:.2f} ± " in markdown and f"{mean - 44.75:+.2f}" in markdown
@@ -124,7 +124,7 @@ def test_a_row_that_fails_is_reported_and_the_others_are_done(
     assert "broken (1 failed)" in shown and [r["row"] for r in done(out).values()] == ["itc"]
 
 
-def test_a_killed_table_goes_on_to_the_same_figures(table, mini_root, tmp_path, monkeypatch):
+def test_a_killed_table_goes_on_to_the_same_metrics(table, mini_root, tmp_path, monkeypatch):
     path = table(ROWS[:1])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert reproduce(monkeypatch, path, mini_root, whole, "--seeds", 1) == 0
@@ -141,7 +141,7 @@ def test_a_killed_table_goes_on_to_the_same_figures(table, mini_root, tmp_path, 
     assert not done(cut)
     assert reproduce(monkeypatch, path, mini_root, cut, "--seeds", 1) == 0
     (a,), (b,) = done(whole).values(), done(cut).values()
-    assert all(a["paper"][name] == b["paper"][name] for name in (*FIGURES, "epoch"))
+    assert all(a["paper"][name] == b["paper"][name] for name in (*METRICS, "epoch"))
     console = next(cut.glob("small/*/console.txt")).read_text()
     assert "resumed after" in console
 
@@ -264,7 +264,7 @@ def test_a_table_says_what_chose_and_whether_that_is_in_test(
     for seed, measured in ((1, said), (2, said and {**said, "overlap": None})):
         jobs.append(tool.Job("row", seed, args, tmp_path / str(seed)))
         jobs[-1].folder.mkdir()
-        found = {**dict.fromkeys(tool.FIGURES, 1.0), "protocol": measured}
+        found = {**dict.fromkeys(tool.METRICS, 1.0), "protocol": measured}
         (jobs[-1].folder / "done.json").write_text(
             json.dumps(dict.fromkeys(("paper", "clean", protocol), found))
         )

@@ -23,7 +23,7 @@ def test_figures_equal_the_original(figures):
     rows = query_metrics(similarity, query_pids, gallery_pids)
     result = summarize(rows, len(gallery_pids))
     expected = [figures["cmc"][i] for i in (0, 4, 9)] + [figures["mAP"], figures["mINP"]]
-    assert list(result.percentages().values()) == pytest.approx(expected, abs=1e-3)
+    assert list(result.metrics.values()) == pytest.approx(expected, abs=1e-3)
 
 
 def slow(similarity, query_pids, gallery_pids):
@@ -73,8 +73,8 @@ def test_ties_that_rounding_has_parted_are_ties_in_any_order_and_any_chunk():
         for chunk in (None, 1, 7):
             for gallery, expected in ((twice, 0.0), (collapsed, 0.0)):
                 result = retrieval(query, rounded(gallery)[order], pids, gallery_pids[order], chunk)
-                found.add((expected, *result.percentages().values()))
-    assert len(found) == 2 and all(figures[1] == 0.0 for figures in found)
+                found.add((expected, *result.metrics.values()))
+    assert len(found) == 2 and all(r1 == 0.0 for _, r1, *_ in found)
 
 
 @pytest.mark.parametrize(("queries", "images"), [(3, 20), (4, 16)])
@@ -96,17 +96,22 @@ def test_the_order_of_the_gallery_does_not_matter_even_with_ties():
     )
 
 
-def test_a_collapsed_model_gets_the_worst_figure_not_the_best():
+def test_a_collapsed_model_gets_the_worst_metrics_not_the_best():
     result = retrieval(
         torch.ones(3, 4), torch.ones(8, 4), torch.zeros(3), torch.tensor([0.0] + [1] * 7)
     )
-    assert result.r1 == 0 and result.mAP == pytest.approx(100 / 8)
+    assert result.metrics["R@1"] == 0 and result.metrics["mAP"] == pytest.approx(100 / 8)
 
 
 def test_queries_without_a_match_are_left_out_and_counted():
     features = torch.eye(3)
     result = retrieval(features, features[:2], torch.tensor([0, 1, 9]), torch.tensor([0, 1]))
-    assert (result.r1, result.queries, result.unmatched, result.gallery) == (100.0, 2, 1, 2)
+    assert (result.metrics["R@1"], result.queries, result.unmatched, result.gallery) == (
+        100.0,
+        2,
+        1,
+        2,
+    )
     with pytest.raises(UserError, match="no query has a match"):
         retrieval(features, features, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 9]))
 
@@ -116,7 +121,7 @@ def test_chunks_change_nothing():
     tensors = [torch.randn(n, 8, generator=generator) for n in (50, 40)]
     tensors += [torch.randint(9, (n,), generator=generator) for n in (50, 40)]
     whole, chunked = retrieval(*tensors), retrieval(*tensors, chunk=7)
-    assert list(whole.percentages().values()) == pytest.approx(list(chunked.percentages().values()))
+    assert list(whole.metrics.values()) == pytest.approx(list(chunked.metrics.values()))
 
 
 def test_features_that_are_not_finite_are_refused():
@@ -139,7 +144,7 @@ def test_counting_and_sorting_give_the_same_ranks(seed, monkeypatch):
     assert torch.equal(counted, query_metrics(similarity, *pids))
 
 
-def test_a_gallery_larger_than_a_chunk_of_memory_gives_the_same_figures(monkeypatch):
+def test_a_gallery_larger_than_a_chunk_of_memory_gives_the_same_metrics(monkeypatch):
     import utils.metrics as module
 
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,194 @@
+"""A trained model in Python: captions and images to features.
+
+    from processor.inference import load_run
+
+    run = load_run("logs/AGDataAttr/<run>")  # its best.pth, on the GPU if there is one
+    images = ["0001.jpg", "0002.jpg", "0003.jpg"]  # paths, or PIL images
+    text_QD = run.encode_text(["a man in a grey shirt with a black backpack"])
+    image_GD = run.encode_image(images)
+    scores_QG = text_QD @ image_GD.T  # cosines, since features have unit length
+    for g in scores_QG[0].argsort(descending=True):
+        print(f"{scores_QG[0, g]:.3f}  {images[g]}")
+
+Shapes: Q captions, G images, B of a batch, D width of the features.
+"""
+
+from __future__ import annotations
+
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from easydict import EasyDict
+from PIL import Image as PILImage
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.loaders import caption_batches
+from datasets.records import Data
+from datasets.registry import read_for_test
+from datasets.transforms import convert_image, load_image
+from model.build import build_evaluation_model
+from processor.evaluator import Evaluator, encode_images
+from processor.summary import epoch_and_best
+from utils.checkpoint import load_checkpoint
+from utils.command_line import options_of_run
+from utils.devices import autocast, choose_device, choose_precision
+from utils.distributed import SINGLE_PROCESS, Processes
+from utils.errors import UserError
+from utils.files import expand
+from utils.options import OPTIONS
+from utils.runs import CONFIG
+
+Picture = str | os.PathLike | PILImage.Image
+
+
+class Run:
+    """A trained model and the options of its run.
+
+    Attributes:
+        args: the options; `precision` is what "auto" means on the device.
+        model: in evaluation mode, on `device`.
+        epoch: of the checkpoint, or None if it does not say.
+        notes: lines on what was ignored or assumed.
+
+    Args:
+        checkpoint: what `load_checkpoint` has read from `path`.
+    """
+
+    def __init__(
+        self,
+        args: EasyDict,
+        checkpoint: dict[str, Any],
+        path: Path,
+        device: torch.device,
+        notes: Sequence[str] = (),
+    ) -> None:
+        args.precision = choose_precision(args.precision, device)
+        self.args, self.device = args, device
+        self.model = build_evaluation_model(args, checkpoint, str(path)).to(device).eval()
+        self.epoch, _ = epoch_and_best(checkpoint)
+        self.notes = [*notes, *self.model.base_model.notes]
+        self._data: Data | None = None
+
+    def data(self) -> Data:
+        """The run's data set, read from `args.root_dir` at the first call. Raises UserError."""
+        if self._data is None:
+            self._data, left_out = read_for_test(self.args)
+            self.notes += left_out
+        return self._data
+
+    def evaluator(self, split: str = "test", processes: Processes = SINGLE_PROCESS) -> Evaluator:
+        """For `model` on a split of the data set."""
+        return Evaluator(self.data(), split, self.args, self.device, processes=processes)
+
+    def encode_text(
+        self, captions: str | Sequence[str], *, normalize: bool = True, device: str = "cpu"
+    ) -> Tensor:
+        """Features [Q, D] of captions, float32 (float64 of an fp64 model), on `device`.
+
+        They have unit length unless `normalize` is False. A caption of more than
+        `args.text_length` tokens is cut, as in training.
+        """
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        batches = caption_batches(captions, self.args)
+        return self._encode(self.model.encode_text, batches, normalize, device)
+
+    def encode_image(
+        self, images: Picture | Sequence[Picture], *, normalize: bool = True, device: str = "cpu"
+    ) -> Tensor:
+        """Features [G, D] of images, as of captions. Raises UserError for a file that is no image.
+
+        Files are read as in the evaluation, a JPEG of more than four times the model's size at a
+        fraction of its own; a PIL image is resized as it is, so bytes may differ by a level or two.
+        """
+        images = [images] if isinstance(images, Picture) else list(images)
+        batches = DataLoader(
+            _Pictures(images, tuple(self.args.img_size)),
+            batch_size=self.args.test_batch_size,
+            num_workers=self.args.num_workers,
+            generator=torch.Generator(),  # or a seed for workers would be drawn from the global one
+        )
+        return self._encode(partial(encode_images, self.model), batches, normalize, device)
+
+    @torch.no_grad()
+    def _encode(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        batches: Iterable[Tensor],
+        normalize: bool,
+        device: str,
+    ) -> Tensor:
+        features = [torch.zeros((0, self.model.base_model.config.embed_dim), device=device)]
+        for batch in batches:
+            with autocast(self.args.precision, self.device):
+                feature_BD = encode(batch.to(self.device))
+            features.append((F.normalize(feature_BD) if normalize else feature_BD).to(device))
+        return torch.cat(features)
+
+
+class _Pictures(Dataset):
+    """Files and PIL images as bytes [3, H, W]."""
+
+    def __init__(self, images: Sequence[Picture], size: tuple[int, int]) -> None:
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.images[index]
+        if isinstance(image, PILImage.Image):
+            return convert_image(image, self.size)
+        return load_image(os.fspath(image), self.size)
+
+
+def load_run(
+    folder: str | Path,
+    checkpoint: str = "best.pth",
+    *,
+    device: str = "auto",
+    precision: str | None = None,
+    root_dir: str | Path | None = None,
+    attributes_file: str | Path | None = None,
+    image_cache: str | Path | None = None,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+) -> Run:
+    """The model of a run's folder, or of one that tools/export.py wrote.
+
+    Args:
+        checkpoint: a file in the folder.
+        device: "cpu", "cuda", or "auto": CUDA if available.
+        precision, root_dir: as in configs.yaml, if None.
+        attributes_file, image_cache: never as in configs.yaml, which may come from elsewhere, but
+            the project's own attributes and no cache, if None. A cache is for `evaluator` alone.
+        batch_size: images or captions at a time; as `test_batch_size` in configs.yaml, if None.
+        num_workers: processes that load images.
+
+    Raises UserError.
+    """
+    folder = Path(expand(str(folder)))
+    config, path = folder / CONFIG, folder / checkpoint
+    for file in (config, path):
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such file; load_run takes the folder of a run and the name of a "
+                "checkpoint in it"
+            )
+    values = {
+        "device": device, "precision": precision, "root_dir": root_dir,
+        "attributes_file": attributes_file, "image_cache": image_cache,
+        "test_batch_size": batch_size, "num_workers": num_workers,
+    }  # fmt: skip
+    given = {n: OPTIONS[n].coerce(v, "load_run") for n, v in values.items() if v is not None}
+    args, notes = options_of_run(config, given)
+    return Run(args, load_checkpoint(path), path, choose_device(args.device), notes)
