@@ -238,7 +238,7 @@ def test_what_cannot_be_resumed_is_refused_and_leaves_nothing(
     log = (finished / "train_log.txt").read_text()
     for path, message in (
         (tmp_path / "none/last.pth", "last.pth: no such file"),
-        (tmp_path / "junk/no.pth", "no.pth: no checkpoint: not a file of torch.save"),
+        (tmp_path / "junk/no.pth", "no.pth: not a checkpoint: not a file of torch.save"),
         (finished / "lst.pth", "lst.pth: no such file"),
         (finished / "best.pth", "cannot be resumed, it lacks optimizer, scaler"),
     ):
