@@ -143,5 +143,5 @@ def test_each_augmentation_returns_its_tensors():
 
 
 def test_masking_that_no_loss_would_see_is_refused():
-    with pytest.raises(UserError, match="--MLM --txt_aug rde: without the loss mlm no masked"):
+    with pytest.raises(UserError, match="--MLM --txt_aug rde: only the loss mlm uses masked"):
         options(MLM=True, txt_aug="rde", loss_names="supkl")
