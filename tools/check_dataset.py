@@ -160,12 +160,12 @@ def check_overlap(data: Data, report: Report) -> None:
     People are a warning, because AG-ReID gives a person a new identity in every session.
     """
     for one, other in combinations(("train", *data.splits), 2):
-        shared, both = overlap(data, one, other), f"in both {one} and {other}"
+        measured, both = overlap(data, one, other), f"in both {one} and {other}"
         fix = "; choose by --val_dataset heldout" if one == "val" else ""
-        report.add(True, f"pictures {both}{fix}", shared.shared_images)
+        report.add(True, f"pictures {both}{fix}", measured.shared_images)
         common = sorted({*data.ids.get(one, ())} & {*data.ids.get(other, ())}, key=str)
         report.add(True, f"identities {both}", map(str, common))
-        people = [name for name in shared.shared_people if name.startswith("person")]
+        people = [name for name in measured.shared_people if name.startswith("person")]
         report.add(False, f"people {both}, by their number in AG-ReID's file names{fix}", people)
 
 
@@ -217,11 +217,11 @@ def suspicious(text: str) -> str:
 def overview(parts: dict[str, Part]) -> str:
     """Counts per split."""
     views = list(parts["train"].views)
-    columns = [f"{view.removesuffix('image').strip()} images".strip() for view in views]
+    images = [f"{view.removesuffix('image').strip()} images".strip() for view in views]
     head = [
         "split",
         "identities",
-        *columns,
+        *images,
         "captions",
         "captions per identity",
         "words per caption",

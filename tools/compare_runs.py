@@ -47,7 +47,7 @@ from utils.text import visible
 from utils.uncertainty import bootstrap_difference, permutation_p
 
 # Options that make another experiment. `seed` is not one: a side may have several seeds.
-EXPERIMENT = [
+COMPARED = [
     name
     for name in OPTIONS
     if name not in (*MAY_DIFFER, *SAME_RESULTS, "seed") or name in ("finetune", "attributes_file")
@@ -80,11 +80,7 @@ class Run:
         splits = self.result("data", "fingerprint")
         splits = splits if isinstance(splits, dict) else {}
         return {
-            **{
-                f"--{name}": str(self.options.get(name, UNKNOWN))
-                for name in EXPERIMENT
-                if self.options
-            },
+            **{f"--{n}": str(self.options.get(n, UNKNOWN)) for n in COMPARED if self.options},
             "data": str(self.result("data", "name")),
             **{f"data, {split}": str(value)[:12] for split, value in splits.items()},
             "epoch evaluated": str(self.result("epoch")),
@@ -181,7 +177,7 @@ def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
         if len(set(map(str, seeds))) < len(seeds):
             lines.append(f"{side}: a seed occurs twice; a repeat says little about other seeds")
         if any(run.result("protocol", "chosen_on") == split for run in runs):
-            lines.append(f"{side}: {split} itself chose the epoch; its metrics are too high")
+            lines.append(f"{side}: {split} itself chose the epoch; its metrics are optimistic")
         if any(run.result("protocol", "chosen_on") == UNKNOWN for run in runs):
             lines.append(f"{side}: what chose the epoch is unknown (results of an older version)")
         for run in runs:
