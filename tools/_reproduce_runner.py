@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from processor.queries import CHECKPOINTS, check_metrics, read_results, stem
 from tools._reproduce_jobs import ROOT, Job, epochs_done, epochs_logged
-from utils.command_line import typed_again
+from utils.command_line import command_line_only_arguments
 from utils.config import write_config
 from utils.errors import UserError
 from utils.files import append, lock, write_atomically
@@ -68,7 +68,7 @@ class Runner:
             for protocol, file in CHECKPOINTS[job.args.val_dataset].items():
                 self._call(
                     job, gpu, "test.py", "--config_file", str(run / "configs.yaml"),
-                    "--checkpoint", str(run / file), *typed_again(job.args),
+                    "--checkpoint", str(run / file), *command_line_only_arguments(job.args),
                 )  # fmt: skip
                 path = run / f"{stem(file)}_results.json"
                 results = read_results(path, run / f"{stem(file)}_queries.npz")
