@@ -38,8 +38,9 @@ from processor.trainer import Trainer
 from tests.helpers import ROOT, golden_clip, options, run
 from tests.reliability.runs import train_small_run
 from tools import report
+from tools._reproduce_output import write_tables
+from tools._reproduce_table import read_table
 from tools.compare_runs import compare
-from tools.reproduce import read_table, write_tables
 from utils.attributes import read_attributes
 from utils.checkpoint import digest, load_checkpoint, refuse_oversized, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
