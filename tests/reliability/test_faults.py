@@ -400,14 +400,14 @@ def test_a_disk_that_fills_at_any_stage_leaves_the_file_before_and_no_litter(
 
 def one_epoch():
     """Ctrl-C twice when the first is done."""
-    steps = Trainer._steps
+    steps = Trainer._train_steps
 
     def stop(self):
         if self.progress.epoch:
             raise KeyboardInterrupt
         return steps(self)
 
-    Trainer._steps = stop
+    Trainer._train_steps = stop
 
 
 def small_files():
@@ -469,7 +469,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(mini_root, tmp_path, m
     (folder / "last.pth").write_bytes(data)
     run(train_entry.main, monkeypatch, *words, "--resume", "auto")
     shown = capsys.readouterr().out
-    assert re.search(r".*/last.pth: .*corrupted.*\ntaken: .*/last.1.pth", shown)
+    assert re.search(r".*/last.pth: .*corrupted.*\nused instead: .*/last.1.pth", shown)
     assert "resumed after 2 epochs and 0 steps" in shown
     same(load_checkpoint(folder / "last.pth"), whole)
     assert (folder / "last.corrupted.pth").read_bytes() == data  # not among the kept ones
@@ -489,10 +489,10 @@ def test_what_is_kept_after_a_damage_are_different_saves(mini_root, tmp_path, mo
     assert len({path.stat().st_ino for path in kept}) == 3
     (folder / "last.pth").write_bytes(cut)
     preset = ["--config_file", folder / "configs.yaml", "--resume", "--keep_last", 1]
-    with pytest.raises(UserError, match="corrupted.*; --resume_ckpt_file takes one of those beside it: last.1.pth, last.2.pth"):  # fmt: skip
+    with pytest.raises(UserError, match="corrupted.*; older saves for --resume_ckpt_file: last.1.pth, last.2.pth"):  # fmt: skip
         run(train_entry.main, monkeypatch, *preset)
     (folder / "last.1.pth").write_bytes(cut)
-    with pytest.raises(UserError, match="beside it: last.2.pth$"):  # not one that was tried
+    with pytest.raises(UserError, match="_ckpt_file: last.2.pth$"):  # not one that was tried
         run(train_entry.main, monkeypatch, *preset[:-1], 2)
 
 
@@ -619,5 +619,5 @@ def test_dead_weights_are_neither_saved_nor_offered(mini_root, tmp_path, monkeyp
     with pytest.raises(UserError, match="base_model.visual.proj holds NaN or infinite values"):
         read_state(folder / "last.pth")
     found = read_state(folder / "last.pth", keep=2)
-    assert found.taken.name == "last.1.pth" and found.state["epoch"] == 1
+    assert found.source.name == "last.1.pth" and found.state["epoch"] == 1
     assert "base_model.visual.proj holds NaN" in found.warnings[0]

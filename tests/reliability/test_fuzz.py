@@ -392,7 +392,7 @@ def test_strange_checkpoints(request, data):
         return
     if how != "weight":
         if tolerated(lambda: resume(trainer, read_state(path))) is not None:
-            best_table(trainer.best.found)
+            best_table(trainer.best.by_split)
         found = tolerated(lambda: load_checkpoint(path))
         if found is not None:
             json.dumps([*epoch_and_best(found), changes(found.get("data"), trainer.data)])

@@ -183,7 +183,9 @@ def test_a_best_checkpoint_from_after_the_point_gone_back_to_is_set_aside(
     run(train_entry.main, monkeypatch, *again, folder / "last.2.pth", "--lr", "1e-4")
     same(load_checkpoint(folder / "best.backup1.pth"), later)
     log = (folder / "train_log.txt").read_text()
-    text = "best.pth is of epoch 3, and not this run's; now best.backup1.pth; written, of epoch 1,"
+    text = (
+        "best.pth is of epoch 3 and belongs to another save; renamed to best.backup1.pth; written"
+    )
     assert text in log
     (folder / "best.pth").unlink()
     run(train_entry.main, monkeypatch, *again, folder / "last.1.pth")
@@ -446,7 +448,7 @@ def test_a_best_checkpoint_that_was_not_written_is_written_on_resuming(
     run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path / "cut")
     folder = folder_of(tmp_path / "cut")
     assert_same_end(folder, folder_of(tmp_path / "whole"))
-    assert f"; written, of epoch {moment}" in (folder / "train_log.txt").read_text()
+    assert f"weights of this save, epoch {moment}" in (folder / "train_log.txt").read_text()
     assert not list(folder.glob("*backup*"))
 
 
@@ -613,7 +615,7 @@ def test_a_checkpoint_without_a_fingerprint_goes_on_with_a_word(
     save_checkpoint(last, state)
     words = ["--resume", "--resume_ckpt_file", last, "--num_epoch", 2, "--val_dataset", val_dataset]
     if val_dataset == "both":
-        with pytest.raises(UserError, match="go on with --val_dataset val or test"):
+        with pytest.raises(UserError, match="resume with --val_dataset val or test"):
             run(train_entry.main, monkeypatch, *words)
         return
     run(train_entry.main, monkeypatch, *words)
