@@ -363,7 +363,7 @@ def test_mistakes_are_told_before_anything_is_made(mini_root, tmp_path, monkeypa
     bad("'queue' needs supkl or supitc", loss_names="sdm+queue")
     bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2")
     bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2+dot+cat")
-    bad("needs attribute labels; AGData comes without", dataset_name="AGData")
+    bad("needs attribute labels; AGData has none", dataset_name="AGData")
     bad("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
     bad(
         "nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml"
@@ -405,7 +405,9 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     config = yaml.safe_load((finished / "configs.yaml").read_text())
     config["img_size"] = [64, 32]
     (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="of images of 32x16 at stride 16, the options say 64x32"):
+    with pytest.raises(
+        UserError, match="trained on images of 32x16 at stride 16, the options say 64x32"
+    ):
         evaluate(monkeypatch, tmp_path / "configs.yaml", finished / "best.pth")
     silent = load_checkpoint(finished / "best.pth")
     del silent["input"]  # as other code's, which do not say it
