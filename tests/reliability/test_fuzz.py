@@ -394,7 +394,7 @@ def test_checkpoints_with_unusual_content(request, data):
         return
     if how != "weight":
         if unless_refused(lambda: resume(trainer, read_state(path))) is not None:
-            best_table(trainer.best.found)
+            best_table(trainer.best.by_split)
         checkpoint = unless_refused(lambda: load_checkpoint(path))
         if checkpoint is not None:
             json.dumps([*epoch_and_best(checkpoint), changes(checkpoint.get("data"), trainer.data)])

@@ -407,10 +407,10 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("tried", ARCHIVES)
 def test_a_corrupted_archive_of_results_is_refused(tried, tmp_path, attempt, monkeypatch):
-    monkeypatch.setattr(queries, "MOST", 2**17)
+    monkeypatch.setattr(queries, "MAX_CAPTIONS", 2**17)
     path = tmp_path / "test_queries.npz"
     path.write_bytes(ARCHIVES[tried]())
-    with pytest.raises(UserError, match="test_queries.npz: no results of test.py") as error:
+    with pytest.raises(UserError, match="test_queries.npz: not results of test.py") as error:
         read_queries(path, "test", "aerial")
     attempt("5" if tried != "more bytes than test.py writes" else "4", f"test_queries.npz: {tried}", "a traceback, or accepted", error.value)  # fmt: skip
 
@@ -439,7 +439,7 @@ def test_corrupted_results_are_refused(text, tmp_path):
     folder = evaluated(tmp_path / "a")
     (folder / "test_queries.npz").unlink()
     (folder / "test_results.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"test_results.json: no results of test.py"):
+    with pytest.raises(UserError, match=r"test_results.json: not results of test.py"):
         report.read_run(folder, "red")
 
 
@@ -451,7 +451,7 @@ def test_corrupted_results_are_refused(text, tmp_path):
         ({"R@1": math.nan}, "test, aerial: R@1 is nan"),
         ({"queries": -1}, "test, aerial: queries is -1"),
         ({"data": {"changed": [1]}}, "its 'data' has no object under 'changed'"),
-        ({"accuracy": {"age": {"aerial": 10**400}}}, "its attribute_accuracy is no table"),
+        ({"accuracy": {"age": {"aerial": 10**400}}}, "its attribute_accuracy is not a table"),
     ],
 )
 def test_metrics_that_test_py_cannot_have_written_are_refused(changes, message, tmp_path, attempt):
@@ -463,7 +463,7 @@ def test_metrics_that_test_py_cannot_have_written_are_refused(changes, message, 
     results |= {"data": changes.pop("data", {})}
     split["galleries"]["aerial"] |= changes
     path.write_text(json.dumps(results))
-    with pytest.raises(UserError, match="test_results.json: no results of test.py") as error:
+    with pytest.raises(UserError, match="test_results.json: not results of test.py") as error:
         report.read_run(folder, "red")
     assert message in str(error.value)
     if "1000" in message:
@@ -478,7 +478,7 @@ def test_a_pipe_in_place_of_results_is_refused_at_once(tmp_path):
     for name in ("test_results.json", "test_queries.npz"):
         (folder / name).unlink()
         os.mkfifo(folder / name)
-        with pytest.raises(UserError, match=f"{name}: no results of test.py: not a regular file"):
+        with pytest.raises(UserError, match=f"{name}: not results of test.py: not a regular file"):
             compare_runs.compare(
                 {"a": [folder], "b": [evaluated(tmp_path / "b")]}, "test", "aerial", 10
             )

@@ -93,7 +93,7 @@ def test_a_warning_of_the_reader_is_a_warning(copy, monkeypatch, capsys):
     assert check(monkeypatch, "CUHK-PEDES", copy) == 0
     shown = capsys.readouterr().out
     assert (
-        "warning: unusual entries in the files: 2\n    said twice: 1 images of test, which count"
+        "warning: unusual entries in the files: 2\n    repeated: 1 images of test, which count"
         in shown
     )
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1

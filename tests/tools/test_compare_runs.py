@@ -183,7 +183,7 @@ def test_an_error_names_an_unreadable_archive(runs, monkeypatch):
         lambda: np.savez(path, **arrays | {"test/aerial/images": np.array([[1, 2]])}),
     ):
         broken()
-        with pytest.raises(UserError, match="b/test_queries.npz: no results of test.py"):
+        with pytest.raises(UserError, match="b/test_queries.npz: not results of test.py"):
             run(tool.main, monkeypatch, *runs)
     path.unlink()
     with pytest.raises(UserError, match="test_queries.npz: no such file; evaluate the run first: python test.py"):  # fmt: skip
