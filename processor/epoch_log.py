@@ -85,8 +85,10 @@ class EpochLog:
 
     def close(self) -> None:
         """Close the bar and the file of TensorBoard. A full disk ends the curves, not the run."""
-        self.bar.close()
-        with suppress(OSError):
+        # PyTorch raises the death of a loader process wherever the main process is, so also here.
+        with suppress(RuntimeError):
+            self.bar.close()
+        with suppress(OSError, RuntimeError):
             if self.writer:
                 self.writer.close()
 
