@@ -94,7 +94,9 @@ def test_evaluation_repeats_the_best_epochs_metrics_on_every_gallery(finished, m
 
 def test_intervals_contain_their_metrics_and_are_saved(finished, monkeypatch, capsys):
     run(test_entry.main, monkeypatch, "--config_file", finished / "configs.yaml", "--bootstrap", 200)  # fmt: skip
-    assert "95 % intervals, 200 draws of identities" in capsys.readouterr().out
+    assert (
+        "95 % confidence intervals, 200 bootstrap samples of identities" in capsys.readouterr().out
+    )
     split = json.loads((finished / "test_results.json").read_text())["splits"]["test"]
     low, high = split["intervals"]["aerial"]["mAP"]
     assert 0 <= low <= split["galleries"]["aerial"]["mAP"] <= high <= 100
@@ -147,7 +149,9 @@ def test_best_pth_is_of_the_last_epoch_if_no_split_selects_it(
     train(monkeypatch, None, None, resume=True, resume_ckpt_file=folder / "last.pth")
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
-    assert "best.pth is missing or corrupted; written, of epoch 2" in shown
+    assert (
+        "best.pth is missing or corrupted; written with the weights of this save, epoch 2" in shown
+    )
     assert "test split, which had no part in choosing this checkpoint\n" in shown
     results = json.loads((folder / "test_results.json").read_text())
     assert results["protocol"]["chosen_on"] == "last" and results["protocol"]["overlap"] is None
@@ -314,7 +318,7 @@ def test_finetuning_starts_from_weights_of_this_family(
     folder = train(monkeypatch, mini_root, tmp_path / "logs", finetune=tmp_path / "mllm4text.pth",
                    num_epoch=2, lr=1e-9, **{**none, "pretrain_choice": clip_file})  # fmt: skip
     log = (folder / "train_log.txt").read_text()
-    assert f"the run began with {tmp_path / 'mllm4text.pth'}, and what trained and chose" in log
+    assert f"the run started from {tmp_path / 'mllm4text.pth'}, whose training and" in log
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
     assert f"{clip_file}: assumed to be an OpenAI CLIP, with heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1

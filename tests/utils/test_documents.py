@@ -1,7 +1,7 @@
 import pytest
 
 from tests.helpers import ROOT
-from tools.reproduce import read_table
+from tools._reproduce_table import read_table
 from utils.attributes import read_attributes
 from utils.config import read_preset
 from utils.documents import load_yaml
