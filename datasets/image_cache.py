@@ -36,7 +36,7 @@ from datasets.transforms import BrokenImage, load_image
 from utils.documents import load_json
 from utils.errors import UserError, rank
 from utils.files import open_file, read_file, umask, write_atomically
-from utils.interrupt import serve_training
+from utils.interrupt import init_worker_signals
 from utils.logger import LOGGER_NAME
 
 MAX_WORKERS = 256
@@ -157,7 +157,7 @@ class ImageFiles(Dataset[Tensor]):
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             done = 0
-            serve = functools.partial(serve_training, os.getpid())
+            serve = functools.partial(init_worker_signals, os.getpid())
             loader = DataLoader(files, 64, num_workers=num_workers, worker_init_fn=serve)
             for images, messages in loader:
                 file.write(images.numpy())  # not mapped: a full disk is then an error, not a crash

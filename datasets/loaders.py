@@ -25,7 +25,7 @@ from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transfor
 from utils.devices import cores
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
-from utils.interrupt import serve_training
+from utils.interrupt import init_worker_signals
 
 
 def to_device(
@@ -165,7 +165,7 @@ def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",
-        "worker_init_fn": functools.partial(serve_training, os.getpid()),
+        "worker_init_fn": functools.partial(init_worker_signals, os.getpid()),
         # Of the workers' base seed, which nothing uses: the global generator stays untouched.
         "generator": torch.Generator(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,11 +29,13 @@ def explain_failures(
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(memory_advice(args, device, what)) from None
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         told = str(error)
         # A worker's death is noticed anywhere, also while a file is written: then it comes wrapped.
         if "DataLoader worker" in str(error.__context__):
             told = str(error.__context__)
+        elif not isinstance(error, RuntimeError):  # a batch on its way from a worker that died
+            told = _death_of_worker()
         if "can't allocate memory" in told:  # what the CPU's allocator says
             raise UserError(memory_advice(args, device, what)) from None
         if re.search(r"shared memory|\bshm\b", told):
@@ -53,6 +56,18 @@ def explain_failures(
         ) from None
 
 
+def _death_of_worker(seconds: float = 2) -> str:
+    """PyTorch's message on a loader process that died, if it notices one in this time."""
+    until = time.monotonic() + seconds
+    try:
+        while time.monotonic() < until:
+            torch._C._error_if_any_worker_fails()  # what PyTorch calls when a child has ended
+            time.sleep(0.05)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
     """What was asked for, what was measured, and what to try."""
     if device.type == "cuda":
@@ -65,7 +80,7 @@ def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
     if what == "evaluation":
         return (
             f"out of memory in the evaluation at --test_batch_size {args.test_batch_size} "
-            f"({measured}): give a smaller one, which changes no figure"
+            f"({measured}): give a smaller one; the metrics stay the same"
         )
     given = ", ".join(
         f"{name} {getattr(args, name)}"

@@ -238,7 +238,7 @@ def test_what_cannot_be_resumed_is_refused_and_leaves_nothing(
     log = (finished / "train_log.txt").read_text()
     for path, message in (
         (tmp_path / "none/last.pth", "last.pth: no such file"),
-        (tmp_path / "junk/no.pth", "no.pth: no checkpoint: not a file of torch.save"),
+        (tmp_path / "junk/no.pth", "no.pth: not a checkpoint: not a file of torch.save"),
         (finished / "lst.pth", "lst.pth: no such file"),
         (finished / "best.pth", "cannot be resumed, it lacks optimizer, scaler"),
     ):
@@ -316,7 +316,7 @@ def test_finetuning_starts_from_weights_of_this_family(
     log = (folder / "train_log.txt").read_text()
     assert f"the run began with {tmp_path / 'mllm4text.pth'}, and what trained and chose" in log
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
-    assert f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, QuickGELU" in log
+    assert f"{clip_file}: assumed to be an OpenAI CLIP, with heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1
     assert rows["loaded"] == str(count - 1) and rows["resized"] == "1"
     assert rows["skipped, unknown here"] == "1"
@@ -413,7 +413,7 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     state = load_checkpoint(finished / "best.pth")
     del state["input"]  # as in checkpoints of other code
     torch.save(state, tmp_path / "best.pth")
-    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+    with pytest.raises(UserError, match="positional_embedding has the shape .*of the same run"):
         evaluate(monkeypatch, tmp_path / "configs.yaml", tmp_path / "best.pth")
 
 

@@ -1,4 +1,4 @@
-"""What a report reads: the figures of evaluated runs, and the curves of their training."""
+"""What a report reads: the metrics of evaluated runs, and the curves of their training."""
 
 from __future__ import annotations
 

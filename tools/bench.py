@@ -48,7 +48,7 @@ from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN
 from model.aeafirm import AEAFIRM
 from model.build import build_training_model
 from model.losses.registry import needs_masked, parse_loss_names
-from model.weights import named_config
+from model.weights import config_from_choice
 from processor.step import TrainStep
 from solver.build import build_optimizer
 from utils.command_line import parse_options
@@ -303,7 +303,7 @@ def bench_step(
 
 def without_weights(args: EasyDict) -> None:
     """Take a named ViT's sizes from scratch: speed does not depend on the values of its weights."""
-    config = named_config(args.pretrain_choice)
+    config = config_from_choice(args.pretrain_choice)
     if config is not None and not config.is_resnet and config.head_width == 64:
         for name in ("embed_dim", "vision_width", "vision_layers", "vision_patch_size",
                      "text_width", "text_layers"):  # fmt: skip

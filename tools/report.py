@@ -2,7 +2,7 @@
 
     python tools/report.py logs/AGDataAttr/<run> [more runs] --output report.html
 
-Runs must have been evaluated (test.py). For each: its figures, curves of losses and metrics, recall
+Runs must have been evaluated (test.py). For each: its metrics, curves of losses and metrics, recall
 against rank, FIRM's accuracy per attribute, all options, and for each gallery of the test split
 sheets of captions with their ten best images, hits framed green and misses red: the worst failures
 and random ones. --root_dir says where the data set lies if it has moved.
@@ -26,24 +26,20 @@ import utils  # noqa: F401  before torch is loaded
 
 import torch
 import torch.nn.functional as F
-from easydict import EasyDict
 from torch import Tensor
 
 from datasets.records import Image, Split
-from datasets.registry import read_for_test
 from datasets.transforms import read_image
-from model.build import build_evaluation_model
-from processor.evaluator import Evaluator
+from processor.inference import load_run
 from processor.queries import read_queries
 from tools._report_runs import Run, percentages, read_run
-from utils.checkpoint import load_checkpoint
-from utils.command_line import parse_test_options
-from utils.devices import choose_device, choose_precision
+from utils.command_line import options_of_run
 from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
 from utils.logger import say
 from utils.metrics import METRICS
 from utils.options import OPTIONS
+from utils.runs import CONFIG
 from utils.text import visible
 
 # Each stands out from white and from the dark of a page (contrast of 3 and more).
@@ -69,28 +65,19 @@ class Sheet(NamedTuple):
     captions: list[tuple[str, str, list[Picture]]]
 
 
-def options_of(run: Run, *words: str) -> tuple[EasyDict, Path]:
-    """A run's options, some of them overridden, and its checkpoint."""
-    args, checkpoint, _ = parse_test_options(
-        ["--config_file", str(run.folder / "configs.yaml"), *words]
-    )
-    return args, checkpoint
-
-
 def encode(
     run: Run, given: argparse.Namespace
 ) -> tuple[str, Split, Tensor, dict[str, tuple[Tensor, list[Image], list[int]]]]:
-    """The run's model on the test split: where the data lies, the split, its captions' features
+    """The run's model on the test split: where the data is, the split, its captions' features
     [C, D], and by gallery the images' features [G, D], the images and their identities."""
-    words = ["--device", given.device, "--num_workers", "0"]
-    words += ["--root_dir", given.root_dir] if given.root_dir else []
-    words += ["--attributes_file", given.attributes_file] if given.attributes_file else []
-    args, path = options_of(run, *words)
-    device = choose_device(args.device)
-    args.precision = choose_precision(args.precision, device)
-    model = build_evaluation_model(args, load_checkpoint(path), str(path)).to(device)
-    evaluator = Evaluator(read_for_test(args)[0], "test", args, device)
-    features = evaluator.encode(model)
+    trained = load_run(
+        run.folder,
+        device=given.device,
+        root_dir=given.root_dir or None,
+        attributes_file=given.attributes_file or None,
+    )
+    evaluator = trained.evaluator("test")
+    features = evaluator.encode(trained.model)
     views = {
         view: (features.views[view], gallery.images, gallery.pids)
         for view, gallery in evaluator.views.items()
@@ -98,7 +85,7 @@ def encode(
     if len(views) > 1:
         every, images, pids = zip(*views.values(), strict=True)
         views[" + ".join(views)] = (torch.cat(every), sum(images, []), sum(pids, []))
-    return args.root_dir, evaluator.split, features.captions, views
+    return trained.args.root_dir, evaluator.split, features.captions, views
 
 
 @torch.no_grad()
@@ -157,7 +144,7 @@ def thumbnail(path: str) -> tuple[int, str]:
 # The page
 
 
-def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def metrics(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row of each run on each split and gallery, the runs under each other; "best" says of each
     value whether no other run has a better one there."""
     places: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -181,7 +168,7 @@ def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def options_table(run: Run) -> list[tuple[str, object, str]]:
     """Every option, its value, and whether it is not the default."""
-    args, _ = options_of(run)
+    args, _ = options_of_run(run.folder / CONFIG, {})
     values = [(name, args[name], option.default) for name, option in OPTIONS.items()]
     return [(name, value, "changed" if value != default else "") for name, value, default in values]
 
@@ -211,7 +198,7 @@ def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
     )  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         runs=runs,
-        figures=figures(runs),
+        metrics=metrics(runs),
         names=METRICS,
         recall=recall,
         training=training,

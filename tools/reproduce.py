@@ -53,7 +53,7 @@ from processor.summary import epoch_and_best
 from tools.bench import measured_step
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
-from utils.command_line import parse_given, typed_again
+from utils.command_line import command_line_only_arguments, parse_given
 from utils.config import read_preset, read_yaml, resolve, write_config
 from utils.documents import load_json, load_yaml
 from utils.errors import UserError, run_main, suggest
@@ -435,7 +435,7 @@ class Runner:
             for protocol, file in CHECKPOINTS[job.args.val_dataset].items():
                 self._call(
                     job, gpu, "test.py", "--config_file", str(run / "configs.yaml"),
-                    "--checkpoint", str(run / file), *typed_again(job.args),
+                    "--checkpoint", str(run / file), *command_line_only_arguments(job.args),
                 )  # fmt: skip
                 found = run / f"{stem(file)}_results.json"
                 result = read_results(found, run / f"{stem(file)}_queries.npz")

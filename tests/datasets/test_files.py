@@ -21,7 +21,7 @@ def test_a_key_twice_in_one_object_is_refused_with_the_object(tmp_path):
     for text in ('[{"id": 1, "split": "train", "id": 1}]', '{"a": {"id": 1, "id": 2}}'):
         path.write_text(text)
         with pytest.raises(
-            UserError, match=r"a.json: malformed JSON: the key 'id' stands twice in .'id"
+            UserError, match=r"a.json: malformed JSON: the key 'id' appears twice in .'id"
         ):
             read_json(path)
     path.write_text('[{"id": 1}, {"id": 1}]')

@@ -108,7 +108,7 @@ def test_a_cache_and_attributes_named_by_a_run_of_elsewhere_are_not_used(folder,
     features = trained.evaluator().encode(trained.model).views["aerial"]
     assert not theirs.exists() and trained.args.image_cache == ""
     assert len(trained.notes) == 3 and "unknown here: foo" in trained.notes[0]
-    assert "its image_cache is not taken on trust" in trained.notes[1]
+    assert "its image_cache is not trusted" in trained.notes[1]
     mine = load_run(
         run, device="cpu", image_cache=tmp_path / "mine", attributes_file=options().attributes_file
     )

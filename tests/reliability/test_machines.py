@@ -19,7 +19,7 @@ from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.run_log import setup_logger
-from utils.runs import folders
+from utils.runs import run_folders
 
 ENTRY_POINTS = [ROOT / "train.py", ROOT / "test.py", *(ROOT / "tools").glob("[!_]*.py")]
 OTHER_USER = 54321  # a user id without an account
@@ -179,13 +179,13 @@ def test_a_missing_permission_is_reported_as_such(tmp_path, capsys):
             parent.chmod(0o755)
     closed = tmp_path / "AGDataAttr"
     closed.mkdir(mode=0o700)
-    outcome = call_as_other_user(lambda: folders(str(tmp_path), "AGDataAttr"))
+    outcome = call_as_other_user(lambda: run_folders(str(tmp_path), "AGDataAttr"))
     assert outcome == f"UserError: {closed}: Permission denied (--output_dir)"
     outcome = call_as_other_user(lambda: check_writable(tmp_path))
     assert outcome == f"UserError: {tmp_path}: Permission denied; results are written into it"
     (closed / "run").mkdir(mode=0o700)  # a colleague's, in a shared folder
     closed.chmod(0o755)
-    assert "run" in call_as_other_user(lambda: folders(str(tmp_path), "AGDataAttr"))
+    assert "run" in call_as_other_user(lambda: run_folders(str(tmp_path), "AGDataAttr"))
     argv = ["--resume", "--name", "x", "--output_dir", str(tmp_path)]
     assert "has no run 'x'" in call_as_other_user(lambda: parse_options(argv))
     (closed / "20260101_000000_x").mkdir(mode=0o700)

@@ -317,13 +317,11 @@ def test_a_run_whose_configs_yaml_is_missing_is_not_started_again(mini_root, tmp
     at = argv.index("--output_dir")
     run(train_entry.main, monkeypatch, *argv[:at], *argv[at + 2 :], *last)
     log = config.with_name("train_log.txt").read_text()
-    assert f"{config}: missing, so nobody can tell which options have changed" in log
+    assert f"{config}: missing, so changes of options are unknown" in log
     config.write_text(text)
-    with pytest.raises(UserError, match="--seed 5: only a new run can have another than 1"):
+    with pytest.raises(UserError, match="--seed 5: the run has 1; only a new run can change it"):
         run(train_entry.main, monkeypatch, *argv, "--resume", "--seed", 5)
-    with pytest.raises(
-        UserError, match="--finetune b.pth: only a new run can have another than ''"
-    ):
+    with pytest.raises(UserError, match="--finetune b.pth: the run has ''"):
         run(train_entry.main, monkeypatch, *argv, "--resume", "--finetune", "b.pth")
     with pytest.raises(UserError, match="--dataset_name /abs: unknown"):
         run(train_entry.main, monkeypatch, *argv, "--resume", "auto", "--dataset_name", "/abs")
@@ -334,7 +332,7 @@ def test_a_run_whose_configs_yaml_is_missing_is_not_started_again(mini_root, tmp
 def test_a_signal_before_training_ends_it_with_the_status_for_another_start():
     code = (
         "import signal; from utils.errors import run_main; "
-        "from utils.interrupt import leave_at_once; leave_at_once(); "
+        "from utils.interrupt import exit_on_signals; exit_on_signals(); "
         "run_main(lambda: signal.raise_signal(signal.SIGTERM))"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

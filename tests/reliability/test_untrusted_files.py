@@ -28,7 +28,7 @@ from utils.files import append, lock, read_file, write_atomically
 from utils.logger import say
 from utils.run_log import setup_logger
 from utils.runs import open_run
-from utils.text import Lines, visible
+from utils.text import Multiline, visible
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_run_name_with_a_line_break_is_refused(untrusted_run, monkeypatch, att
 def test_a_logged_text_stays_on_one_line(tmp_path, attempt, capsys):
     log = setup_logger(tmp_path / "train_log.txt")
     log.info("run folder: /x/a\ntouch harm \x1b[2J")
-    log.info(Lines("a table\nof two lines"))
+    log.info(Multiline("a table\nof two lines"))
     setup_logger()
     first, second, third = (tmp_path / "train_log.txt").read_text().splitlines()
     assert first.endswith(r"  run folder: /x/a\ntouch harm \x1b[2J")
@@ -257,8 +257,8 @@ def test_a_run_from_another_machine_is_evaluated_and_its_paths_are_not_used(
     shown = capsys.readouterr().out
     assert not elsewhere.exists() and "test split" in shown
     for name in ("image_cache", "attributes_file"):
-        assert f"its {name} is not taken on trust" in shown and f"to use it: --{name}" in shown
-    line = next(line for line in shown.splitlines() if "not taken on trust" in line)
+        assert f"its {name} is not trusted" in shown and f"to use it: --{name}" in shown
+    line = next(line for line in shown.splitlines() if "not trusted" in line)
     attempt("6", "configs.yaml with an image cache and an attributes file in other folders", "the folders were made, or the evaluation failed", line)  # fmt: skip
     args, _, _ = parse_test_options(["--config_file", str(config), "--image_cache", "mine"])
     assert args.image_cache == "mine"
@@ -275,10 +275,7 @@ def test_resuming_makes_no_image_cache_at_the_path_in_a_config(
         assert parse_options(argv).image_cache == ""
         assert parse_options([*argv, "--image_cache", "mine"]).image_cache == "mine"
     resume_run(untrusted_run, monkeypatch)
-    assert (
-        not elsewhere.exists()
-        and "its image_cache is not taken on trust" in capsys.readouterr().out
-    )
+    assert not elsewhere.exists() and "its image_cache is not trusted" in capsys.readouterr().out
 
 
 def test_the_command_that_evaluates_a_run_names_its_attributes_and_cache(mini_root, tmp_path, monkeypatch, capsys):  # fmt: skip
@@ -311,7 +308,7 @@ def test_a_file_system_that_cannot_sync_or_change_rights_is_reported_once(
         save_checkpoint(tmp_path / "last.pth", {"model": {"w": torch.tensor([value])}})
     assert load_checkpoint(tmp_path / "last.pth")["model"]["w"].item() == 2
     (line,) = capsys.readouterr().out.splitlines()
-    assert "files there cannot be" in line and "going on without" in line
+    assert "files there cannot be" in line and "continuing without" in line
     tried = f"{call} answers {errno.errorcode[reason]}"
     attempt("7", tried, "the run ended: could not be written", line)
 

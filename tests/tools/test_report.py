@@ -190,11 +190,11 @@ def test_the_table_can_be_narrowed_and_has_the_best_of_each_place_in_bold(evalua
     for one, value in zip(runs, (50, 60), strict=True):
         gallery = one.results["splits"]["test"]["galleries"]["ground"]
         gallery.update(dict.fromkeys(gallery, value), mAP=40)
-    rows = [r for r in tool.figures(runs) if r["gallery"] == "ground" and r["split"] == "test"]
+    rows = [r for r in tool.metrics(runs) if r["gallery"] == "ground" and r["split"] == "test"]
     assert [row["best"] for row in rows] == [
         [False, False, False, True, False], [True, True, True, True, True]
     ]  # fmt: skip
-    assert not any(any(row["best"]) for row in tool.figures(runs[:1]))
+    assert not any(any(row["best"]) for row in tool.metrics(runs[:1]))
     page = Page(tool.report(runs, argparse.Namespace(**{**vars(GIVEN), "queries": 0})))
     offered = {attrs["value"] for attrs in page.all("option")} - {""}
     assert offered == {*page.values("data-split"), *page.values("data-gallery")}

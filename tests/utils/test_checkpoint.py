@@ -66,11 +66,11 @@ def test_of_several_the_one_taken_is_told(tmp_path):
     ema = {name: value + 1 for name, value in WEIGHTS.items()}
     found = saved(tmp_path / "x.pth", {"state_dict_ema": ema, "state_dict": WEIGHTS})
     same(found["model"])
-    assert found["assumed"].endswith("the weights of 'state_dict' are taken, not 'state_dict_ema'")
+    assert found["assumed"].endswith("the weights of 'state_dict' are used, not 'state_dict_ema'")
     model = build_model(options(pretrain_choice="scratch"), [], 0)
     states = {name: dict(model.state_dict()) for name in ("model", "model_ema")}
     report = load_fitting(model, saved(tmp_path / "y.pth", states), "y.pth")
-    assert "the weights of 'model' are taken, not 'model_ema'" in report
+    assert "the weights of 'model' are used, not 'model_ema'" in report
 
 
 def test_two_weights_of_one_name_are_refused(tmp_path):
@@ -90,7 +90,7 @@ def test_two_weights_of_one_name_are_refused(tmp_path):
 )
 def test_without_weights_the_entries_of_the_file_are_told(content, held, tmp_path):
     with pytest.raises(
-        UnusableFile, match=f"x.pth: no checkpoint: no weights in it; it holds {held}$"
+        UnusableFile, match=f"x.pth: not a checkpoint: no weights in it; it holds {held}$"
     ):
         saved(tmp_path / "x.pth", content)
 

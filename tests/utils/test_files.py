@@ -49,7 +49,7 @@ def test_weights_whose_checkpoint_has_another_hash_are_refused(tmp_path):
     content = torch.load(path, weights_only=True)
     content["model"]["w"][1] = 1
     torch.save(content, path)
-    with pytest.raises(UserError, match="corrupted: its content does not have the hash"):
+    with pytest.raises(UserError, match="corrupted: its content does not match the hash"):
         load_checkpoint(path)
 
 

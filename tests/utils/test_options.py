@@ -91,9 +91,12 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--num_epoch x", "--num_epoch takes a value of type int, got 'x' (--help"),
         ("--config_file nowhere.yaml", "nowhere.yaml: No such file or directory"),
         ("--vision_layers 2", "--vision_layers 2 is for --pretrain_choice scratch"),
-        ("--num_epoch 5", "--warmup_epochs 5 leaves nothing of --num_epoch 5"),
+        ("--num_epoch 5", "--warmup_epochs 5 must be less than --num_epoch 5"),
         ("--milestones 9 3", "--milestones must increase"),
-        ("--sampler identity --batch_size 10", "no multiple of --num_instance 4"),
+        (
+            "--sampler identity --batch_size 10",
+            "--batch_size 10 must be a multiple of --num_instance 4",
+        ),
         ("--resume --output_dir /none", "--resume: /none/ has no run 'baseline'"),
         ("--resume maybe", "resume is 'maybe'; choose one of: no, yes, auto"),
         ("--resume_ckpt_file last.pth", "--resume_ckpt_file PATH needs --resume"),
@@ -104,10 +107,10 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--lr inf", "lr is out of range, got inf"),
         ("--seed 99999999999", "seed is out of range"),
         (f"--name {'a' * 101}", "name of the run, 1 to 100 characters"),
-        ("--masked_token_rate 0.95", "exceed 1 together"),
+        ("--masked_token_rate 0.95", "add up to more than 1"),
         ("--val_dataset heldout --heldout 1", "must be more than 0 and less than 1, got 1.0"),
         ("--heldout 0.2", "--heldout 0.2 is for --val_dataset heldout and both"),
-        ("--val_dataset last --heldout_seed 1", "--val_dataset last holds nothing out"),
+        ("--val_dataset last --heldout_seed 1", "--val_dataset last holds no identities out"),
         ("--pretrain_choice scratch --vision_width 100", "multiple of 64"),
     ],
 )
@@ -179,7 +182,7 @@ def test_a_preset_takes_from_its_base_what_it_does_not_set(tmp_path):
     found = read_preset(tmp_path / "sub/c.yaml")
     assert found == {"lr": 2e-4, "num_epoch": 9, "name": "b", "slack": 0.3}
     (tmp_path / "a.yaml").write_text("base: sub/c.yaml\n")
-    with pytest.raises(UserError, match="c.yaml: is its own base, by way of"):
+    with pytest.raises(UserError, match="c.yaml: is its own base, through"):
         read_preset(tmp_path / "sub/c.yaml")
     (tmp_path / "a.yaml").write_text("base: none.yaml\n")
     with pytest.raises(UserError, match="none.yaml: No such file"):

@@ -17,7 +17,7 @@ def sample(identities=40, seed=0):
 
 def test_the_interval_equals_a_plain_loop_over_draws():
     values, pids = sample()
-    found = bootstrap(values, pids, draws=500, seed=3)
+    found = bootstrap(values, pids, resamples=500, seed=3)
     generator = torch.Generator().manual_seed(3)
     picks = torch.randint(40, (500, 40), generator=generator).tolist()
     rows = {i: values[pids == i] for i in range(40)}
@@ -32,7 +32,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         generator = torch.Generator().manual_seed(seed)
         pids = torch.arange(60).repeat_interleave(2)
         person = (torch.rand(60, generator=generator) < truth).double()
-        low, high = bootstrap(person[pids][:, None], pids, draws=400, seed=seed)[:, 0]
+        low, high = bootstrap(person[pids][:, None], pids, resamples=400, seed=seed)[:, 0]
         covered += bool(low <= truth <= high)
     assert 0.88 <= covered / 200 <= 0.99
 
@@ -87,7 +87,7 @@ def runs(number, seed, spread, people=40):
 def test_the_interval_over_seeds_and_people_equals_a_plain_loop_over_draws():
     (a, pids), (b, _) = runs(3, 1, 0.2), runs(2, 2, 0.2)
     a[:, 4], b[:, 4] = torch.nan, torch.nan  # a caption without a match
-    found = bootstrap_difference(a, b, pids, draws=300, seed=5)
+    found = bootstrap_difference(a, b, pids, resamples=300, seed=5)
     generator = torch.Generator().manual_seed(5)
     people = torch.randint(40, (300, 40), generator=generator).tolist()
     seeds = [torch.randint(n, (300, n - 1), generator=generator).tolist() for n in (3, 2)]
