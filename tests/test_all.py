@@ -370,7 +370,7 @@ def test_mistakes_are_reported_before_a_run_folder_is_made(mini_root, tmp_path, 
     check("'queue' needs supkl or supitc", loss_names="sdm+queue")
     check("'match2' needs exactly one of dot, cat", loss_names="supkl+match2")
     check("'match2' needs exactly one of dot, cat", loss_names="supkl+match2+dot+cat")
-    check("needs attribute labels; AGData comes without", dataset_name="AGData")
+    check("needs attribute labels; AGData has none", dataset_name="AGData")
     check("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
     check(
         "nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml"
@@ -412,7 +412,9 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     config = yaml.safe_load((finished / "configs.yaml").read_text())
     config["img_size"] = [64, 32]
     (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="of images of 32x16 at stride 16, the options say 64x32"):
+    with pytest.raises(
+        UserError, match="trained on images of 32x16 at stride 16, the options say 64x32"
+    ):
         evaluate(monkeypatch, tmp_path / "configs.yaml", finished / "best.pth")
     state = load_checkpoint(finished / "best.pth")
     del state["input"]  # as in checkpoints of other code

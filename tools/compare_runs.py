@@ -1,4 +1,4 @@
-"""Is one run better than another, or is it chance? Paired, over the captions of a test set.
+"""Compare runs caption by caption: is one side better, or is the difference chance?
 
     python tools/compare_runs.py logs/AGDataAttr/<run a> logs/AGDataAttr/<run b>
     python tools/compare_runs.py --a <seed 1 of a> <seed 2 of a> --b <seed 1 of b> <seed 2 of b>

@@ -172,12 +172,12 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, monkeypatch):
 
 def test_an_error_names_an_unreadable_archive(runs, monkeypatch):
     path = runs[1] / "test_queries.npz"
-    whole = path.read_bytes()
+    content = path.read_bytes()
     with np.load(path) as archive:
         arrays = dict(archive)
     for broken in (
         lambda: path.write_bytes(b"x"),
-        lambda: path.write_bytes(whole[:-40]),
+        lambda: path.write_bytes(content[:-40]),
         lambda: np.savez(path, **arrays | {"test/aerial/pid": arrays["test/aerial/pid"][:9]}),
         lambda: np.savez(path, **arrays | {"test/aerial/first": np.array(["x"] * 60)}),
         lambda: np.savez(path, **arrays | {"test/aerial/images": np.array([[1, 2]])}),
