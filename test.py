@@ -1,9 +1,9 @@
-"""Evaluate the best checkpoint of a run on every gallery that its data set has.
+"""Evaluate the best checkpoint of a run on every gallery of its data set.
 
     python test.py --config_file logs/AGDataAttr/<run>/configs.yaml --root_dir data/mini-TBAGPR
 
-The metrics are printed and written to test_results.json beside the checkpoint. torchrun spreads the
-encoding over GPUs, as it does for train.py.
+The metrics are printed and written to test_results.json in the checkpoint's folder. torchrun
+distributes the encoding over GPUs, as for train.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from processor.evaluator import attribute_table, gallery_table, interval_table, 
 from processor.failures import explain_failures
 from processor.inference import Run
 from processor.queries import per_query, write_results
-from processor.summary import data_of, epoch_and_best, protocol_of, repeats, warn
+from processor.summary import compare_data, compare_metrics, epoch_and_best, protocol_of, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
@@ -35,7 +35,7 @@ from utils.text import Multiline, visible
 def main() -> None:
     args, path, notes = parse_test_options(None, __doc__.split("\n")[0], add_options)
     if args.bootstrap < 0:
-        raise UserError(f"--bootstrap {args.bootstrap}: draws must be 0 or more")
+        raise UserError(f"--bootstrap {args.bootstrap}: must be 0 or more")
     allow_open_files(args.num_workers)
     check_writable(path.parent)
     processes, device = distributed.start(args.device)
@@ -46,17 +46,17 @@ def main() -> None:
     run = Run(args, checkpoint, path, device)
     data = run.data()
     protocol = protocol_of(checkpoint, args, data, processes)
-    content, told = data_of(checkpoint, data)
+    data_entry, data_notes = compare_data(checkpoint, data)
     warn(log, data)
     epoch, best = epoch_and_best(checkpoint)
     log.info(f"{path}: epoch {epoch}; {device.type}, {args.precision}")
-    for note in (*run.notes, f"this checkpoint is {protocol}", *told):
+    for note in (*run.notes, f"this checkpoint is {protocol}", *data_notes):
         log.info(note)
 
     queries: dict[str, np.ndarray] = {}
     results: dict[str, Any] = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
-    results |= {"protocol": protocol.results(), "data": content}
-    # The split that chose the checkpoint comes too, so that its metrics can be compared.
+    results |= {"protocol": protocol.results(), "data": data_entry}
+    # Evaluate the selecting split too, to compare its metrics with those of training.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
         evaluator = run.evaluator(name, processes)
         with explain_failures(args, device, evaluator.files, "evaluation"):
@@ -68,12 +68,12 @@ def main() -> None:
         heading = visible(f"{name} split, which {protocol.role(name)}")
         log.info(Multiline(f"\n{heading}\n{gallery_table(metrics)}"))
         if args.bootstrap:
-            found = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
-            results["splits"][name]["intervals"] = found
-            heading = f"95 % intervals, {args.bootstrap} draws of identities"
-            log.info(Multiline(f"\n{heading}\n{interval_table(found)}"))
+            bounds = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
+            results["splits"][name]["intervals"] = bounds
+            heading = f"95 % confidence intervals, {args.bootstrap} bootstrap samples of identities"
+            log.info(Multiline(f"\n{heading}\n{interval_table(bounds)}"))
         if best.get("split") == name:
-            log.info(repeats(best, next(iter(metrics.values()))))
+            log.info(compare_metrics(best, next(iter(metrics.values()))))
         if data.attribute_names and hasattr(run.model, "atr_matching_head"):
             accuracy = evaluator.attribute_accuracy(run.model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
@@ -87,7 +87,8 @@ def main() -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="INT",
-        help="draws for 95 %% intervals over identities, for example 2000 (default: none)",
+        help="bootstrap samples of identities for 95 %% confidence intervals, for example 2000 "
+        "(default: none)",
     )  # fmt: skip
 
 

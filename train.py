@@ -20,7 +20,7 @@ from model.losses.registry import check_losses, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.resume import read_state, resume
 from processor.step import TrainStep
-from processor.summary import best_table, describe, evaluate_with
+from processor.summary import best_table, describe, evaluation_commands
 from processor.trainer import Trainer
 from solver.build import build_optimizer
 from utils import distributed
@@ -38,10 +38,10 @@ from utils.text import Multiline
 
 def main() -> None:
     args = parse_options(description=__doc__.split("\n")[0])
-    # All that can be wrong is checked before anything is built, and before a folder is made.
+    # Check the input before the model is built and the run's folder is made.
     allow_open_files(args.num_workers)
     processes, device = distributed.start(args.device)
-    args = processes.from_rank_0(args)  # each may have found another run to go on with
+    args = processes.from_rank_0(args)  # each may have found another run to resume
     args.precision = choose_precision(args.precision, device)
     losses = parse_loss_names(args.loss_names)
     data = read_dataset(args)
@@ -57,7 +57,7 @@ def main() -> None:
     if args.on_bad_image == "skip":
         for evaluator in evaluators:
             evaluator.check_images()
-    with processes.rank_0_first():  # the first downloads weights, the others find them
+    with processes.rank_0_first():  # it downloads weights, and the others read them
         model = build_training_model(args, losses, data.num_identities, processes).to(device)
     last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
     check_batch_norm(model, args, last_batch * len(data.views))
@@ -65,7 +65,7 @@ def main() -> None:
     if args.finetune and not resumed:
         notes = [*notes, load_fitting(model, load_checkpoint(args.finetune), args.finetune)]
     run_dir = open_run(args, processes)
-    found = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
+    saved = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
     log = setup_logger(run_dir / "train_log.txt", processes.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, loader, evaluators, args, device, processes)
@@ -74,18 +74,18 @@ def main() -> None:
     optimizer = build_optimizer(model.named_parameters(), args)
     train_step = TrainStep(model, optimizer, args)
     trainer = Trainer(args, train_step, loader, evaluators, run_dir, log, fingerprint(data))
-    if found:
+    if saved:
         notes = changed_options(args, run_dir / CONFIG)
-        for note in (*notes, *resume(trainer, found)):
+        for note in (*notes, *resume(trainer, saved)):
             log.info(note)
-        del found  # or its tensors would stay in memory
+        del saved  # frees its tensors
     if processes.is_rank_0:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()
 
-    log.info(Multiline(best_table(best.found)))
-    files = [best.file(split) for split in best.found]
-    log.info(Multiline(evaluate_with(run_dir / CONFIG, files, args)))
+    log.info(Multiline(best_table(best.by_split)))
+    files = [best.file(split) for split in best.by_split]
+    log.info(Multiline(evaluation_commands(run_dir / CONFIG, files, args)))
     distributed.finish()
 
 

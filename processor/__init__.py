@@ -1,1 +1,1 @@
-"""The training loop, what survives a run that is cut off, and evaluation."""
+"""The training loop, the state that resuming needs, evaluation and inference."""

@@ -1,4 +1,4 @@
-"""The best epoch by each split that chooses a checkpoint, and its file."""
+"""The best epoch by each selecting split, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,101 +16,103 @@ from utils.runs import LAST_EPOCH
 
 
 class Best:
-    """best.pth and, with several splits that choose, best_<split>.pth.
+    """The best epochs, whose checkpoints are best.pth (first split) and best_<split>.pth (others).
 
     Args:
-        choosers: names of the splits; the first one's is best.pth. With none the last epoch counts.
-        folder: of the run.
+        selecting_splits: their names; without any, the last epoch is the best.
+        folder: the run's.
     """
 
-    def __init__(self, choosers: Sequence[str], folder: Path) -> None:
-        self.choosers = list(choosers) or [LAST_EPOCH]
+    def __init__(self, selecting_splits: Sequence[str], folder: Path) -> None:
+        self.selecting_splits = list(selecting_splits) or [LAST_EPOCH]
         self.folder = folder
-        # By the split that chose it: its `epoch`, and all splits' `metrics` there.
-        self.found: dict[str, dict[str, Any]] = {}
+        # By selecting split: the best `epoch`, and the `metrics` of all splits at that epoch.
+        self.by_split: dict[str, dict[str, Any]] = {}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        return self.found
+        return self.by_split
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Raises ValueError for what `state_dict` does not give."""
+        """Raises ValueError for a state that `state_dict` cannot have returned."""
         for split, best in state.items():
             if type(best["epoch"]) is not int or type(split) is not str:
-                raise ValueError("its best epochs are no numbers")
+                raise ValueError("its best epochs are not numbers")
             if split != LAST_EPOCH and split not in best["metrics"]:
                 raise ValueError(f"its best epoch by {split} has no metrics")
             for metrics in best["metrics"].values():
                 if [type(metrics[name]) for name in METRICS] != [float] * len(METRICS):
-                    raise ValueError("its best metrics are no numbers")
-        self.found = state
+                    raise ValueError("its best metrics are not numbers")
+        self.by_split = state
 
     def update(self, epoch: int, metrics: dict[str, dict[str, float]]) -> list[str]:
-        """Compare an epoch's metrics by split with the best so far. Returns the splits by which it
-        is the best now; without splits that choose, the last epoch's stand-in."""
-        better = [
+        """Compare an epoch's metrics by split with the best so far. Returns the selecting splits
+        by which it is now the best; without metrics (no split selects), [LAST_EPOCH]."""
+        improved = [
             split
             for split in metrics or (LAST_EPOCH,)
-            if split not in self.found
+            if split not in self.by_split
             or not metrics
-            or metrics[split]["R@1"] > self.found[split]["metrics"][split]["R@1"]
+            or metrics[split]["R@1"] > self.by_split[split]["metrics"][split]["R@1"]
         ]
-        self.found |= {split: {"epoch": epoch, "metrics": metrics} for split in better}
-        self.found = {split: self.found[split] for split in self.choosers if split in self.found}
-        return better
+        best = self.by_split | {s: {"epoch": epoch, "metrics": metrics} for s in improved}
+        self.by_split = {split: best[split] for split in self.selecting_splits if split in best}
+        return improved
 
     def file(self, split: str) -> Path:
-        """The checkpoint that a split has chosen."""
-        name = "best.pth" if split == self.choosers[0] else f"best_{split}.pth"
+        """The checkpoint that a split selects."""
+        name = "best.pth" if split == self.selecting_splits[0] else f"best_{split}.pth"
         return self.folder / name
 
-    def described(self, split: str) -> dict[str, Any]:
-        """What that checkpoint says of itself."""
-        best = self.found[split]
+    def describe(self, split: str) -> dict[str, Any]:
+        """The entry `best` of that checkpoint."""
+        best = self.by_split[split]
         return {**best["metrics"].get(split, {}), "epoch": best["epoch"], "split": split}
 
     def check_files(
-        self, epoch: int, here: bool, complete: bool, write: Callable[[str], None]
+        self, epoch: int, at_epoch_end: bool, complete: bool, write: Callable[[str], None]
     ) -> list[str]:
-        """Make the files those of a run that is resumed. Returns what the log should say.
+        """Make the files match a resumed run. Returns lines for the log.
 
-        One that a kill came before is written, since the resumed checkpoint has its weights; one
-        that the run does not know, since it resumes from before it, is renamed; and the best of
-        which there is no file is forgotten.
+        - A kill may have come between last.pth and a best checkpoint of the same epoch. Then the
+          best checkpoint is written with the resumed weights.
+        - A run resumed from an older save may find a later best checkpoint, which is renamed.
+        - A best epoch without a file is forgotten.
 
         Args:
-            epoch: that the run has done.
-            here: whether no step of the next epoch is done, so that the weights are the epoch's.
-            complete: whether no epoch is left, so that nothing more will be saved.
-            write: writes the file of a split, with the weights of the resumed checkpoint.
+            epoch: completed epochs.
+            at_epoch_end: no step of the next epoch is done, so the weights are those of `epoch`.
+            complete: no epoch remains, so nothing else will be saved.
+            write: writes the checkpoint of a split with the resumed weights.
         """
         notes = []
-        for split in self.choosers:
-            file, found = self.file(split), {}
-            expected = self.described(split) if split in self.found else None
+        for split in self.selecting_splits:
+            file, content = self.file(split), {}
+            expected = self.describe(split) if split in self.by_split else None
             with suppress(UnusableFile):
-                found = load_checkpoint(file)
-            its_epoch, its = epoch_and_best(found)
-            if its == expected if expected else "best" not in found:
+                content = load_checkpoint(file)
+            file_epoch, file_best = epoch_and_best(content)
+            if file_best == expected if expected else "best" not in content:
                 continue
-            ours = here and expected is not None and expected["epoch"] == epoch
-            if complete and not ours:
+            can_write = at_epoch_end and expected is not None and expected["epoch"] == epoch
+            if complete and not can_write:
                 continue
-            what = f"{file.name} is missing or corrupted"
-            if ours and (epoch if its_epoch is None else its_epoch) < epoch:
-                what = f"{file.name} is of epoch {its_epoch}, which this one was to replace"
+            problem = f"{file.name} is missing or corrupted"
+            if can_write and (epoch if file_epoch is None else file_epoch) < epoch:
+                problem = f"{file.name} is still of epoch {file_epoch}"
             elif file.exists():
                 names = (file.with_suffix(f".backup{n}.pth") for n in itertools.count(1))
                 backup = next(name for name in names if not name.exists())
                 os.replace(file, backup)
-                of = "corrupted" if its_epoch is None else f"of epoch {its_epoch}"
-                what = f"{file.name} is {of}, and not this run's; now {backup.name}"
-            if ours:
+                state = f"of epoch {file_epoch} and belongs to another save"
+                state = "corrupted" if file_epoch is None else state
+                problem = f"{file.name} is {state}; renamed to {backup.name}"
+            if can_write:
                 write(split)
-                notes.append(f"{what}; written, of epoch {epoch}, whose weights this save has")
+                notes.append(f"{problem}; written with the weights of this save, epoch {epoch}")
                 continue
-            self.found.pop(split, None)
+            self.by_split.pop(split, None)
             was = f"epoch {expected['epoch']}, R@1 {expected['R@1']:.2f}" if expected else "none"
             notes.append(
-                f"{what}; this run's best was of {was}; the best from here on will be kept"
+                f"{problem}; this run's best was of {was}; the best from here on will be kept"
             )
         return notes

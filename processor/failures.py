@@ -1,4 +1,4 @@
-"""Memory that runs out and loader processes that die, told in one line with what to try."""
+"""One-line errors for memory that runs out and loader processes that die, with what to try."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from utils.errors import UserError
 def explain_failures(
     args: EasyDict, device: torch.device, images: Sequence[ImageFiles], what: str
 ) -> Iterator[None]:
-    """Turn memory that ran out and loader processes that died into a UserError that helps.
+    """Turn errors of memory and of loader processes into a UserError that says what to try.
 
     Args:
-        images: what the loader processes read.
+        images: the files that loader processes read.
         what: "training" or "evaluation".
     """
     try:
@@ -30,28 +30,28 @@ def explain_failures(
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(memory_advice(args, device, what)) from None
     except (RuntimeError, OSError, EOFError) as error:
-        told = str(error)
+        message = str(error)
         # A worker's death is noticed anywhere, also while a file is written: then it comes wrapped.
         if "DataLoader worker" in str(error.__context__):
-            told = str(error.__context__)
+            message = str(error.__context__)
         elif not isinstance(error, RuntimeError):  # a batch on its way from a worker that died
-            told = _death_of_worker()
-        if "can't allocate memory" in told:  # what the CPU's allocator says
+            message = _death_of_worker()
+        if "can't allocate memory" in message:  # from the CPU's allocator
             raise UserError(memory_advice(args, device, what)) from None
-        if re.search(r"shared memory|\bshm\b", told):
+        if re.search(r"shared memory|\bshm\b", message):
             raise UserError(
-                "loader processes pass batches through shared memory, and /dev/shm is full: give "
-                "it more room (docker run --shm-size 8g), or --num_workers 0"
+                "loader processes pass batches through shared memory, and /dev/shm is full: make "
+                "it larger (docker run --shm-size 8g), or give --num_workers 0"
             ) from None
         # "DataLoader worker (pid 12) is killed by signal: Killed. " or "(pid(s) 12, 13) exited ..."
-        died = re.match(r"DataLoader worker \(pid[^\d]* ([\d, ]+)\) (.*?)\.? *$", told)
-        if died is None:
+        match = re.match(r"DataLoader worker \(pid[^\d]* ([\d, ]+)\) (.*?)\.? *$", message)
+        if match is None:
             raise
-        pids = [int(pid) for pid in died[1].split(",")]
-        read = [image for files in images for image in files.last_read(pids)]
+        process_ids = [int(number) for number in match[1].split(",")]
+        reading = [image for files in images for image in files.last_read(process_ids)]
         raise UserError(
-            f"a loader process died ({died[2]}) "
-            + (f"while it read {', '.join(read)}" if read else "before it read an image")
+            f"a loader process died ({match[2]}) "
+            + (f"while it read {', '.join(reading)}" if reading else "before it read an image")
             + ". If it was killed, the machine's memory may have run out: give fewer --num_workers"
         ) from None
 
@@ -69,7 +69,7 @@ def _death_of_worker(seconds: float = 2) -> str:
 
 
 def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
-    """What was asked for, what was measured, and what to try."""
+    """A message with the options in use, the measured peak, and what to try."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         peak = torch.cuda.max_memory_allocated(device)
@@ -82,16 +82,16 @@ def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
             f"out of memory in the evaluation at --test_batch_size {args.test_batch_size} "
             f"({measured}): give a smaller one; the metrics stay the same"
         )
-    given = ", ".join(
+    options = ", ".join(
         f"{name} {getattr(args, name)}"
         for name in ("accum_steps", "grad_checkpointing", "precision", "img_size", "stride_size")
     )
-    smaller = min(2 * args.accum_steps, args.batch_size)
-    advice = [f"--accum_steps {smaller} (the same losses, more time)"]
+    parts = min(2 * args.accum_steps, args.batch_size)
+    advice = [f"--accum_steps {parts} (the same losses, more time)"]
     advice += ["--grad_checkpointing"] * (not args.grad_checkpointing)
     advice += ["--precision bf16"] * (args.precision in ("fp32", "fp64"))
     advice += [f"--batch_size {max(2, args.batch_size // 2)} (another experiment)"]
     return (
-        f"out of memory in training at --batch_size {args.batch_size} ({given}; {measured}). "
+        f"out of memory in training at --batch_size {args.batch_size} ({options}; {measured}). "
         f"Try {', or '.join(advice)}"
     )

@@ -1,4 +1,4 @@
-"""history.jsonl in a run's folder: one line of JSON for every epoch that is done.
+"""history.jsonl in a run's folder: one line of JSON per completed epoch.
 
 {"epoch": 3, "seconds": 25.1, "loss/total": 21.6, ..., "lr": 0.0003, "val": {"R@1": 23.3, ...}}
 
@@ -19,16 +19,16 @@ HISTORY = "history.jsonl"
 
 
 def write_epoch(folder: Path, row: dict[str, Any]) -> None:
-    """Add an epoch behind those before it; what a resumed run had after it is gone. Raises
-    UserError if the disk refuses."""
+    """Add an epoch after the earlier ones. Later epochs, of a run that was resumed from an older
+    save, are removed. Raises UserError if the file cannot be written."""
     row = {k: None if type(v) is float and not math.isfinite(v) else v for k, v in row.items()}
     rows = [*(old for old in read_history(folder) if old["epoch"] < row["epoch"]), row]
-    text = "".join(f"{json.dumps(one)}\n" for one in rows)
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
     write_atomically(folder / HISTORY, lambda file: file.write(text.encode()))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The epochs that are done, in order; lines that are none are left out."""
+    """The completed epochs, in order. Lines that are not epochs are skipped."""
     try:
         lines = read_file(folder / HISTORY).splitlines()
     except OSError:

@@ -2,7 +2,7 @@
 
     from processor.inference import load_run
 
-    run = load_run("logs/AGDataAttr/<run>")  # its best.pth, on the GPU if there is one
+    run = load_run("logs/AGDataAttr/<run>")  # best.pth, on the GPU if there is one
     images = ["0001.jpg", "0002.jpg", "0003.jpg"]  # paths, or PIL images
     text_QD = run.encode_text(["a man in a grey shirt with a black backpack"])
     image_GD = run.encode_image(images)
@@ -10,7 +10,7 @@
     for g in scores_QG[0].argsort(descending=True):
         print(f"{scores_QG[0, g]:.3f}  {images[g]}")
 
-Shapes: Q captions, G images, B of a batch, D width of the features.
+Shapes: Q captions, G images, B batch size, D width of the features.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Run:
     """A trained model and the options of its run.
 
     Attributes:
-        args: the options; `precision` is what "auto" means on the device.
+        args: the options; `precision` "auto" is replaced by the device's choice.
         model: in evaluation mode, on `device`.
-        epoch: of the checkpoint, or None if it does not say.
-        notes: lines on what was ignored or assumed.
+        epoch: the checkpoint's, or None if the file has none.
+        notes: lines about what was ignored or assumed.
 
     Args:
-        checkpoint: what `load_checkpoint` has read from `path`.
+        checkpoint: the content of `path`, from `load_checkpoint`.
     """
 
     def __init__(
@@ -82,21 +82,21 @@ class Run:
     def data(self) -> Data:
         """The run's data set, read from `args.root_dir` at the first call. Raises UserError."""
         if self._data is None:
-            self._data, left_out = read_for_test(self.args)
-            self.notes += left_out
+            self._data, notes = read_for_test(self.args)
+            self.notes += notes
         return self._data
 
     def evaluator(self, split: str = "test", processes: Processes = SINGLE_PROCESS) -> Evaluator:
-        """For `model` on a split of the data set."""
+        """An evaluator for a split of the data set."""
         return Evaluator(self.data(), split, self.args, self.device, processes=processes)
 
     def encode_text(
         self, captions: str | Sequence[str], *, normalize: bool = True, device: str = "cpu"
     ) -> Tensor:
-        """Features [Q, D] of captions, float32 (float64 of an fp64 model), on `device`.
+        """Features [Q, D] of captions, float32 (float64 for an fp64 model), on `device`.
 
         They have unit length unless `normalize` is False. A caption of more than
-        `args.text_length` tokens is cut, as in training.
+        `args.text_length` tokens is truncated, as in training.
         """
         captions = [captions] if isinstance(captions, str) else list(captions)
         batches = caption_batches(captions, self.args)
@@ -105,17 +105,18 @@ class Run:
     def encode_image(
         self, images: Picture | Sequence[Picture], *, normalize: bool = True, device: str = "cpu"
     ) -> Tensor:
-        """Features [G, D] of images, as of captions. Raises UserError for a file that is no image.
+        """Features [G, D] of images, like those of captions. Raises UserError for a broken image.
 
-        Files are read as in the evaluation, a JPEG of more than four times the model's size at a
-        fraction of its own; a PIL image is resized as it is, so bytes may differ by a level or two.
+        Files are read as in the evaluation: a JPEG of more than four times the model's size is
+        decoded at a fraction of its size. A PIL image is resized as it is, so its bytes may
+        differ by a level or two.
         """
         images = [images] if isinstance(images, Picture) else list(images)
         batches = DataLoader(
             _Pictures(images, tuple(self.args.img_size)),
             batch_size=self.args.test_batch_size,
             num_workers=self.args.num_workers,
-            generator=torch.Generator(),  # or a seed for workers would be drawn from the global one
+            generator=torch.Generator(),  # the default would advance the global generator
         )
         return self._encode(partial(encode_images, self.model), batches, normalize, device)
 
@@ -163,15 +164,15 @@ def load_run(
     batch_size: int | None = None,
     num_workers: int = 0,
 ) -> Run:
-    """The model of a run's folder, or of one that tools/export.py wrote.
+    """Load the model from a run's folder, or from a folder that tools/export.py wrote.
 
     Args:
         checkpoint: a file in the folder.
         device: "cpu", "cuda", or "auto": CUDA if available.
-        precision, root_dir: as in configs.yaml, if None.
-        attributes_file, image_cache: never as in configs.yaml, which may come from elsewhere, but
-            the project's own attributes and no cache, if None. A cache is for `evaluator` alone.
-        batch_size: images or captions at a time; as `test_batch_size` in configs.yaml, if None.
+        precision, root_dir: None takes the value in configs.yaml.
+        attributes_file, image_cache: None takes the project's attributes and no cache, never the
+            values in configs.yaml, which may be untrusted. Only `evaluator` uses a cache.
+        batch_size: images or captions at a time; None takes `test_batch_size` in configs.yaml.
         num_workers: processes that load images.
 
     Raises UserError.

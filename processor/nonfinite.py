@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: named, listed with their samples, and counted."""
+"""Steps whose loss or gradient is not finite: reported, listed with their samples, counted."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from datasets.training_set import TrainDataset
 from utils.errors import UserError
 from utils.files import write_atomically
 
-FILES = 100  # lists of samples that are written at most
+MAX_FILES = 100  # lists of samples per start of a run
 
 
 @dataclass
 class _Step:
-    """A step whose values are on their way from the device."""
+    """A step whose values are being copied from the device."""
 
     place: str
     keys: Sequence[Key]
     names: tuple[str, ...]
     values: Tensor
-    arrived: torch.cuda.Event | None
+    copied: torch.cuda.Event | None
 
-    def here(self, wait: bool) -> bool:
-        if self.arrived is not None and wait:
-            self.arrived.synchronize()
-        return self.arrived is None or self.arrived.query()
+    def has_arrived(self, wait: bool) -> bool:
+        if self.copied is not None and wait:
+            self.copied.synchronize()
+        return self.copied is None or self.copied.query()
 
 
 class NonFiniteGuard:
-    """Finds steps whose loss or gradient is not finite, without a wait for the device.
+    """Reports steps whose loss or gradient is not finite, without waiting for the device.
 
-    `TrainStep` skips such a step on the device. The losses travel to the host behind the
-    computation; when they arrive, the step is named, its samples are listed in `nonfinite/`, and
-    too many in a row end the run.
+    `TrainStep` skips such a step on the device. Its losses are copied to the host asynchronously.
+    When they arrive, the step is reported and its samples are listed in `nonfinite/`. Too many such
+    steps in a row stop the run.
 
     Args:
-        dataset: names the samples.
-        folder: of the run; None writes nothing.
+        dataset: knows the samples of a key.
+        folder: the run's; with None nothing is written.
     """
 
     def __init__(
@@ -62,40 +62,40 @@ class NonFiniteGuard:
         self.in_a_row = self.files = 0
 
     def state_dict(self) -> dict[str, int]:
-        """What survives a run that is cut off."""
+        """What a resumed run needs."""
         return {"in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError for what `state_dict` does not give."""
+        """Raises ValueError for a state that `state_dict` cannot have returned."""
         if type(state["in_a_row"]) is not int:
-            raise ValueError("its count of skipped steps is no number")
+            raise ValueError("its count of skipped steps is not a number")
         self.in_a_row = state["in_a_row"]
 
     def watch(
         self, place: str, keys: Sequence[Key], values: dict[str, Tensor], skipped: Tensor
     ) -> None:
-        """Send a step's values on their way, and look at those that have arrived.
+        """Start to copy a step's values to the host, and check the steps that have arrived.
 
         Args:
             place: "epoch 3, step 12".
-            keys: the whole batch's samples.
+            keys: samples of the whole batch.
             values: losses and gradient norm, scalars on the device.
-            skipped: whether the step was, a bool on the device.
+            skipped: whether the step was skipped, a bool on the device.
         """
-        row, arrived = torch.stack([skipped.float(), *(v.float() for v in values.values())]), None
+        row, copied = torch.stack([skipped.float(), *(v.float() for v in values.values())]), None
         if row.is_cuda:
             on_host = torch.empty(row.shape, pin_memory=True)
             row = on_host.copy_(row.detach(), non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.waiting.append(_Step(place, keys, tuple(values), row, arrived))
-        self.look()
+            copied = torch.cuda.Event()
+            copied.record()
+        self.waiting.append(_Step(place, keys, tuple(values), row, copied))
+        self.check()
 
-    def look(self, wait: bool = False) -> None:
-        """Report the skipped ones of the steps that have arrived, or wait for all.
+    def check(self, wait: bool = False) -> None:
+        """Report skipped steps among those that have arrived; with `wait`, among all.
 
-        Raises UserError after too many in a row."""
-        while self.waiting and self.waiting[0].here(wait):
+        Raises UserError after too many skipped steps in a row."""
+        while self.waiting and self.waiting[0].has_arrived(wait):
             step = self.waiting.popleft()
             skipped, *values = step.values.tolist()
             self.in_a_row = self.in_a_row + 1 if skipped else 0
@@ -103,18 +103,18 @@ class NonFiniteGuard:
                 self._report(step, dict(zip(step.names, values, strict=True)))
 
     def _report(self, step: _Step, values: dict[str, float]) -> None:
-        wrong = [name for name, value in values.items() if not abs(value) < float("inf")]
-        single = [name for name in wrong if name not in ("total", "grad_norm")]
-        name = (single or wrong)[0]
+        nonfinite = [name for name, value in values.items() if not abs(value) < float("inf")]
+        losses = [name for name in nonfinite if name not in ("total", "grad_norm")]
+        name = (losses or nonfinite)[0]
         what = "the gradient's norm" if name == "grad_norm" else f"loss {name}"
-        samples = [self._sample(key) for key in step.keys]
+        samples = [self._describe_sample(key) for key in step.keys]
         text = f"{what} is {values[name]} in {step.place}"
-        if self.folder is not None and self.files < FILES:
+        if self.folder is not None and self.files < MAX_FILES:
             self.files += 1
-            name = step.place.replace(", ", "_").replace(" ", "")
-            file = self.folder / "nonfinite" / f"{name}.json"
-            shown = {k: v if abs(v) < float("inf") else str(v) for k, v in values.items()}
-            content = {"place": step.place, "values": shown, "samples": samples}
+            stem = step.place.replace(", ", "_").replace(" ", "")
+            file = self.folder / "nonfinite" / f"{stem}.json"
+            for_json = {k: v if abs(v) < float("inf") else str(v) for k, v in values.items()}
+            content = {"place": step.place, "values": for_json, "samples": samples}
             try:
                 if file.parent.is_symlink():
                     raise UserError(f"{file.parent}: a link; a run writes only into its own folder")
@@ -125,20 +125,18 @@ class NonFiniteGuard:
         if samples:
             text += f", the first: {samples[0]['image']} ({samples[0]['entry']})"
         if self.in_a_row > self.args.max_nonfinite:
-            count, self.in_a_row = (
-                self.in_a_row,
-                0,
-            )  # a run that is resumed after this begins a new count
-            also = "" if self.args.precision in ("fp32", "fp64") else ", --precision fp32"
+            # A run that is resumed after this error starts a new count.
+            count, self.in_a_row = self.in_a_row, 0
+            precision = "" if self.args.precision in ("fp32", "fp64") else ", --precision fp32"
             raise UserError(
                 f"{text}. {count} in a row, --max_nonfinite {self.args.max_nonfinite}: try a lower "
-                f"--lr, more --warmup_epochs, --grad_clip 1{also}"
+                f"--lr, more --warmup_epochs, --grad_clip 1{precision}"
             )
         self.log.info(f"skipped: {text}")
 
-    def _sample(self, key: Key) -> dict[str, Any]:
+    def _describe_sample(self, key: Key) -> dict[str, Any]:
         sample = self.dataset.samples[key.index]
-        told = {
+        description = {
             "entry": sample.entry,
             "pid": sample.pid,
             "image": sample.image.path,
@@ -146,6 +144,6 @@ class NonFiniteGuard:
             "caption": sample.caption,
             "seed": key.seed,
         }
-        if self.dataset.skip:  # whether it was broken is in the log
-            told["or if broken"] = [self.dataset.samples[i].entry for i in key.spares]
-        return told
+        if self.dataset.skip:  # the log says whether the image was broken
+            description["or if broken"] = [self.dataset.samples[i].entry for i in key.spares]
+        return description

@@ -1,6 +1,6 @@
-"""What survives a run that is cut off: parts with `state_dict` and `load_state_dict`, by name.
+"""The state of a run: named parts, each with `state_dict` and `load_state_dict`.
 
-A checkpoint to resume from (last.pth) is one loop over the parts, and so is resuming.
+Saving a checkpoint to resume from (last.pth) is one loop over the parts, and so is resuming.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from utils.distributed import Processes
 
-# The parts' names, which a checkpoint must have to be resumed.
+# Names of the parts that a checkpoint needs to be resumed.
 PARTS = (
     "model", "optimizer", "scaler", "generators", "nonfinite", "epoch_log", "best", "progress",
 )  # fmt: skip
@@ -25,25 +25,25 @@ PARTS = (
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How much of a run is done."""
 
-    epoch: int = 0  # epochs that are done, with their evaluation
-    step: int = 0  # steps that are done of the next one
+    epoch: int = 0  # completed epochs, including their evaluation
+    step: int = 0  # completed steps of the next epoch
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError for what `state_dict` does not give."""
+        """Raises ValueError for a state that `state_dict` cannot have returned."""
         epoch, step = state["epoch"], state["step"]
         if type(epoch) is not int or type(step) is not int or epoch < 0 or step < 0:
-            raise ValueError("its epochs and steps are no counts")
+            raise ValueError("its epochs and steps are not counts")
         self.epoch, self.step = epoch, step
 
 
 class OptimizerState:
-    """The optimizer's moments. Rates, decay and betas are those of the present options, so that a
-    resumed run may be given other ones."""
+    """The optimizer's moments. Learning rates, decay and betas are not loaded: a resumed run takes
+    them from its current options."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -52,10 +52,10 @@ class OptimizerState:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for other groups, shapes that do not fit, and NaN."""
+        """Raises ValueError for different groups, shapes that do not fit, and NaN."""
         groups = self.optimizer.state_dict()["param_groups"]
         if [g["params"] for g in groups] != [g["params"] for g in state["param_groups"]]:
-            raise ValueError("the optimizer's groups are others")
+            raise ValueError("the optimizer's parameter groups differ")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, moments in state["state"].items():
             for name, value in moments.items():
@@ -67,17 +67,22 @@ class OptimizerState:
 
 
 class Generators:
-    """The model's own generator, and every process's global ones. Nothing here draws from the
-    global ones, but a method that is built on it may (dropout).
+    """The model's random generator, and the global ones of every process. This project does not
+    use the global ones, but a method built on it may (dropout).
 
     Args:
-        seed: of the global ones; each process adds its rank.
+        model_generator: the model's own.
+        seed: of the global generators; each process adds its rank.
     """
 
     def __init__(
-        self, own: torch.Generator, seed: int, device: torch.device, processes: Processes
+        self,
+        model_generator: torch.Generator,
+        seed: int,
+        device: torch.device,
+        processes: Processes,
     ) -> None:
-        self.own, self.device, self.processes = own, device, processes
+        self.model_generator, self.device, self.processes = model_generator, device, processes
         torch.manual_seed(seed + processes.rank)
         np.random.seed(seed + processes.rank)
         random.seed(seed + processes.rank)
@@ -94,30 +99,30 @@ class Generators:
             "python": random.getstate(),
         }
         processes = self.processes.all_gather_objects(globals_)
-        return {"model": self.own.get_state(), "processes": processes}
+        return {"model": self.model_generator.get_state(), "processes": processes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.own.set_state(state["model"])
+        self.model_generator.set_state(state["model"])
         if self.processes.rank >= len(state["processes"]):
-            return  # with more processes than before, these begin anew
-        found = state["processes"][self.processes.rank]
-        torch.set_rng_state(found["torch"])
-        if self.device.type == "cuda" and found["cuda"] is not None:
-            torch.cuda.set_rng_state(found["cuda"], self.device)
-        np.random.set_state(tuple(found["numpy"]))
-        random.setstate(found["python"])
+            return  # the run has more processes now: this one keeps its fresh seed
+        globals_ = state["processes"][self.processes.rank]
+        torch.set_rng_state(globals_["torch"])
+        if self.device.type == "cuda" and globals_["cuda"] is not None:
+            torch.cuda.set_rng_state(globals_["cuda"], self.device)
+        np.random.set_state(tuple(globals_["numpy"]))
+        random.setstate(globals_["python"])
 
 
-def save_state(parts: dict[str, Stateful | nn.Module], about: dict[str, Any]) -> dict[str, Any]:
+def save_state(parts: dict[str, Stateful | nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
     """The content of last.pth. All processes must call it.
 
     Args:
-        about: what a reader of the file, and a resumed run, may compare: `data`, `input`, ...
+        metadata: entries that a resumed run, or a reader of the file, can compare: `data`, ...
     """
-    return {**{name: part.state_dict() for name, part in parts.items()}, **about}
+    return {**{name: part.state_dict() for name, part in parts.items()}, **metadata}
 
 
 def load_state(parts: dict[str, Stateful | nn.Module], state: dict[str, Any]) -> None:
-    """Load what `save_state` gave into the parts. Raises whatever a part raises."""
+    """Load the result of `save_state` into the parts. Raises whatever a part raises."""
     for name, part in parts.items():
         part.load_state_dict(state[name])

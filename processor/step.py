@@ -1,7 +1,7 @@
 """One optimisation step: the losses in mixed precision, their gradients, the update.
 
 train_step = TrainStep(model, optimizer, args)
-values, skipped = train_step(batch)          # nothing here waits for the device
+values, skipped = train_step(batch)          # never waits for the device
 """
 
 from __future__ import annotations
@@ -22,28 +22,24 @@ from utils.devices import autocast
 class StepResult(NamedTuple):
     """Scalars on the device."""
 
-    values: dict[str, Tensor]  # the losses, their `total`, `grad_norm`, and what losses log
-    skipped: Tensor  # bool: a value that matters was not finite, so the step changed nothing
+    values: dict[str, Tensor]  # the losses, their `total`, `grad_norm`, and values to log
+    skipped: Tensor  # bool: the loss or the gradient was not finite, so nothing has changed
 
 
 class TrainStep:
-    """Steps of a model and its optimizer.
+    """Optimisation steps of a model.
 
     A step whose loss or gradient is not finite changes neither the weights nor the model's buffers
-    (AEA's queue). Of several processes each calls it with its shard of the batch.
+    (AEA's queue). Each process calls it with its shard of the batch.
 
     Args:
         model: on its device.
-        args: `precision`, `accum_steps` and `grad_clip` are read.
+        args: this class reads `precision`, `accum_steps` and `grad_clip`.
     """
 
     def __init__(self, model: AEAFIRM, optimizer: Optimizer, args: EasyDict) -> None:
-        self.model, self.optimizer, self.args, self.processes = (
-            model,
-            optimizer,
-            args,
-            model.processes,
-        )
+        self.model, self.optimizer, self.args = model, optimizer, args
+        self.processes = model.processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.scaler = GradScaler(self.device.type, enabled=args.precision == "fp16")
@@ -53,8 +49,8 @@ class TrainStep:
             for name in module._buffers
             if name not in module._non_persistent_buffers_set
         ]
-        # Averages gradients over processes in the backward pass. Buffers need no synchronisation:
-        # every process computes the same queue.
+        # DistributedDataParallel averages gradients over processes in the backward pass. Buffers
+        # need no synchronisation, since every process computes the same queue.
         self.forward: nn.Module = model
         if self.processes.size > 1 and args.accum_steps == 1:
             self.forward = DistributedDataParallel(
@@ -69,24 +65,24 @@ class TrainStep:
         before = [getattr(module, name).clone() for module, name in self.buffers]
         values = {name: value.detach() for name, value in self.backward(batch).items()}
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.scaler.is_enabled():  # it judges by gradients alone
-            gradients[0] += 0 * values["total"]  # NaN if the loss is not finite
+        if self.scaler.is_enabled():  # it checks only gradients, so one gets the loss's NaN
+            gradients[0] += 0 * values["total"]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
-        no_loss, no_gradient = ~values["total"].isfinite(), ~norm.isfinite()
-        skipped = undone = no_loss | no_gradient
-        if self.scaler.is_enabled():  # gradients that overflow are its business, down to scale 1
+        bad_loss, bad_gradient = ~values["total"].isfinite(), ~norm.isfinite()
+        skipped = no_update = bad_loss | bad_gradient
+        if self.scaler.is_enabled():  # an overflow is normal as long as the scale can fall
             assert self.scaler._scale is not None  # since `unscale_`
-            skipped = no_loss | (no_gradient & (self.scaler._scale <= 1))
+            skipped = bad_loss | (bad_gradient & (self.scaler._scale <= 1))
         self.update(skipped)
         for (module, name), old in zip(self.buffers, before, strict=True):
-            setattr(module, name, torch.where(undone, old, getattr(module, name)))
+            setattr(module, name, torch.where(no_update, old, getattr(module, name)))
         return StepResult({**values, "grad_norm": norm.to(values["total"].dtype)}, skipped)
 
     def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the model returns for a batch; the gradients are in the parameters."""
+        """Compute gradients into the parameters. Returns the model's output: scalars by name."""
         context, model = autocast(self.args.precision, self.device), self.model
         if self.args.accum_steps == 1:
             with context:
@@ -94,7 +90,7 @@ class TrainStep:
             self.scaler.scale(values["total"]).backward()
             return values
         # Gradient caching (Gao et al., 2021): the losses of the whole batch give the gradient of
-        # every feature, and each part, encoded a second time, carries its share to the weights.
+        # every feature. Each part is then encoded again, to backpropagate its rows to the weights.
         parts = split_batch(batch, self.args.accum_steps)
         with torch.no_grad(), context:
             encoded = [model.encode(part) for part in parts]
@@ -107,31 +103,31 @@ class TrainStep:
         for part in parts:
             stop = start + len(part["pids"])
             with context:
-                again = model.encode(part)
-            used = [name for name in again if name in gradients]
+                features = model.encode(part)
+            used = [name for name in features if name in gradients]
             torch.autograd.backward(
-                [again[name] for name in used], [gradients[name][start:stop] for name in used]
+                [features[name] for name in used], [gradients[name][start:stop] for name in used]
             )
             start = stop
         self.processes.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
         return values
 
     def update(self, skipped: Tensor) -> None:
-        """Step the optimizer unless `skipped`."""
+        """Update the weights unless `skipped`."""
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif self.optimizer.param_groups[0]["fused"]:
-            # What the scaler itself gives to fused optimizers: they skip on the device.
+            # As GradScaler does for fused optimizers: they skip on the device.
             vars(self.optimizer).update(grad_scale=None, found_inf=skipped.float())
             self.optimizer.step()
-        elif not skipped:  # weights in half or double precision: a wait for the device
+        elif not skipped:  # weights in half or double precision: this waits for the device
             self.optimizer.step()
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Tensor]]:
-    """Cut a batch into so many parts of nearly equal size (fewer if it has fewer samples)."""
+    """Split a batch into `parts` of nearly equal size (fewer if it has fewer samples)."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     chunks = {name: value.tensor_split(parts) for name, value in tensors.items()}
-    rows = [dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)]
-    return [row for row in rows if len(row["pids"])]
+    split = [dict(zip(chunks, v, strict=True)) for v in zip(*chunks.values(), strict=True)]
+    return [part for part in split if len(part["pids"])]

@@ -1,4 +1,4 @@
-"""What is said of a run before and after it: its data, its protocol, its best epoch."""
+"""Descriptions of a run: its data, the protocol that selects its checkpoint, its best epoch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def describe(
     device: torch.device,
     processes: Processes,
 ) -> None:
-    """Log the data, the protocol, and what the run is made of."""
+    """Log the data, the protocol, the losses and the machine."""
     sizes = "".join(
         f"; {e.name}: {len(e.split.captions)} captions, {sum(map(len, e.images.values()))} images"
         for e in evaluators
@@ -46,55 +46,63 @@ def describe(
         protocol = Protocol(data, split, processes, args.finetune)
         log.info(f"{f'best_{split}.pth' if i else 'best.pth'} is {protocol}")
         if protocol.overlap and split != HELDOUT:
-            log.info("--val_dataset heldout chooses on people who leave training instead")
-    shared = f"{processes.size} processes, " if processes.size > 1 else ""
-    log.info(f"losses {args.loss_names}; {shared}{device.type}, {args.precision}, seed {args.seed}")
+            log.info("--val_dataset heldout chooses on held-out identities instead")
+    several = f"{processes.size} processes, " if processes.size > 1 else ""
+    log.info(
+        f"losses {args.loss_names}; {several}{device.type}, {args.precision}, seed {args.seed}"
+    )
     if loader.num_workers < args.num_workers:
         each = " for each process" if processes.size > 1 else ""
         log.info(f"{loader.num_workers} loader processes{each}, since there are no more cores")
 
 
+def warn(log: logging.Logger, data: Data) -> None:
+    """Log the warnings of the data set's reader, one line each."""
+    for text in data.warnings:
+        log.info(f"warning: {text}")
+
+
 class Protocol:
-    """How a checkpoint is chosen, and what that has to do with test.
+    """How a checkpoint is chosen, and how independent of test that is.
 
     Args:
-        chosen_on: the split that chooses it, or `LAST_EPOCH`.
-        processes: rank 0 looks at the files, for all processes.
-        finetune: the checkpoint that the run began with, if there was one.
+        chosen_on: the selecting split, or `LAST_EPOCH`.
+        processes: rank 0 compares the files, for all processes.
+        finetune: the checkpoint that the run started from, if any.
     """
 
     def __init__(
         self, data: Data, chosen_on: str, processes: Processes, finetune: str = ""
     ) -> None:
         self.chosen_on, self.finetune = chosen_on, finetune
-        self.overlap: Overlap | None = None  # where another split than test chooses
+        self.overlap: Overlap | None = None  # of another selecting split with test
         if chosen_on != "test" and chosen_on in data.splits:
             self.overlap = processes.from_rank_0(
                 overlap(data, chosen_on) if processes.is_rank_0 else None
             )
 
     def __str__(self) -> str:
-        """To follow "best.pth is"."""
+        """Text to follow "best.pth is"."""
         if not self.finetune:
-            return self._chosen()
-        began = f"the run began with {self.finetune}, and what trained and chose that counts too"
-        return f"{self._chosen()}; {began}"
+            return self._how_chosen()
+        start = f"the run started from {self.finetune}, whose training and selection count too"
+        return f"{self._how_chosen()}; {start}"
 
-    def _chosen(self) -> str:
+    def _how_chosen(self) -> str:
         if self.chosen_on == LAST_EPOCH:
             return "the last epoch's: no split chooses it"
         if self.chosen_on == "test":
             return "chosen by R@1 on the test split: this is the paper's protocol"
-        out = " (people who have left training)" if self.chosen_on == HELDOUT else ""
-        chosen = f"chosen by R@1 on the {self.chosen_on} split{out}"
+        heldout = " (identities held out of training)" if self.chosen_on == HELDOUT else ""
+        chosen = f"chosen by R@1 on the {self.chosen_on} split{heldout}"
         if self.overlap is None:
-            return f"{chosen}, which is not here to be compared with test"
+            return f"{chosen}, which is not available for a comparison with test"
         if self.overlap:
             return f"{chosen}, which is not disjoint from test: {self.overlap}"
         return f"{chosen}, which shares no image and no known person with test"
 
     def role(self, split: str) -> str:
-        """The part of an evaluated split, to follow "which"."""
+        """The part of an evaluated split in the choice, to follow "which"."""
         if split == self.chosen_on:
             return "chose this checkpoint"
         if split != "test" or self.chosen_on == LAST_EPOCH:
@@ -102,7 +110,7 @@ class Protocol:
         if self.overlap is None:
             return (
                 f"may have had a part in choosing this checkpoint: {self.chosen_on}, which chose "
-                "it, is not here to be compared"
+                "it, is not available for a comparison"
             )
         if self.overlap:
             return f"had a part in choosing this checkpoint: {self.overlap}"
@@ -112,68 +120,67 @@ class Protocol:
         )
 
     def results(self) -> dict[str, Any]:
-        """For test_results.json."""
-        found, shared = self.overlap, None
-        if found is not None:
-            shared = {"images": found.images, "people": found.people}
+        """The entry `protocol` of test_results.json."""
+        overlap = None
+        if self.overlap is not None:
+            overlap = {"images": self.overlap.images, "people": self.overlap.people}
         text = f"This checkpoint is {self}."
-        return {"chosen_on": self.chosen_on, "overlap": shared, "text": text}
+        return {"chosen_on": self.chosen_on, "overlap": overlap, "text": text}
 
 
 def protocol_of(
     checkpoint: dict[str, Any], args: EasyDict, data: Data, processes: Processes
 ) -> Protocol:
-    """Of a checkpoint that is evaluated: what it says itself, else by the run's options. No split
-    chooses the last.pth of a run."""
+    """The protocol of an evaluated checkpoint: recorded in it, or else from the run's options. No
+    split chooses last.pth."""
     best, chosen_on = epoch_and_best(checkpoint)[1], LAST_EPOCH
     if best:
         chosen_on = best["split"]
-    elif "progress" not in checkpoint:  # which last.pth has
+    elif "progress" not in checkpoint:  # only last.pth has it
         chosen_on = next(iter(selecting_splits(args.val_dataset)), LAST_EPOCH)
     return Protocol(data, chosen_on, processes, args.finetune)
 
 
-def data_of(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], list[str]]:
-    """For test_results.json: the data's fingerprint, and by split what has changed since training
-    (None if the checkpoint does not tell); and the same for the log."""
-    here = fingerprint(data)
-    changed = changes(checkpoint.get("data"), here)
-    told = ["the checkpoint keeps no fingerprint of its data: nobody can tell if it changed"]
+def compare_data(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], list[str]]:
+    """Compare the data with that of training.
+
+    Returns:
+        The entry `data` of test_results.json: the fingerprint, and changes by split (None if the
+        checkpoint has no fingerprint).
+        The changes as lines for the log.
+    """
+    current = fingerprint(data)
+    changed = changes(checkpoint.get("data"), current)
+    notes = ["the checkpoint keeps no fingerprint of its data, so changes cannot be detected"]
     if changed is not None:
-        told = [f"{split} is not what it was in training: {how}" for split, how in changed.items()]
-    return {**here, "changed": changed}, told
+        notes = [f"{split} is not what it was in training: {how}" for split, how in changed.items()]
+    return {**current, "changed": changed}, notes
 
 
 def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """The epoch of a checkpoint, and what chose it: `split`, `epoch` and, unless the last epoch was
-    taken, metrics in percent. None and empty where it says nothing, or what other code means."""
+    """The entries `epoch` and `best` of a checkpoint, or None and {} if they are missing or of
+    other code. `best` has `split`, `epoch` and, unless no split selected, metrics in percent."""
     epoch: Any = checkpoint.get("epoch")
     best: Any = checkpoint.get("best")
-    plain = isinstance(best, dict) and all(
+    valid = isinstance(best, dict) and all(
         type(value) is (str if key == "split" else int if key == "epoch" else float)
         for key, value in best.items()
     )
-    whole = plain and {"epoch", "split"} <= set(best)
-    whole = whole and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
-    whole = whole and (best["split"] == LAST_EPOCH or set(METRICS) <= set(best))
-    return (epoch if type(epoch) is int else None), (best if whole else {})
+    valid = valid and {"epoch", "split"} <= set(best)
+    valid = valid and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
+    valid = valid and (best["split"] == LAST_EPOCH or set(METRICS) <= set(best))
+    return (epoch if type(epoch) is int else None), (best if valid else {})
 
 
-def repeats(best: dict[str, Any], now: Retrieval) -> str:
-    """Whether an evaluation gives the metrics that training had at the best epoch."""
-    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in now.metrics.items())
-    then = " ".join(f"{k} {best[k]:.2f}" for k in now.metrics)
-    return f"training at epoch {best['epoch']}: {then}: {'equal' if same else 'DIFFERENT'}"
+def compare_metrics(best: dict[str, Any], result: Retrieval) -> str:
+    """A line for the log: does an evaluation give the metrics of training at the best epoch?"""
+    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in result.metrics.items())
+    metrics = " ".join(f"{k} {best[k]:.2f}" for k in result.metrics)
+    return f"training at epoch {best['epoch']}: {metrics}: {'equal' if same else 'DIFFERENT'}"
 
 
-def warn(log: logging.Logger, data: Data) -> None:
-    """Log what its reader found odd: a line for each kind."""
-    for text in data.warnings:
-        log.info(f"warning: {text}")
-
-
-def evaluate_with(config: Path, checkpoints: Sequence[Path], args: EasyDict) -> str:
-    """The commands that evaluate a run's best checkpoints, a line each."""
+def evaluation_commands(config: Path, checkpoints: Sequence[Path], args: EasyDict) -> str:
+    """The commands that evaluate a run's best checkpoints, one per line."""
     lines = []
     for path in checkpoints:
         command = ["python", "test.py", "--config_file", str(config)]
@@ -184,12 +191,16 @@ def evaluate_with(config: Path, checkpoints: Sequence[Path], args: EasyDict) -> 
 
 
 def best_table(best: dict[str, dict[str, Any]]) -> str:
-    """The best epoch by each split that chose one, with all splits' metrics there."""
+    """A table of the best epochs, with the metrics of all splits at each.
+
+    Args:
+        best: `Best.by_split`.
+    """
     table = PrettyTable(["best epoch", "chosen on", "metrics of", *METRICS])
     table.float_format = ".2"
-    for chosen_on, found in best.items():
-        for split, metrics in found["metrics"].items():
-            table.add_row([found["epoch"], chosen_on, split, *metrics.values()])
+    for chosen_on, row in best.items():
+        for split, metrics in row["metrics"].items():
+            table.add_row([row["epoch"], chosen_on, split, *metrics.values()])
         if chosen_on == LAST_EPOCH:
-            table.add_row([found["epoch"], "no split: the last epoch", *[""] * (1 + len(METRICS))])
+            table.add_row([row["epoch"], "no split: the last epoch", *[""] * (1 + len(METRICS))])
     return table.get_string()

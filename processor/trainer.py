@@ -1,9 +1,10 @@
-"""A training run: epochs of steps, an evaluation, a checkpoint; read it top to bottom.
+"""A training run: epochs of steps, each with an evaluation and a checkpoint. Read top to bottom.
 
-The run's folder receives train_log.txt, TensorBoard events, history.jsonl, best.pth (weights of the
-epoch with the highest R@1; with `--val_dataset both` on held-out identities, and best_test.pth on
-test; with `last` those of the last epoch) and last.pth (all that `--resume` needs). A run that is
-cut off at any step and resumed ends as if nothing had happened. Of several processes rank 0 writes.
+Files in the run's folder: train_log.txt, TensorBoard events, history.jsonl, last.pth (everything
+that `--resume` needs) and best.pth (weights of the epoch with the highest R@1 on the first
+selecting split, or of the last epoch without one). `--val_dataset both` adds best_test.pth, the
+best epoch on test. A run that stops at any step and is resumed ends with the same results. With
+several processes only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class Trainer:
     """One run.
 
     Args:
-        train_step: of a model and its optimizer.
+        train_step: an optimisation step of the model.
         loader: training batches.
-        evaluators: of the splits that choose a checkpoint; the first chooses best.pth. With none
-            it is that of the last epoch.
+        evaluators: one for each selecting split; the first split selects best.pth. Without any,
+            best.pth is the last epoch.
         run_dir: receives all files.
         data: the `fingerprint` of the data set, which checkpoints keep.
     """
@@ -57,33 +58,24 @@ class Trainer:
         log: logging.Logger,
         data: dict[str, Any],
     ) -> None:
-        self.args, self.train_step, self.loader, self.evaluators = (
-            args,
-            train_step,
-            loader,
-            evaluators,
-        )
-        self.run_dir, self.log, self.data = run_dir, log, data
-        self.model, self.processes, device = (
-            train_step.model,
-            train_step.processes,
-            train_step.device,
-        )
-        self.device, self.sampler = device, loader.batch_sampler
+        self.args, self.train_step, self.loader = args, train_step, loader
+        self.evaluators, self.run_dir, self.log, self.data = evaluators, run_dir, log, data
+        self.model, self.processes = train_step.model, train_step.processes
+        self.device, self.sampler = train_step.device, loader.batch_sampler
         self.progress = Progress()
         self.best = Best([e.name for e in evaluators], run_dir)
         self.guard = NonFiniteGuard(
             args, loader.dataset, run_dir if self.processes.is_rank_0 else None, log
         )
         self.epoch_log = EpochLog(
-            args, len(loader), self.sampler.count, device, run_dir, log, self.processes
+            args, len(loader), self.sampler.count, self.device, run_dir, log, self.processes
         )
-        # All that survives the run, by name; see processor/state.py.
+        # Everything that a resumed run needs, by name; see processor/state.py.
         self.parts: dict[str, Stateful | nn.Module] = {
             "model": self.model,
             "optimizer": OptimizerState(train_step.optimizer),
             "scaler": train_step.scaler,
-            "generators": Generators(self.model.generator, args.seed, device, self.processes),
+            "generators": Generators(self.model.generator, args.seed, self.device, self.processes),
             "nonfinite": self.guard,
             "epoch_log": self.epoch_log,
             "best": self.best,
@@ -91,48 +83,45 @@ class Trainer:
         }
         self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)
         self.save_epochs, self.save_seconds = parse_period(args.save_period)
-        self.saved = time.monotonic()
-        self.in_step = False  # then the queue may be ahead of the weights
+        self.last_save = time.monotonic()
+        self.in_step = False  # during a step the queue may be newer than the weights
 
     def train(self) -> Best:
-        """Run the remaining epochs. Raises StoppedBySignal after a signal, when all is saved."""
+        """Run the remaining epochs. Raises StoppedBySignal after a signal, once all is saved."""
         self.epoch_log.open(self.progress.epoch, self.progress.step)
         try:
             with self.stop:
                 while self.progress.epoch < self.args.num_epoch:
-                    self._epoch()
+                    self._run_epoch()
         except UserError as error:
-            raise UserError(f"{error}{self._rescue()}") from None
+            raise UserError(f"{error}{self._save_after_error()}") from None
         finally:
             self.epoch_log.close()
         return self.best
 
-    def _epoch(self) -> None:
-        """What remains of an epoch: its steps, its evaluation, its checkpoint."""
+    def _run_epoch(self) -> None:
+        """Train the remaining steps of an epoch, evaluate, log, save."""
         args, epoch = self.args, self.progress.epoch + 1
+        is_last = epoch == args.num_epoch
+        evaluation_due = is_last or epoch % args.eval_period == 0
+        save_due = is_last or bool(self.save_epochs and epoch % self.save_epochs == 0)
         images = [self.loader.dataset.images, *(x for e in self.evaluators for x in e.files)]
         with explain_failures(args, self.device, images, "training"):
-            line = self._steps()
+            summary = self._train_steps()
         with explain_failures(args, self.device, images, "evaluation"):
-            metrics, better = {}, []
-            if epoch % args.eval_period == 0 or epoch == args.num_epoch:
-                metrics = self._evaluate()
-                if metrics or epoch == args.num_epoch:
-                    better = self.best.update(epoch, metrics)
-            for split, values in metrics.items():
-                shown = " ".join(f"{name} {value:.2f}" for name, value in values.items())
-                line += f"  {split}: {shown}" + "  best" * (split in better)
+            metrics = self._evaluate() if evaluation_due else {}
+            # The last epoch counts without metrics too: it is best.pth if no split selects.
+            improved = self.best.update(epoch, metrics) if metrics or is_last else []
             self.progress.epoch, self.progress.step = epoch, 0
-            self.epoch_log.end(line, metrics)
-            due = self.save_epochs and epoch % self.save_epochs == 0
-            if better or due or epoch == args.num_epoch:
+            self.epoch_log.end(summary, metrics, improved)
+            if improved or save_due:
                 self.save()
-            # After last.pth, which has the same weights: so a kill between the two loses no best.
-            for split in better:
+            # last.pth has the same weights, so a kill between the two files loses no best epoch.
+            for split in improved:
                 self.save_best(split)
 
-    def _steps(self) -> str:
-        """The remaining steps of an epoch. Returns what the log says of it."""
+    def _train_steps(self) -> str:
+        """Run the remaining steps of an epoch. Returns their summary for the log."""
         args, progress, sampler, config = (
             self.args, self.progress, self.sampler, self.model.base_model.config
         )  # fmt: skip
@@ -150,10 +139,10 @@ class Trainer:
             place = f"epoch {progress.epoch + 1}, step {progress.step}"
             self.guard.watch(place, sampler.batch(progress.step - 1), values, skipped)
             if progress.step % args.log_period == 0 and progress.step < len(self.loader):
-                self.guard.look(wait=True)
-                self.epoch_log.show_step()
+                self.guard.check(wait=True)
+                self.epoch_log.log_step()
             self._save_or_stop()
-        self.guard.look(wait=True)
+        self.guard.check(wait=True)
         return self.epoch_log.end_steps()
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
@@ -161,77 +150,76 @@ class Trainer:
         metrics = {
             e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
         }
-        # Other processors may round a similarity otherwise, and all must choose alike.
+        # Another machine may round a similarity differently, but all must select the same epoch.
         return self.processes.from_rank_0(metrics)
 
     def save(self) -> None:
         """Write last.pth. All processes must call it."""
-        self.guard.look(wait=True)
-        about = {"epoch": self.progress.epoch, "batches": self.sampler.describe(), **self._about()}
-        self._write(self.run_dir / LAST, save_state(self.parts, about), self.args.keep_last)
-        self.saved = time.monotonic()
+        self.guard.check(wait=True)
+        metadata = {"epoch": self.progress.epoch, "batches": self.sampler.describe()}
+        content = save_state(self.parts, {**metadata, **self._metadata()})
+        self._write(self.run_dir / LAST, content, self.args.keep_last)
+        self.last_save = time.monotonic()
 
     def save_best(self, split: str) -> None:
-        """Write the checkpoint that a split has chosen; the model is that of its epoch."""
+        """Write the checkpoint that a split selects. The model must be that of its epoch."""
         self._write(self.best.file(split), self.best_content(split))
 
     def best_content(self, split: str) -> dict[str, Any]:
         """The content of that checkpoint."""
-        chosen = self.best.described(split)
-        about = {"epoch": chosen["epoch"], "best": chosen, **self._about()}
-        return {"model": self.model.state_dict(), **about}
+        best = self.best.describe(split)
+        metadata = {"epoch": best["epoch"], "best": best, **self._metadata()}
+        return {"model": self.model.state_dict(), **metadata}
 
-    def _about(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         return {"input": self.model.base_model.input, "data": self.data}
 
     def _write(self, path: Path, content: dict[str, Any], keep: int = 1) -> None:
-        """Save a checkpoint at rank 0. The others wait: a step's collectives have less patience
-        than a slow disk may ask for."""
+        """Save a checkpoint at rank 0. The others wait at a barrier, since a slow disk may need
+        longer than the timeout of a step's collectives."""
         if self.processes.is_rank_0:
             save_checkpoint(path, content, keep)
         self.processes.barrier()
 
     def _save_or_stop(self) -> None:
-        """Between steps: save if minutes are up; if any process got a signal, save and stop.
-
-        Raises StoppedBySignal.
-        """
-        due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
+        """Between steps: save if the minutes of `--save_period` are over; save and stop if any
+        process received a signal. Raises StoppedBySignal."""
+        due = bool(self.save_seconds) and time.monotonic() - self.last_save >= self.save_seconds
         if due:
-            self.saved = time.monotonic()  # several processes agree a step later; ask once
+            self.last_save = time.monotonic()  # the flags answer one step later: ask only once
         stop, due = self.flags(bool(self.stop.name), self.processes.is_rank_0 and due)
         if stop or due:
             self.save()
         if stop:
             name = next(n for n in self.processes.all_gather_objects(self.stop.name) if n)
-            raise StoppedBySignal(f"{name}: {self._saved()}")
+            raise StoppedBySignal(f"{name}: {self._saved_message()}")
 
-    def _rescue(self) -> str:
-        """Save after an error that came between steps. Returns what to tell.
+    def _save_after_error(self) -> str:
+        """Save after an error between two steps. Returns an addition to the error's message.
 
-        Several processes may each be in another place, so they do not.
+        Several processes do not save, since they may be at different steps.
         """
         if self.processes.size > 1 or self.in_step:
             return ""
         self.guard.waiting.clear()
         try:
             self.save()
-        except UserError:  # the disk may be what failed
+        except UserError:  # a full disk may be the first error too
             return ""
-        return f" ({self._saved()})"
+        return f" ({self._saved_message()})"
 
-    def _saved(self) -> str:
+    def _saved_message(self) -> str:
         program = "python" if self.processes.size == 1 else "torchrun ..."
-        words = ["--resume", "--resume_ckpt_file", str(self.run_dir / LAST)]
-        words += ["--image_cache", self.args.image_cache] if self.args.image_cache else []
+        options = ["--resume", "--resume_ckpt_file", str(self.run_dir / LAST)]
+        options += ["--image_cache", self.args.image_cache] if self.args.image_cache else []
         return (
             f"saved at epoch {self.progress.epoch + 1}, step {self.progress.step}; resume with: "
-            f"{program} train.py {shlex.join(words)}"
+            f"{program} train.py {shlex.join(options)}"
         )
 
 
 def parse_period(text: str) -> tuple[int, float]:
-    """(epochs, seconds) of a `--save_period`; the one that it does not give is 0."""
+    """(epochs, seconds) of a `--save_period`; one of them is 0."""
     if text.endswith("min"):
         return 0, 60 * float(text.removesuffix("min"))
     return int(text), 0.0

@@ -1,6 +1,6 @@
 """Optimizer and learning rate schedule.
 
-The name of a parameter decides its settings; of several rules that apply, the last one wins:
+The name of a parameter decides its settings. If two rules set the same value, the later one wins:
 - `cross` in the name: lr * lr_factor;
 - `bias`: lr * bias_lr_factor, and weight_decay_bias as the weight decay;
 - `classifier` or `mlm_head`: lr * lr_factor.

@@ -94,7 +94,9 @@ def test_evaluation_repeats_the_best_epochs_metrics_on_every_gallery(finished, m
 
 def test_intervals_contain_their_metrics_and_are_saved(finished, monkeypatch, capsys):
     run(test_entry.main, monkeypatch, "--config_file", finished / "configs.yaml", "--bootstrap", 200)  # fmt: skip
-    assert "95 % intervals, 200 draws of identities" in capsys.readouterr().out
+    assert (
+        "95 % confidence intervals, 200 bootstrap samples of identities" in capsys.readouterr().out
+    )
     split = json.loads((finished / "test_results.json").read_text())["splits"]["test"]
     low, high = split["intervals"]["aerial"]["mAP"]
     assert 0 <= low <= split["galleries"]["aerial"]["mAP"] <= high <= 100
@@ -147,7 +149,9 @@ def test_best_pth_is_of_the_last_epoch_if_no_split_selects_it(
     train(monkeypatch, None, None, resume=True, resume_ckpt_file=folder / "last.pth")
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
-    assert "best.pth is missing or corrupted; written, of epoch 2" in shown
+    assert (
+        "best.pth is missing or corrupted; written with the weights of this save, epoch 2" in shown
+    )
     assert "test split, which had no part in choosing this checkpoint\n" in shown
     results = json.loads((folder / "test_results.json").read_text())
     assert results["protocol"]["chosen_on"] == "last" and results["protocol"]["overlap"] is None
@@ -314,7 +318,7 @@ def test_finetuning_starts_from_weights_of_this_family(
     folder = train(monkeypatch, mini_root, tmp_path / "logs", finetune=tmp_path / "mllm4text.pth",
                    num_epoch=2, lr=1e-9, **{**none, "pretrain_choice": clip_file})  # fmt: skip
     log = (folder / "train_log.txt").read_text()
-    assert f"the run began with {tmp_path / 'mllm4text.pth'}, and what trained and chose" in log
+    assert f"the run started from {tmp_path / 'mllm4text.pth'}, whose training and" in log
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
     assert f"{clip_file}: assumed to be an OpenAI CLIP, with heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1
@@ -366,7 +370,7 @@ def test_mistakes_are_reported_before_a_run_folder_is_made(mini_root, tmp_path, 
     check("'queue' needs supkl or supitc", loss_names="sdm+queue")
     check("'match2' needs exactly one of dot, cat", loss_names="supkl+match2")
     check("'match2' needs exactly one of dot, cat", loss_names="supkl+match2+dot+cat")
-    check("needs attribute labels; AGData comes without", dataset_name="AGData")
+    check("needs attribute labels; AGData has none", dataset_name="AGData")
     check("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
     check(
         "nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml"
@@ -408,7 +412,9 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     config = yaml.safe_load((finished / "configs.yaml").read_text())
     config["img_size"] = [64, 32]
     (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="of images of 32x16 at stride 16, the options say 64x32"):
+    with pytest.raises(
+        UserError, match="trained on images of 32x16 at stride 16, the options say 64x32"
+    ):
         evaluate(monkeypatch, tmp_path / "configs.yaml", finished / "best.pth")
     state = load_checkpoint(finished / "best.pth")
     del state["input"]  # as in checkpoints of other code

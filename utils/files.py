@@ -68,12 +68,12 @@ def append(path: Path) -> TextIOWrapper:
     """Open a text file for appending, and make it if it does not exist. A file with hard links in
     other folders (`cp -al`) is copied first, so that these do not change. Raises UserError if it
     cannot be opened, or is a link or not a regular file."""
-    descriptor = _open_without_links(path, os.O_WRONLY | os.O_APPEND)
+    descriptor = _open_nofollow(path, os.O_WRONLY | os.O_APPEND)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
         with open_file(path) as old:
             write_atomically(path, lambda new: shutil.copyfileobj(old, new))
-        descriptor = _open_without_links(path, os.O_WRONLY | os.O_APPEND)
+        descriptor = _open_nofollow(path, os.O_WRONLY | os.O_APPEND)
     return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
 
@@ -138,7 +138,7 @@ def lock(folder: Path, inherited: bool = False, name: str = "lock", wait: bool =
         name: of the file that is locked; each name is a lock of its own.
         wait: wait for the process that holds the lock, instead of raising.
     """
-    descriptor = _open_without_links(folder / name, os.O_RDWR)
+    descriptor = _open_nofollow(folder / name, os.O_RDWR)
     try:
         take = fcntl.flock if inherited else fcntl.lockf
         take(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -162,7 +162,7 @@ def umask() -> int:
     return mask
 
 
-def _open_without_links(path: Path, flags: int) -> int:
+def _open_nofollow(path: Path, flags: int) -> int:
     """A descriptor of a regular file, which is made if it does not exist. Raises UserError."""
     flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:

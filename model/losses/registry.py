@@ -78,7 +78,7 @@ def parse_loss_names(text: str) -> list[str]:
                 f"Known: {', '.join(LOSSES)}"
             )
         if names.count(name) > 1:
-            raise UserError(f"--loss_names {text}: '{name}' is there twice")
+            raise UserError(f"--loss_names {text}: '{name}' is named twice")
     for name in names:
         row = LOSSES[name]
         if row.any_of and not set(row.any_of) & set(names):
@@ -112,7 +112,7 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
             )
         if LOSSES[name].attributes and not attributes:
             raise UserError(
-                f"--loss_names: '{name}' needs attribute labels; {dataset} has none here "
+                f"--loss_names: '{name}' needs attribute labels; {dataset} has none "
                 "(AGDataAttr has them, and a custom data set may)"
             )
 

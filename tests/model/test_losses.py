@@ -153,7 +153,7 @@ def test_the_papers_recipe_and_the_default_are_accepted():
     [
         ("supkI", {}, r"unknown loss 'supkI'. Did you mean 'supkl'\? Known: supkl"),
         ("", {}, "unknown loss ''"),
-        ("sdm+sdm", {}, "'sdm' is there twice"),
+        ("sdm+sdm", {}, "'sdm' is named twice"),
         ("sdm+queue", {}, "'queue' needs supkl or supitc too"),
         ("match2", {}, "'match2' needs exactly one of dot, cat"),
         ("match2+dot+cat", {}, "'match2' needs exactly one of dot, cat"),

@@ -13,13 +13,13 @@ from datasets.transforms import read_image
 from processor import inference
 from processor.inference import load_run
 from tests.helpers import options
-from tests.reliability.runs import finished
+from tests.reliability.runs import train_small_run
 from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def folder(mini_root, tmp_path_factory):
-    return finished(mini_root, tmp_path_factory.mktemp("logs"))
+    return train_small_run(mini_root, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")

@@ -10,5 +10,5 @@ def test_the_log_tells_what_the_reader_warned_of(mini_copy, tmp_path, monkeypatc
     run(train_entry.main, monkeypatch, *flags(mini_copy, tmp_path, **few))
     lines = (folder_of(tmp_path) / "train_log.txt").read_text().splitlines()
     assert [x.split("  ", 1)[1] for x in lines if "warning" in x] == [
-        f"warning: said twice: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
+        f"warning: repeated: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
     ]

@@ -409,14 +409,14 @@ def test_a_disk_that_fills_at_any_stage_of_a_save_leaves_only_the_files_before(
 
 def stop_after_one_epoch():
     """Press Ctrl-C twice after the first epoch."""
-    steps = Trainer._steps
+    steps = Trainer._train_steps
 
     def stop(self):
         if self.progress.epoch:
             raise KeyboardInterrupt
         return steps(self)
 
-    Trainer._steps = stop
+    Trainer._train_steps = stop
 
 
 def limit_file_size():
@@ -482,7 +482,7 @@ def test_the_previous_save_replaces_a_corrupted_checkpoint(
     (folder / "last.pth").write_bytes(data)
     run(train_entry.main, monkeypatch, *argv, "--resume", "auto")
     shown = capsys.readouterr().out
-    assert re.search(r".*/last.pth: .*corrupted.*\ntaken: .*/last.1.pth", shown)
+    assert re.search(r".*/last.pth: .*corrupted.*\nused instead: .*/last.1.pth", shown)
     assert "resumed after 2 epochs and 0 steps" in shown
     assert_same(load_checkpoint(folder / "last.pth"), intact)
     assert (
@@ -504,10 +504,10 @@ def test_saves_kept_after_a_corruption_are_different_files(mini_root, tmp_path, 
     assert len({path.stat().st_ino for path in kept}) == 3
     (folder / "last.pth").write_bytes(cut)
     preset = ["--config_file", folder / "configs.yaml", "--resume", "--keep_last", 1]
-    with pytest.raises(UserError, match="corrupted.*; --resume_ckpt_file takes one of those beside it: last.1.pth, last.2.pth"):  # fmt: skip
+    with pytest.raises(UserError, match="corrupted.*; older saves for --resume_ckpt_file: last.1.pth, last.2.pth"):  # fmt: skip
         run(train_entry.main, monkeypatch, *preset)
     (folder / "last.1.pth").write_bytes(cut)
-    with pytest.raises(UserError, match="beside it: last.2.pth$"):  # not one that was tried
+    with pytest.raises(UserError, match="_ckpt_file: last.2.pth$"):  # not one that was tried
         run(train_entry.main, monkeypatch, *preset[:-1], 2)
 
 
@@ -636,5 +636,5 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(
     with pytest.raises(UserError, match="base_model.visual.proj holds NaN or infinite values"):
         read_state(folder / "last.pth")
     resumed = read_state(folder / "last.pth", keep=2)
-    assert resumed.taken.name == "last.1.pth" and resumed.state["epoch"] == 1
+    assert resumed.source.name == "last.1.pth" and resumed.state["epoch"] == 1
     assert "base_model.visual.proj holds NaN" in resumed.warnings[0]

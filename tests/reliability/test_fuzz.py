@@ -38,8 +38,9 @@ from processor.trainer import Trainer
 from tests.helpers import ROOT, golden_clip, options, run
 from tests.reliability.runs import train_small_run
 from tools import report
+from tools._reproduce_output import write_tables
+from tools._reproduce_table import read_table
 from tools.compare_runs import compare
-from tools.reproduce import read_table, write_tables
 from utils.attributes import read_attributes
 from utils.checkpoint import digest, load_checkpoint, refuse_oversized, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
@@ -397,7 +398,7 @@ def test_checkpoints_with_unusual_content(request, data):
         return
     if how != "weight":
         if unless_refused(lambda: resume(trainer, read_state(path))) is not None:
-            best_table(trainer.best.found)
+            best_table(trainer.best.by_split)
         checkpoint = unless_refused(lambda: load_checkpoint(path))
         if checkpoint is not None:
             json.dumps([*epoch_and_best(checkpoint), changes(checkpoint.get("data"), trainer.data)])

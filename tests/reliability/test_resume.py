@@ -183,7 +183,9 @@ def test_a_best_checkpoint_of_a_later_epoch_than_the_resumed_save_is_backed_up(
     run(train_entry.main, monkeypatch, *again, folder / "last.2.pth", "--lr", "1e-4")
     assert_same(load_checkpoint(folder / "best.backup1.pth"), later)
     log = (folder / "train_log.txt").read_text()
-    text = "best.pth is of epoch 3, and not this run's; now best.backup1.pth; written, of epoch 1,"
+    text = (
+        "best.pth is of epoch 3 and belongs to another save; renamed to best.backup1.pth; written"
+    )
     assert text in log
     (folder / "best.pth").unlink()
     run(train_entry.main, monkeypatch, *again, folder / "last.1.pth")
@@ -448,7 +450,7 @@ def test_a_best_checkpoint_that_was_not_written_is_written_on_resuming(
     run(train_entry.main, monkeypatch, "--resume", "--output_dir", tmp_path / "cut")
     folder = folder_of(tmp_path / "cut")
     assert_same_end(folder, folder_of(tmp_path / "uninterrupted"))
-    assert f"; written, of epoch {epoch}" in (folder / "train_log.txt").read_text()
+    assert f"weights of this save, epoch {epoch}" in (folder / "train_log.txt").read_text()
     assert not list(folder.glob("*backup*"))
 
 
@@ -617,7 +619,7 @@ def test_a_checkpoint_without_a_fingerprint_resumes_with_a_warning(
     save_checkpoint(last, state)
     argv = ["--resume", "--resume_ckpt_file", last, "--num_epoch", 2, "--val_dataset", val_dataset]
     if val_dataset == "both":
-        with pytest.raises(UserError, match="go on with --val_dataset val or test"):
+        with pytest.raises(UserError, match="resume with --val_dataset val or test"):
             run(train_entry.main, monkeypatch, *argv)
         return
     run(train_entry.main, monkeypatch, *argv)

@@ -106,7 +106,9 @@ def test_a_cache_of_other_images_is_refused(pictures, tmp_path, attempt):
     path = make_cache(pictures, tmp_path / "cache")
     content = np.load(path)
     np.save(path, content[::-1].copy())
-    with pytest.raises(UserError, match=r"holds for .*png something else .*; delete it") as error:
+    with pytest.raises(
+        UserError, match=r"holds another image than .*png; delete the cache"
+    ) as error:
         cached(pictures, tmp_path / "cache")
     attempt(
         "1", "an image cache with other images", "used: R@1 0.00 without a warning", error.value
@@ -123,7 +125,7 @@ def test_a_cache_of_other_images_is_refused(pictures, tmp_path, attempt):
     ("form", "change", "message"),
     [
         ("number type", lambda a: a.astype(np.float32), "holds float32"),
-        ("memory order", lambda a: np.asfortranarray(a), "by columns"),
+        ("memory order", lambda a: np.asfortranarray(a), "in Fortran order"),
         ("shape", lambda a: a[:-1], r"holds uint8\(11, 3"),
         ("element type", lambda a: a.view("V1"), r"holds \|V1"),
     ],
@@ -142,7 +144,7 @@ def test_a_cache_that_lists_intact_images_as_broken_is_refused(pictures, tmp_pat
     path = make_cache(pictures, tmp_path / "cache")
     broken = path.with_suffix(".broken.json")
     broken.write_text(json.dumps({"0": "x\npass"}))
-    with pytest.raises(UserError, match="something else") as error:
+    with pytest.raises(UserError, match="holds another image") as error:
         cached(pictures, tmp_path / "cache", skip=True)
     attempt(
         "1", "a cache that lists an intact image as broken", "the image was skipped", error.value
@@ -236,7 +238,7 @@ def test_two_processes_make_one_cache_even_if_a_clock_is_ahead(pictures, tmp_pat
     assert (
         len(reads.read_text().split()) == 12 + 2 * 8
     )  # one process made it; two compared eight images
-    assert len(list(folder.iterdir())) == 2 and "another process is making it" in logged[0]
+    assert len(list(folder.iterdir())) == 2 and "another process is making this cache" in logged[0]
     before = "the unfinished cache was deleted, and its process failed"
     attempt("8", "make a cache while another machine's clock is ahead", before, logged[0])
 
@@ -303,7 +305,7 @@ def test_a_cache_that_is_truncated_while_it_is_used_is_an_error(
     loader = train_loader(data, args, CPU)
     (path,) = tmp_path.glob("*.npy")
     os.truncate(path, 5000)
-    with pytest.raises(UserError, match="another program has cut it; delete it") as error:
+    with pytest.raises(UserError, match="another program has truncated it; delete it") as error:
         list(loader)
     with pytest.raises(UserError, match="has 5000 bytes instead of .*; delete it") as after:
         train_loader(data, args, CPU)
@@ -554,7 +556,7 @@ def test_a_caption_that_is_cut_is_reported_and_a_long_sentence_is_refused(tmp_pa
     (tmp_path / "dataset.json").write_text(json.dumps(rows))
     (warning,) = [w for w in read("custom", tmp_path).warnings if w.startswith("cut")]
     assert warning == (
-        "cut: of 4 captions the first 4096 characters are read, or of their words the first 256 "
+        "cut: 4 captions have over 4096 characters, or a word of over 256; the rest is not read "
         "(dataset.json, entry 0, caption 1)"
     )
     attempt("4", "captions of 5,200 characters", "read completely", warning)
@@ -627,7 +629,7 @@ def test_a_full_disk_while_rendering_gives_one_error_and_leaves_nothing(tmp_path
     (line,) = [x for x in done.stderr.split("\n") if x and "person" not in x]
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert line.startswith(f"error: {tmp_path}/set: could not be rendered: ")
-    assert line.endswith(": File too large; make room there, or choose another folder")
+    assert line.endswith(": File too large; free disk space, or choose another folder")
     attempt(
         "8", "python -m datasets.mini on a full disk", "a traceback and a partial data set", line
     )
@@ -642,13 +644,13 @@ def test_a_data_set_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as disk:
         disk.setattr(Path, "write_bytes", full)
-        with pytest.raises(UserError, match="No space left on device; make room"):
+        with pytest.raises(UserError, match="No space left on device; free disk space"):
             render(root, force=True, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["set"] and not render(root, **SMALL)
     assert render(root, force=True, **SMALL) and [p.name for p in tmp_path.iterdir()] == ["set"]
     for odd in ("{", "[" * 100_000, "[]"):
         (root / "mini.json").write_text(odd)
-        with pytest.raises(FileExistsError, match="is not the complete set") as error:
+        with pytest.raises(FileExistsError, match="is not a complete set") as error:
             render(root, **SMALL)
     attempt("8", "a mini.json with other content", "a traceback (RecursionError)", error.value)
     (tmp_path / "link").symlink_to(root)

@@ -5,11 +5,13 @@ import argparse
 import contextlib
 import csv
 import errno
+import hashlib
 import inspect
 import io
 import json
 import math
 import os
+import re
 import sys
 import zipfile
 
@@ -27,6 +29,10 @@ from tests.helpers import run
 from tools import _report_charts as charts
 from tools import compare_runs, report, reproduce
 from tools._report_runs import Run, read_scalars
+from tools._reproduce_jobs import Job, fingerprint, make_jobs
+from tools._reproduce_output import write_tables
+from tools._reproduce_runner import Runner
+from tools._reproduce_table import read_table
 from utils import files
 from utils.errors import UserError
 from utils.metrics import METRICS, Ranked
@@ -55,7 +61,7 @@ def table(tmp_path):
     ("changes", "message"),
     [
         ({"rows": [ROWS[0], {**ROWS[1], "name": "sdm"}]}, "row sdm has this name"),
-        ({"rows": [ROWS[0], {**ROWS[1], "name": "SDM!"}]}, "row sdm has this name, but for case"),
+        ({"rows": [ROWS[0], {**ROWS[1], "name": "SDM!"}]}, "row sdm has this name, apart from case"),
         ({"rows": None}, "rows must be a list, got None"),
         ({"rows": []}, "it has 0 rows; a table has 1 to 500"),
         ({"rows": [{"name": n} for n in range(501)]}, "it has 501 rows"),
@@ -83,7 +89,7 @@ def table(tmp_path):
 )  # fmt: skip
 def test_a_table_is_checked_completely_before_anything_runs(changes, message, table, attempt):
     with pytest.raises(UserError, match="small.yaml") as error:
-        reproduce.read_table(str(table(**changes)))
+        read_table(str(table(**changes)))
     assert message in str(error.value)
     if "has this name" in message:
         attempt("1", "two rows with one name and different options", "averaged as if they were seeds", error.value)  # fmt: skip
@@ -94,12 +100,12 @@ def test_a_table_is_checked_completely_before_anything_runs(changes, message, ta
 def test_an_option_that_the_tool_sets_is_refused_in_a_row(table, mini_root, tmp_path, attempt):
     rows = [{"name": "x", "options": {"seed": 7}}]
     with pytest.raises(UserError, match="row x: seed is no option of a row") as error:
-        reproduce.read_table(str(table(rows=rows)))
+        read_table(str(table(rows=rows)))
     attempt("1", "a row with options: {seed: 7}", "ignored", error.value)
     rows = [{"name": "x", "options": {"warmup_epochs": 9}}]
     args = argparse.Namespace(root_dir=mini_root, seeds=[1], output_dir=tmp_path, mllm4text="")
-    with pytest.raises(UserError, match="small, row x: --warmup_epochs 9 must be less than"):
-        reproduce.make_jobs(reproduce.read_table(str(table(rows=rows))), args, {})
+    with pytest.raises(UserError, match="small, row x: --warmup_epochs 9 must be less"):
+        make_jobs(read_table(str(table(rows=rows))), args, {})
 
 
 def test_a_table_whose_entries_refer_to_each_other_gets_a_short_error(table, attempt):
@@ -108,14 +114,14 @@ def test_a_table_whose_entries_refer_to_each_other_gets_a_short_error(table, att
     path = table()
     path.write_text(f"title: [{lists}]\nbase: base.yaml\nrows: [{{name: a}}]\n")
     with pytest.raises(UserError, match="title must be text, got") as error:
-        reproduce.read_table(str(path))
+        read_table(str(path))
     assert len(str(error.value)) < 2100
     attempt("4", "a title of nested lists, 2 KB of YAML", "all memory", str(error.value)[:120])  # fmt: skip
 
 
 def test_a_base_whose_name_has_a_zero_byte_is_refused(table):
     with pytest.raises(UserError, match="row sdm: base: .* is no name of a file"):
-        reproduce.read_table(str(table(base="a\0b")))
+        read_table(str(table(base="a\0b")))
 
 
 def test_a_repeated_seed_is_refused(table, mini_root, tmp_path, monkeypatch, attempt):
@@ -133,10 +139,10 @@ def test_a_data_set_behind_links_has_its_own_fingerprint(mini_copy, tmp_path, at
     for name in ("AG-ReID", "G2APS-AG"):
         (linked / name).symlink_to(mini_copy / name)
     (mini_copy / "AG-ReID/again").symlink_to(mini_copy)  # a cycle
-    before = reproduce.fingerprint(linked)
+    before = fingerprint(linked)
     path = mini_copy / "AG-ReID/agtext_train.json"
     path.write_text(path.read_text().replace(" a ", " the "))
-    assert reproduce.fingerprint(linked) != before
+    assert fingerprint(linked) != before
     attempt("1", "change captions in a data set of linked folders", "jobs counted as done", "another fingerprint, so other jobs")  # fmt: skip
 
 
@@ -149,9 +155,9 @@ def test_a_link_to_a_parent_folder_does_not_add_its_files_to_the_fingerprint(tmp
         for name in "ab":
             (tmp_path / f"far/{number}/{name}").symlink_to(tmp_path / f"far/{number + 1}")
     (tmp_path / "data/far").symlink_to(tmp_path / "far/0")
-    before = reproduce.fingerprint(tmp_path / "data")
+    before = fingerprint(tmp_path / "data")
     (tmp_path / "done.json").write_text("{}")
-    assert reproduce.fingerprint(tmp_path / "data") == before
+    assert fingerprint(tmp_path / "data") == before
     folder = tmp_path / "data"
     for _ in range(300):  # deeper than the limit on recursion
         folder /= "a"
@@ -159,7 +165,7 @@ def test_a_link_to_a_parent_folder_does_not_add_its_files_to_the_fingerprint(tmp
     limit = sys.getrecursionlimit()
     try:
         sys.setrecursionlimit(200 + len(inspect.stack()))
-        reproduce.fingerprint(tmp_path / "data")
+        fingerprint(tmp_path / "data")
     finally:
         sys.setrecursionlimit(limit)
 
@@ -169,14 +175,14 @@ def test_a_fingerprint_without_links_has_not_changed(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/x.json").write_text("[1]")
     (tmp_path / "a/y.jpg").write_bytes(b"12")
-    expected = reproduce.hashlib.sha256(b"\na/b/x.json\x003[1]\na/y.jpg\x002").hexdigest()
-    assert reproduce.fingerprint(tmp_path) == expected
+    expected = hashlib.sha256(b"\na/b/x.json\x003[1]\na/y.jpg\x002").hexdigest()
+    assert fingerprint(tmp_path) == expected
 
 
 def test_a_data_set_with_a_pipe_and_a_name_that_is_not_utf8_is_fingerprinted(tmp_path, attempt):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
     os.mkfifo(tmp_path / "pipe.json")
-    assert len(reproduce.fingerprint(tmp_path)) == 64
+    assert len(fingerprint(tmp_path)) == 64
     attempt("5", "a stray file in root_dir whose name is not UTF-8", "UnicodeEncodeError", "fingerprinted")  # fmt: skip
 
 
@@ -316,11 +322,11 @@ def test_a_cell_stays_one_cell_in_every_format(evil, attempt):
         "-3.00",
     )
     for line in shown["latex"].split("\n")[2:4]:
-        plain = reproduce.re.sub(r"\\text[a-z]+\{\}|\{[\[*]\}|-\{\}", "", line).removesuffix(r" \\")
+        plain = re.sub(r"\\text[a-z]+\{\}|\{[\[*]\}|-\{\}", "", line).removesuffix(r" \\")
         for special in r"\&", r"\%", r"\$", r"\#", r"\_", r"\{", r"\}":
             plain = plain.replace(special, "")
         assert plain.count("&") == 1 and not set(plain) & set("\\%$#_{}~^<>|[*")
-    assert not set("<>`|[]") & set(reproduce.re.sub(r"\\.", "", shown["markdown"].split("\n")[2][2:-2]).replace(" | ", ""))  # fmt: skip
+    assert not set("<>`|[]") & set(re.sub(r"\\.", "", shown["markdown"].split("\n")[2][2:-2]).replace(" | ", ""))  # fmt: skip
     now = {"=": shown["as_csv"], "\\": shown["latex"], "a": shown["markdown"]}.get(evil[0], "")
     if now and evil in EVIL[:6]:
         attempt(
@@ -332,10 +338,8 @@ def test_the_files_of_a_table_escape_the_text_of_its_rows(table, mini_root, tmp_
     evil = r"=cmd|' /C'!A0 \input{x} <b>"
     path = table(title=r"A \input{x} | <b>", rows=[{"name": evil, "needs": "finetune"}])
     argv = ["--table", path, "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
-    jobs = [reproduce.Job(evil, 1, argparse.Namespace(val_dataset="test", heldout=0), tmp_path)]
-    reproduce.write_tables(
-        reproduce.read_table(str(path)), jobs, {evil: "left out"}, tmp_path / "out"
-    )
+    jobs = [Job(evil, 1, argparse.Namespace(val_dataset="test", heldout=0), tmp_path)]
+    write_tables(read_table(str(path)), jobs, {evil: "left out"}, tmp_path / "out")
     capsys.readouterr()
     text = {p.suffix: p.read_bytes().decode() for p in (tmp_path / "out").iterdir()}
     assert argv and set(text) == {".md", ".tex", ".csv"}
@@ -403,10 +407,10 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("tried", ARCHIVES)
 def test_a_corrupted_archive_of_results_is_refused(tried, tmp_path, attempt, monkeypatch):
-    monkeypatch.setattr(queries, "MOST", 2**17)
+    monkeypatch.setattr(queries, "MAX_CAPTIONS", 2**17)
     path = tmp_path / "test_queries.npz"
     path.write_bytes(ARCHIVES[tried]())
-    with pytest.raises(UserError, match="test_queries.npz: no results of test.py") as error:
+    with pytest.raises(UserError, match="test_queries.npz: not results of test.py") as error:
         read_queries(path, "test", "aerial")
     attempt("5" if tried != "more bytes than test.py writes" else "4", f"test_queries.npz: {tried}", "a traceback, or accepted", error.value)  # fmt: skip
 
@@ -435,7 +439,7 @@ def test_corrupted_results_are_refused(text, tmp_path):
     folder = evaluated(tmp_path / "a")
     (folder / "test_queries.npz").unlink()
     (folder / "test_results.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"test_results.json: no results of test.py"):
+    with pytest.raises(UserError, match=r"test_results.json: not results of test.py"):
         report.read_run(folder, "red")
 
 
@@ -447,7 +451,7 @@ def test_corrupted_results_are_refused(text, tmp_path):
         ({"R@1": math.nan}, "test, aerial: R@1 is nan"),
         ({"queries": -1}, "test, aerial: queries is -1"),
         ({"data": {"changed": [1]}}, "its 'data' has no object under 'changed'"),
-        ({"accuracy": {"age": {"aerial": 10**400}}}, "its attribute_accuracy is no table"),
+        ({"accuracy": {"age": {"aerial": 10**400}}}, "its attribute_accuracy is not a table"),
     ],
 )
 def test_metrics_that_test_py_cannot_have_written_are_refused(changes, message, tmp_path, attempt):
@@ -459,7 +463,7 @@ def test_metrics_that_test_py_cannot_have_written_are_refused(changes, message, 
     results |= {"data": changes.pop("data", {})}
     split["galleries"]["aerial"] |= changes
     path.write_text(json.dumps(results))
-    with pytest.raises(UserError, match="test_results.json: no results of test.py") as error:
+    with pytest.raises(UserError, match="test_results.json: not results of test.py") as error:
         report.read_run(folder, "red")
     assert message in str(error.value)
     if "1000" in message:
@@ -474,7 +478,7 @@ def test_a_pipe_in_place_of_results_is_refused_at_once(tmp_path):
     for name in ("test_results.json", "test_queries.npz"):
         (folder / name).unlink()
         os.mkfifo(folder / name)
-        with pytest.raises(UserError, match=f"{name}: no results of test.py: not a regular file"):
+        with pytest.raises(UserError, match=f"{name}: not results of test.py: not a regular file"):
             compare_runs.compare(
                 {"a": [folder], "b": [evaluated(tmp_path / "b")]}, "test", "aerial", 10
             )
@@ -485,7 +489,7 @@ def test_a_pipe_in_place_of_results_is_refused_at_once(tmp_path):
 def test_corrupted_notes_of_a_job_are_refused(content, tmp_path):
     (tmp_path / "done.json").write_text(content)
     (tmp_path / "code.json").write_text('[{"commit": 3}]')
-    job = reproduce.Job("row", 1, argparse.Namespace(val_dataset="test"), tmp_path)
+    job = Job("row", 1, argparse.Namespace(val_dataset="test"), tmp_path)
     for ask, name in ((lambda: job.results, "done.json"), (lambda: job.code, "code.json")):
         with pytest.raises(UserError, match=f"{name}: corrupted; delete it"):
             ask()
@@ -511,7 +515,7 @@ def test_a_curve_with_nan_or_infinity_has_a_gap(curve, pieces, tmp_path, attempt
     runs = [report.read_run(folder, "red")]
     page = report.report(runs, args)
     drawn = charts.training(runs)["loss"][0].svg
-    lines = reproduce.re.findall(r'<path d="([^"]*)"[^>]*fill: none; stroke: #ff0000', drawn)
+    lines = re.findall(r'<path d="([^"]*)"[^>]*fill: none; stroke: #ff0000', drawn)
     assert sum(line.count("M ") for line in lines) == pieces and "nan" not in drawn
     assert page.encode() and ("no finite value" in page) == (not pieces)
     if pieces == 2:
@@ -521,7 +525,7 @@ def test_a_curve_with_nan_or_infinity_has_a_gap(curve, pieces, tmp_path, attempt
 @pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-5), (0, 3 * math.nextafter(1000, 0)), (79.59, 100), (-3, 4)])  # fmt: skip
 def test_axes_can_be_read(low, high, tmp_path):
     run = Run(tmp_path, "a", {}, {"lr": [(1, low), (2, high)]}, "red")
-    ticks = reproduce.re.findall(r"end;[^>]*>([^<]*)", charts.training([run])[""][0].svg)
+    ticks = re.findall(r"end;[^>]*>([^<]*)", charts.training([run])[""][0].svg)
     assert 2 < len(set(ticks)) == len(ticks) < 9
 
 
@@ -548,9 +552,9 @@ def test_a_table_is_printed_even_if_the_disk_is_full(tmp_path, monkeypatch, caps
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    jobs = [reproduce.Job("sdm", 1, argparse.Namespace(val_dataset="test", heldout=0), tmp_path)]
+    jobs = [Job("sdm", 1, argparse.Namespace(val_dataset="test", heldout=0), tmp_path)]
     with pytest.raises(UserError, match="table.md: could not be written: No space left") as error:
-        reproduce.write_tables(reproduce.read_table(str(table())), jobs, {}, tmp_path / "out")
+        write_tables(read_table(str(table())), jobs, {}, tmp_path / "out")
     assert "| sdm    |" in capsys.readouterr().out
     attempt("8", "reproduce.py on a full disk", "the table was lost", f"printed, then: {error.value}")  # fmt: skip
 
@@ -563,7 +567,7 @@ def test_a_full_disk_ends_one_job_but_not_the_others(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(job.folder / "x"))
         raise UserError("the other was tried")
 
-    monkeypatch.setattr(reproduce.Runner, "_call", call)
+    monkeypatch.setattr(Runner, "_call", call)
     argv = ["--table", table(), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit):
         run(reproduce.main, monkeypatch, *argv, "--seeds", 1)
@@ -584,22 +588,22 @@ def test_metrics_that_cannot_be_saved_are_in_the_table(table, mini_root, tmp_pat
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(reproduce.Runner, "_call", call)
+    monkeypatch.setattr(Runner, "_call", call)
     monkeypatch.setattr("utils.files.os.replace", full)
     argv = ["--table", table(), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit):
         run(reproduce.main, monkeypatch, *argv, "--seeds", 1)
     failed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAILED")][-1]
-    assert reproduce.re.match(r"FAILED sdm, seed 1: .*/done.json: could not be written: No", failed)
+    assert re.match(r"FAILED sdm, seed 1: .*/done.json: could not be written: No", failed)
     text = (tmp_path / "out/small/table.md").read_text()
-    assert len(reproduce.re.findall(r"\| (?:sdm|itc) +\| +1 \| 50.00", text)) == 2
+    assert len(re.findall(r"\| (?:sdm|itc) +\| +1 \| 50.00", text)) == 2
     attempt("8", "a disk that is full when a job's done.json is written", "its metrics were lost", f"in the table, and {failed}")  # fmt: skip
 
 
 def test_a_console_on_a_full_disk_does_not_end_the_jobs(table, mini_root, tmp_path, monkeypatch):
     rows = [{"name": name} for name in "ab"]
     jobs = []
-    monkeypatch.setattr(reproduce.Runner, "_call", lambda runner, job, *_: jobs.append(job.row))
+    monkeypatch.setattr(Runner, "_call", lambda runner, job, *_: jobs.append(job.row))
     argv = ["--table", table(rows=rows), "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
     console = os.open(tmp_path / "console", os.O_CREAT | os.O_WRONLY)
     with open("/dev/full", "w") as full:
