@@ -56,7 +56,8 @@ CPU = torch.device("cpu")
 
 
 def fuzz(test):
-    """Run a test with `--fuzz` examples."""
+    """Run a test with `--fuzz` examples. It names its slow fixtures in `usefixtures`, so that they
+    are made before the first example and its deadline."""
 
     def fuzzed(pytestconfig, tally, request):
         count = pytestconfig.getoption("fuzz")
@@ -183,6 +184,7 @@ def linked(mini_root, rendered, tmp_path_factory):
     return folders
 
 
+@pytest.mark.usefixtures("linked")
 @fuzz
 @given(data=st.data())
 def test_annotations(request, data):
@@ -336,6 +338,7 @@ def trained(mini_root, tmp_path_factory):
     return train_small_run(mini_root, tmp_path_factory.mktemp("trained"), num_epoch=2)
 
 
+@pytest.mark.usefixtures("trained")
 @fuzz
 @given(data=st.data())
 def test_corrupted_checkpoints(request, data):
@@ -354,6 +357,7 @@ def test_corrupted_checkpoints(request, data):
         assert digest(checkpoint) == digest(load_checkpoint(original))
 
 
+@pytest.mark.usefixtures("trainer")
 @fuzz
 @given(data=st.data())
 def test_checkpoints_with_unusual_content(request, data):
@@ -474,6 +478,7 @@ def weight_files(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
+@pytest.mark.usefixtures("weight_files")
 @fuzz
 @given(data=st.data())
 def test_weight_files(request, data):
@@ -542,6 +547,7 @@ def test_pickles_that_call_are_refused_in_every_format(function, protocol, tmp_p
     assert not harm.exists()
 
 
+@pytest.mark.usefixtures("mini_root")
 @fuzz
 @given(data=st.data())
 def test_images(request, data):
@@ -587,10 +593,11 @@ def evaluated(trained, mini_root, tmp_path_factory):
     galleries = results["splits"]["test"]["galleries"]
     results["splits"]["test"]["galleries"] = {"aerial": galleries["aerial"]}
     (folder / "test_results.json").write_text(json.dumps(results))
-    _draw_report(folder)  # loads Matplotlib, for which an example may have no time
+    _draw_report(folder)  # loads Matplotlib
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("evaluated")
 @fuzz
 @given(data=st.data())
 def test_run_folders(request, data):
