@@ -15,7 +15,7 @@ from datasets.records import Image, TrainSample
 from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import open_file, read_file
-from utils.text import READ, WORD, fault, is_cut
+from utils.text import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
 LARGEST_PID = 2**31 - 1
 
@@ -56,8 +56,8 @@ def checked_pid(value: Any, entry: str) -> int:
 def checked_caption(value: Any, entry: str, checks: EntryChecks) -> str:
     """A caption: text with at least one word. Raises UserError naming the entry; `checks` counts
     the captions that are too long to be read to their end."""
-    if wrong := fault(value):
-        raise UserError(f"{entry}: the caption {wrong}")
+    if problem := text_problem(value):
+        raise UserError(f"{entry}: the caption {problem}")
     if is_cut(value):
         checks.cut_captions.append(entry)
     return value
@@ -173,8 +173,8 @@ class EntryChecks:
         lines = [f"repeated: {len(x)} {kind} ({x[0]})" for kind, x in self._repetitions.items()]
         if self.cut_captions:
             lines.append(
-                f"cut: {len(self.cut_captions)} captions have over {READ} characters, or a word of "
-                f"over {WORD}; the rest is not read ({self.cut_captions[0]})"
+                f"cut: {len(self.cut_captions)} captions have over {MAX_TEXT} characters, or a "
+                f"word of over {MAX_WORD}; the rest is not read ({self.cut_captions[0]})"
             )
         return lines
 

@@ -11,9 +11,9 @@ import yaml
 from utils.documents import load_yaml
 from utils.errors import UserError
 from utils.files import read_file
-from utils.text import READ, WORD, fault, is_cut
+from utils.text import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
-TOO_LONG = f"has more than {READ} characters, or a word of more than {WORD}"
+TOO_LONG = f"has more than {MAX_TEXT} characters, or a word of more than {MAX_WORD}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_attributes(path: str | Path) -> list[Attribute]:
             if not isinstance(sentences, list) or not sentences:
                 raise UserError(f"{where}: class {name} has no sentences")
             for sentence in sentences:
-                if problem := fault(sentence) or (TOO_LONG if is_cut(sentence) else ""):
+                if problem := text_problem(sentence) or (TOO_LONG if is_cut(sentence) else ""):
                     raise UserError(f"{where}: class {name}: the sentence {problem}")
                 if class_of.setdefault(sentence, name) != name:
                     raise UserError(

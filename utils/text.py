@@ -14,11 +14,13 @@ import regex
 PLAIN = re.compile(r"[ -%'-;=-~]*")
 START = 49406  # CLIP's start token; only the end token has a larger id
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-READ = 4096  # characters; 77 tokens of usual captions have about 400, the longest below 1,000
-WORD = 256  # characters; more than a German compound (80) or 77 tokens of a script without spaces
+# Characters. 77 tokens of usual captions have about 400, the longest below 1,000.
+MAX_TEXT = 4096
+# Characters; more than a German compound (80) or 77 tokens of a script without spaces.
+MAX_WORD = 256
 # A longer word, as CLIP's tokenizer splits words.
-LONG_WORD = regex.compile(rf"\p{{L}}{{{WORD + 1},}}|[^\s\p{{L}}\p{{N}}]{{{WORD + 1},}}")
-UNBROKEN = re.compile(rf"[^ \t\r\n]{{{WORD + 1}}}")  # may contain a long word
+LONG_WORD = regex.compile(rf"\p{{L}}{{{MAX_WORD + 1},}}|[^\s\p{{L}}\p{{N}}]{{{MAX_WORD + 1},}}")
+UNBROKEN = re.compile(rf"[^ \t\r\n]{{{MAX_WORD + 1}}}")  # may contain a long word
 # Characters that move a terminal's cursor, change the direction of text, break a line, or cannot be
 # encoded as UTF-8.
 HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -44,7 +46,7 @@ def visible(text: object, lines: bool = False) -> str:
     return HIDDEN.sub(escape, str(text))
 
 
-def fault(text: object) -> str:
+def text_problem(text: object) -> str:
     """What is wrong with a sentence, as a predicate for "the caption ...", or nothing."""
     if text == "":
         return "is empty"
@@ -69,30 +71,34 @@ def has_words(text: str) -> bool:
 
 def is_cut(text: str) -> bool:
     """Whether `tokenizer` reads only a part of the text."""
-    return len(text) > READ or bool(
+    return len(text) > MAX_TEXT or bool(
         UNBROKEN.search(text) and LONG_WORD.search(tokenizer().clean_whole(text))
     )
 
 
 @functools.cache
 def tokenizer() -> Any:
-    """CLIP's tokenizer, limited to the first `READ` characters of a text and `WORD` of a word: its
-    time grows with the square of both, and 77 tokens need far fewer."""
+    """CLIP's tokenizer, limited to `MAX_TEXT` characters of a text and `MAX_WORD` of a word.
+
+    Its time grows with the square of both, and 77 tokens need far fewer characters.
+    """
     import open_clip  # slow to load
 
     limited = copy.copy(open_clip.tokenizer._tokenizer)
     limited.clean_whole, limited.cache = limited.clean_fn, dict(limited.cache)
     limited.clean_fn = lambda text: LONG_WORD.sub(
-        lambda word: word.group()[:WORD], limited.clean_whole(_start(text))
+        lambda word: word.group()[:MAX_WORD], limited.clean_whole(_start(text))
     )
     return limited
 
 
 def _start(text: str) -> str:
-    """The first `READ` characters after leading spaces. A longer text is cut at a space if there is
-    one: half an HTML entity or half a wrongly decoded letter may break the repair of the line."""
-    if len(text) <= READ:
+    """The first `MAX_TEXT` characters after leading spaces, cut at a space if there is one.
+
+    Half an HTML entity or half a wrongly decoded letter may break the repair of the complete line.
+    """
+    if len(text) <= MAX_TEXT:
         return text
-    start = text.lstrip()[:READ]
-    space = start.rfind(" ", READ // 2)
+    start = text.lstrip()[:MAX_TEXT]
+    space = start.rfind(" ", MAX_TEXT // 2)
     return start if space < 0 else start[:space]

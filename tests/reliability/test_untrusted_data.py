@@ -42,7 +42,7 @@ from tools import check_dataset
 from utils.attributes import read_attributes
 from utils.errors import UserError
 from utils.logger import LOGGER_NAME
-from utils.text import WORD, fault, is_cut, tokenizer
+from utils.text import MAX_WORD, is_cut, text_problem, tokenizer
 
 SIZE = (24, 8)
 CPU = torch.device("cpu")
@@ -508,7 +508,7 @@ def test_long_captions_take_little_time(kind, attempt):
     text, before = LONG[kind]
     tokenizer()
     started = time.process_time()
-    problem = fault(text)
+    problem = text_problem(text)
     tokens = int((tokenize([text], 77) != 0).sum())
     taken = time.process_time() - started
     assert taken < 1 and is_cut(text) and (problem or tokens > 2)
@@ -532,7 +532,7 @@ def ordinary(count: int) -> list[str]:
 
 def test_tokens_of_ordinary_captions_are_those_of_open_clip():
     captions = ordinary(600) + [case["text"] for case in golden()["tokenizer"]]
-    assert not any(is_cut(c) for c in captions if max(map(len, c.split()), default=0) <= WORD)
+    assert not any(is_cut(c) for c in captions if max(map(len, c.split()), default=0) <= MAX_WORD)
     assert torch.equal(tokenize(captions, 77), open_clip.tokenize(captions, 77).int())
     # Also of captions that are cut: in scripts without spaces 77 tokens end before the first cut.
     rng = random.Random(2)

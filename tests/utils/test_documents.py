@@ -6,7 +6,7 @@ from utils.attributes import read_attributes
 from utils.config import read_preset
 from utils.documents import load_yaml
 from utils.errors import UserError
-from utils.text import fault
+from utils.text import text_problem
 
 
 def test_a_duplicate_key_in_a_preset_is_refused_with_both_lines(tmp_path):
@@ -48,7 +48,7 @@ def test_keys_are_compared_as_values_within_one_mapping():
     ],
 )  # fmt: skip
 def test_a_text_that_is_no_sentence_is_described(text, problem):
-    assert (problem in fault(text)) if problem else fault(text) == ""
+    assert (problem in text_problem(text)) if problem else text_problem(text) == ""
 
 
 @pytest.mark.parametrize(
