@@ -1,9 +1,9 @@
 # make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
-# make test   the test suite
-# make reliability   its part on kills, faults and untrusted files, with far more of each (9 minutes)
-# make resolve   can the requirements be installed on every supported Python?
-# make docs   what follows from the code: docs/options.md, and tables and a picture in other pages
-# They make a virtual environment first (.venv, or VENV=elsewhere).
+# make test   run the test suite
+# make reliability   test kills, faults and untrusted files, with more examples (9 minutes)
+# make resolve   check that the requirements can be installed on every supported Python
+# make docs   write docs/options.md, and tables and a picture in other pages, from the code
+# Each makes a virtual environment first (.venv, or VENV=PATH).
 
 PYTHON ?= python3
 VENV ?= .venv

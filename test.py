@@ -29,7 +29,7 @@ from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.run_log import setup_logger
-from utils.text import Lines, visible
+from utils.text import Multiline, visible
 
 
 def main() -> None:
@@ -66,18 +66,18 @@ def main() -> None:
         results["splits"][name] = {"galleries": {k: r.results() for k, r in metrics.items()}}
         queries |= per_query(name, galleries)
         heading = visible(f"{name} split, which {protocol.role(name)}")
-        log.info(Lines(f"\n{heading}\n{gallery_table(metrics)}"))
+        log.info(Multiline(f"\n{heading}\n{gallery_table(metrics)}"))
         if args.bootstrap:
             bounds = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
             results["splits"][name]["intervals"] = bounds
             heading = f"95 % confidence intervals, {args.bootstrap} bootstrap samples of identities"
-            log.info(Lines(f"\n{heading}\n{interval_table(bounds)}"))
+            log.info(Multiline(f"\n{heading}\n{interval_table(bounds)}"))
         if best.get("split") == name:
             log.info(compare_metrics(best, next(iter(metrics.values()))))
         if data.attribute_names and hasattr(run.model, "atr_matching_head"):
             accuracy = evaluator.attribute_accuracy(run.model, features)
             results["splits"][name]["attribute_accuracy"] = accuracy
-            log.info(Lines(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
+            log.info(Multiline(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()
     if not processes.is_rank_0:
         return

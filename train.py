@@ -30,10 +30,10 @@ from utils.command_line import changed_options, parse_options
 from utils.config import write_config
 from utils.devices import allow_open_files, choose_precision
 from utils.errors import run_main
-from utils.interrupt import leave_at_once
+from utils.interrupt import exit_on_signals
 from utils.run_log import setup_logger
 from utils.runs import CONFIG, open_run
-from utils.text import Lines
+from utils.text import Multiline
 
 
 def main() -> None:
@@ -83,12 +83,12 @@ def main() -> None:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()
 
-    log.info(Lines(best_table(best.by_split)))
+    log.info(Multiline(best_table(best.by_split)))
     files = [best.file(split) for split in best.by_split]
-    log.info(Lines(evaluation_commands(run_dir / CONFIG, files, args)))
+    log.info(Multiline(evaluation_commands(run_dir / CONFIG, files, args)))
     distributed.finish()
 
 
 if __name__ == "__main__":
-    leave_at_once()
+    exit_on_signals()
     run_main(main)

@@ -1,8 +1,8 @@
-"""Can the requirements be installed on every supported Python? Those Pythons are not needed.
+"""Check that the requirements can be installed on every supported Python, without those Pythons.
 
     make resolve
 
-pip finds wheels of everything, dependencies too, for another Python, and reads only their metadata.
+pip finds the wheels of all dependencies for another Python and reads only their metadata.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements-dev.txt"
 
 
 def resolve(python: str) -> int:
-    """Be pip for that Python; the report of what it would install goes to stdout."""
+    """Run pip for that Python. Its report of what it would install goes to stdout."""
     from pip._internal.cli.main import main
     from pip._vendor.packaging import markers
 
-    # pip judges `; python_version < "3.11"` by the Python that it runs in, whatever it is asked.
-    other = {"python_version": python, "python_full_version": f"{python}.0"}
-    here = markers.default_environment()
-    markers.default_environment = lambda: here | other
-    with tempfile.TemporaryDirectory() as nowhere:
+    # pip evaluates `; python_version < "3.11"` for its own Python, not for --python-version.
+    changes = {"python_version": python, "python_full_version": f"{python}.0"}
+    default = markers.default_environment()
+    markers.default_environment = lambda: default | changes
+    with tempfile.TemporaryDirectory() as target:
         return main(
             ["install", "--dry-run", "--quiet", "--ignore-installed", "--only-binary=:all:",
-             "--use-feature=fast-deps", "--python-version", python, "--target", nowhere,
+             "--use-feature=fast-deps", "--python-version", python, "--target", target,
              "--report", "-", "--requirement", str(REQUIREMENTS)]
         )  # fmt: skip
 
 
 def main() -> None:
-    asked = {
+    """Check all Pythons at once; exit with 1 if one fails."""
+    processes = {
         python: subprocess.Popen(
             [sys.executable, __file__, python], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         for python in PYTHONS
     }
     failed = False
-    for python, pip in asked.items():
+    for python, pip in processes.items():
         report, errors = pip.communicate()
         if pip.returncode:
             failed = True

@@ -1,4 +1,4 @@
-"""What all readers need: JSON, checked values, and images that are known to exist."""
+"""What every reader needs: JSON, checked values, images that exist, checks across entries."""
 
 from __future__ import annotations
 
@@ -33,65 +33,53 @@ def read_json(path: Path) -> Any:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises UserError if this user may not look."""
+    """Whether the file or folder exists. Raises UserError if this user may not look."""
     try:
         os.stat(path)
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (OSError, ValueError):  # ValueError: no path at all, with a zero byte in it
+    except (OSError, ValueError):  # ValueError: a zero byte, which no path can have
         return False
     return True
 
 
 def checked_pid(value: Any, entry: str) -> int:
-    """An identity: a whole number of at least 0."""
+    """An identity: an integer from 0. Raises UserError naming the entry."""
     if type(value) is not int or not 0 <= value <= LARGEST_PID:
         raise UserError(
-            f"{entry}: identity must be a whole number of at least 0, at most {LARGEST_PID}, "
+            f"{entry}: identity must be an integer from 0 to {LARGEST_PID}, "
             f"got {reprlib.repr(value)}"
         )
     return value
 
 
-def checked_caption(value: Any, entry: str, said: Said) -> str:
-    """A caption: text with a word in it; `said` counts those of which the end is never read."""
+def checked_caption(value: Any, entry: str, checks: EntryChecks) -> str:
+    """A caption: text with at least one word. Raises UserError naming the entry; `checks` counts
+    the captions that are too long to be read to their end."""
     if wrong := fault(value):
         raise UserError(f"{entry}: the caption {wrong}")
     if is_cut(value):
-        said.cut.append(entry)
+        checks.cut_captions.append(entry)
     return value
 
 
-def composed(path: str) -> str:
-    """A path as another system may spell it: slashes for back-slashes, letters with their accents
-    (Unicode's NFC; macOS writes them apart)."""
-    return unicodedata.normalize("NFC", path.replace("\\", "/"))
-
-
-class _Listing(NamedTuple):
-    """A folder's content."""
-
-    files: frozenset[str]
-    names: dict[str, str]  # of files and folders, by their composed form
-    problem: str  # why it could not be listed, unless there is no such folder
-
-
 class ImageFolder:
-    """Finds images below a folder; one listing per folder beats a look at every image."""
+    """Finds images below a folder. It lists each folder once, which is faster than asking for every
+    image."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._listed: dict[str, _Listing] = {}
 
     def find(self, relative: str, entry: str) -> str:
-        """Full path of an image; if no file has exactly this name, of the one whose name differs
-        only as `composed` says. Raises UserError if it is missing or outside the folder."""
-        shown = ascii(relative[:200])[1:-1]  # whatever stands there, a message can be printed
+        """Full path of an image. If no file has exactly this name, the file whose name is equal
+        after `normalise_path`. Raises UserError if it is missing or outside the folder."""
+        shown = ascii(relative[:200])[1:-1]  # printable, whatever the file contains
         full = self.root / relative
         outside = ".." in relative.split("/") or os.path.isabs(relative)
         if not outside and full.name in self._list(full.parent).files:
             return str(full)
-        parts = composed(relative).split("/")
+        parts = normalise_path(relative).split("/")
         if outside or ".." in parts:
             raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
         *folders, name = [part for part in parts if part not in ("", ".")] or [""]
@@ -110,90 +98,92 @@ class ImageFolder:
             return known
         files, names, problem = set(), {}, ""
         try:
-            with os.scandir(folder) as found:
-                for item in found:
-                    # Whatever encoding the system has for names, on disk they are UTF-8.
+            with os.scandir(folder) as items:
+                for item in items:
+                    # On disk, names are UTF-8, even if the system is set to another encoding.
                     name = os.fsencode(item.name).decode("utf-8", "surrogateescape")
-                    names[composed(name)] = item.name
+                    names[normalise_path(name)] = item.name
                     if _is_file(item):
                         files.add(item.name)
         except (FileNotFoundError, NotADirectoryError, ValueError):
-            pass  # ValueError: no path at all, with a zero byte in it
+            pass  # ValueError: a zero byte, which no path can have
         except OSError as error:
             problem = error.strerror or str(error)
         listing = self._listed[str(folder)] = _Listing(frozenset(files), names, problem)
         return listing
 
 
-def _is_file(item: os.DirEntry[str]) -> bool:
-    try:
-        return item.is_file()
-    except OSError:  # a link into a folder that is not to be read: opening it will say so
-        return True
+def normalise_path(path: str) -> str:
+    """A path in one spelling: slashes instead of backslashes (Windows), and a letter with its
+    accent as one character (Unicode's NFC; macOS writes two)."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/"))
 
 
-class Said:
-    """What a data set's files have said so far: contradictions are refused, repetitions counted."""
+class EntryChecks:
+    """Checks across all entries of a data set: contradictions are refused, repetitions counted."""
 
     def __init__(self) -> None:
-        self._facts: dict[tuple[str, ...], tuple[Any, str]] = {}
-        self._seen: dict[tuple[object, ...], str] = {}
-        self._again: dict[str, list[str]] = {}  # by kind: places
-        self.cut: list[str] = []  # where captions stand that are too long to be read whole
+        self._facts: dict[tuple[str, ...], tuple[Any, str]] = {}  # by subject: value, entry
+        self._first: dict[tuple[object, ...], str] = {}  # by kind and key: the first entry
+        self._repetitions: dict[str, list[str]] = {}  # by kind: which entry repeats which
+        self.cut_captions: list[str] = []  # entries whose caption is too long
 
-    def once(self, kind: str, key: Any, entry: str) -> None:
-        """Count what is said a second time: a warning."""
-        if (kind, key) in self._seen:
-            self._again.setdefault(kind, []).append(f"{entry} repeats {self._seen[kind, key]}")
+    def count_repetition(self, kind: str, key: Any, entry: str) -> None:
+        """Count the entry as a repetition if one before it has the same kind and key."""
+        if (kind, key) in self._first:
+            repetition = f"{entry} repeats {self._first[kind, key]}"
+            self._repetitions.setdefault(kind, []).append(repetition)
         else:
-            self._seen[kind, key] = entry
+            self._first[kind, key] = entry
 
-    def agree(self, about: tuple[str, ...], value: Any, entry: str) -> None:
-        """Remember a fact, as ("the id", "7"). Raises UserError if it was another before."""
-        other, first = self._facts.setdefault(about, (value, entry))
+    def require_same(self, subject: tuple[str, ...], value: Any, entry: str) -> None:
+        """Raises UserError if an earlier entry has another value for a subject, such as
+        ("the id", "7")."""
+        other, first = self._facts.setdefault(subject, (value, entry))
         if other != value:
             raise UserError(
-                f"{entry}: {' '.join(about)} is {value!r:.60}, and {other!r:.60} in {first}; "
-                "correct one of them, or take it out"
+                f"{entry}: {' '.join(subject)} is {value!r:.60}, but {other!r:.60} in {first}; "
+                "correct or remove one of them"
             )
 
-    def sample(self, sample: TrainSample, pid: Any) -> None:
-        """A training sample, its identity as the file has it."""
+    def add_sample(self, sample: TrainSample, pid: Any) -> None:
+        """Check a training sample. `pid` is its identity as written in the file."""
         paths = [image.path for image in sample.images]
-        self._show("train", pid, paths, sample.entry)
-        self.once("samples of train", (pid, *paths, sample.caption), sample.entry)
+        self._require_same_pid("train", pid, paths, sample.entry)
+        self.count_repetition("samples of train", (pid, *paths, sample.caption), sample.entry)
 
-    def images(self, split: str, pid: Any, images: Sequence[Image], entry: str) -> None:
-        """What stands in a split's galleries together. Only a repetition of all of it counts: in
-        TBAGPR an aerial image may belong to several pairs."""
+    def add_images(self, split: str, pid: Any, images: Sequence[Image], entry: str) -> None:
+        """Check the gallery images of one entry. Only an entry with the same images in all views is
+        a repetition: in TBAGPR an aerial image may belong to several pairs."""
         paths = [image.path for image in images]
-        self._show(split, pid, paths, entry)
-        self.once(f"images of {split}, which count again", (pid, *paths), entry)
+        self._require_same_pid(split, pid, paths, entry)
+        self.count_repetition(f"images of {split}, which count again", (pid, *paths), entry)
 
-    def caption(self, split: str, key: tuple[object, ...], entry: str) -> None:
-        """A query, with the identity and all else that the file says of it."""
-        self.once(f"captions of {split}, which count again", key, entry)
+    def add_caption(self, split: str, key: tuple[object, ...], entry: str) -> None:
+        """Check a query. `key` holds its caption and everything else that the file says of it."""
+        self.count_repetition(f"captions of {split}, which count again", key, entry)
 
-    def _show(self, split: str, pid: Any, paths: Sequence[str], entry: str) -> None:
+    def _require_same_pid(self, split: str, pid: Any, paths: Sequence[str], entry: str) -> None:
         for path in paths:
-            self.agree(("the identity of", path, "in", split), pid, entry)
+            self.require_same(("the identity of", path, "in", split), pid, entry)
 
     def warnings(self) -> list[str]:
-        """A line for each kind of repetition, and for captions that are cut, with the count and the
-        first."""
-        lines = [f"said twice: {len(x)} {kind} ({x[0]})" for kind, x in self._again.items()]
-        if self.cut:
+        """A line for each kind of repetition, and one for captions that are too long, with the
+        count and the first example."""
+        lines = [f"repeated: {len(x)} {kind} ({x[0]})" for kind, x in self._repetitions.items()]
+        if self.cut_captions:
             lines.append(
-                f"cut: of {len(self.cut)} captions the first {READ} characters are read, or of "
-                f"their words the first {WORD} ({self.cut[0]})"
+                f"cut: {len(self.cut_captions)} captions have over {READ} characters, or a word of "
+                f"over {WORD}; the rest is not read ({self.cut_captions[0]})"
             )
         return lines
 
 
 def same_content(paths: Sequence[str]) -> list[int]:
-    """A number for every file, equal where the bytes are equal: 0, 1, ... as they are first met.
+    """A number for every path, the same for files of the same bytes: 0, 1, ... in the order in
+    which the contents first appear.
 
-    Only files of equal size are read. One that cannot be read is like no other.
+    Only files of equal size are read. A file that cannot be read equals no other.
     """
 
     def size_of(path: str) -> int:
@@ -203,20 +193,35 @@ def same_content(paths: Sequence[str]) -> list[int]:
             return -1
 
     def digest(path: str) -> str:
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         try:
             with open_file(path) as file:
                 while block := file.read(2**20):
-                    found.update(block)
-            return found.hexdigest()
+                    sha256.update(block)
+            return sha256.hexdigest()
         except OSError:
             return path
 
     by_size: dict[int, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_size.setdefault(size_of(path), []).append(path)
-    alike = [path for group in by_size.values() if len(group) > 1 for path in group]
+    same_size = [path for group in by_size.values() if len(group) > 1 for path in group]
     with ThreadPoolExecutor() as pool:  # a slow disk answers several requests at once
-        contents = dict(zip(alike, pool.map(digest, alike), strict=True))
+        contents = dict(zip(same_size, pool.map(digest, same_size), strict=True))
     numbers: dict[str, int] = {}
     return [numbers.setdefault(contents.get(path, path), len(numbers)) for path in paths]
+
+
+class _Listing(NamedTuple):
+    """A folder's content."""
+
+    files: frozenset[str]
+    names: dict[str, str]  # of files and folders, by `normalise_path` of them
+    problem: str  # why the folder cannot be listed; empty if it can, or does not exist
+
+
+def _is_file(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_file()
+    except OSError:  # a link into a folder without access: opening the file will report it
+        return True

@@ -1,13 +1,14 @@
-"""Resized images of a list of files, kept in one file on disk (`--image_cache FOLDER`).
+"""Image files, read one by one or from a cache of resized images on disk (`--image_cache FOLDER`).
 
-Decoding costs more than all else that a loader does. The cache is a NumPy file [N, 3, H, W] uint8
-whose name holds a hash of what it was made from: the images' paths, file sizes and times of change,
-and the size. So a cache of other or changed images has another name and is never read. Processes
-may share one, and of several that want it made one makes it. Images that cannot be read end its
-making, or with `--on_bad_image skip` are named in a JSON file beside it.
+Decoding takes more time than all other work of a loader. The cache is a NumPy file [N, 3, H, W]
+uint8. Its name contains a hash of its content: the images' paths, file sizes and modification
+times, and the height and width. So a cache of other or changed images has another name and is never
+read. Processes may share a cache; one of them makes it while the others wait. An image that cannot
+be read is an error; with `--on_bad_image skip` it is listed in a JSON file next to the cache.
 
-A cache may be another user's, as in a folder that a laboratory shares. So it is not taken on trust:
-some of its images are decoded anew and compared, and whoever else could have written it is named.
+A cache may belong to another user, for example in the shared folder of a laboratory. So it is
+checked: some of its images are decoded again and compared, and a warning names the other users who
+could have written it.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ from datasets.transforms import BrokenImage, load_image
 from utils.documents import load_json
 from utils.errors import UserError, rank
 from utils.files import open_file, read_file, umask, write_atomically
-from utils.interrupt import serve_training
+from utils.interrupt import init_worker_signals
 from utils.logger import LOGGER_NAME
 
 MAX_WORKERS = 256
-COMPARED = 8  # images of a cache that are decoded anew when it is opened; a tenth of a second
-OWN = os.O_NOFOLLOW | os.O_NONBLOCK  # through no link, and no pipe that waits for a reader
-ALIKE = 3  # levels, on average; decoders of another version or machine differ by less than one
-VERSION = 3  # raise it when the bytes made from the same image change
+COMPARED = 8  # images that are decoded again when a cache is opened, in a tenth of a second
+TOLERANCE = 3  # mean difference in grey levels; other versions of a decoder differ by less than 1
+VERSION = 3  # increase it when the same image gives other bytes
+SAFE = os.O_NOFOLLOW | os.O_NONBLOCK  # opens no link, and does not wait for the reader of a pipe
 
 
 class ImageFiles(Dataset[Tensor]):
-    """Images [3, H, W] uint8 of a list of files, by position: read anew, or from a cache.
+    """Images [3, H, W] uint8 of a list of files, by position, decoded or read from a cache.
 
     Args:
         paths: image files.
         size: height and width.
-        entries: where each file is named, for messages; empty strings if absent.
+        entries: the annotation entry that names each file, for messages; optional.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class ImageFiles(Dataset[Tensor]):
         self.paths, self.size = list(paths), size
         self.entries = list(entries) or [""] * len(self.paths)
         self.cache: _Cache | None = None
-        # A picture with several captions comes several times; the cache holds it once.
+        # An image with several captions is several times in the list, but once in the cache.
         rows = {path: row for row, path in enumerate(dict.fromkeys(self.paths))}
         self.rows = [rows[path] for path in self.paths]
-        # What each loader process reads: its process id and the position, seen by all processes.
+        # Of each loader process: its process id and the position it reads. All processes see it.
         self.reading = torch.full((MAX_WORKERS, 2), -1).share_memory_()
 
     def __len__(self) -> int:
@@ -79,22 +80,22 @@ class ImageFiles(Dataset[Tensor]):
         return self.cache[self.rows[index]]
 
     def last_read(self, pids: Sequence[int]) -> list[str]:
-        """The images that loader processes were reading, or had read last."""
-        found = [index for pid, index in self.reading.tolist() if pid in pids]
-        return [f"{self.paths[i]} ({self.entries[i]})".removesuffix(" ()") for i in found]
+        """The images that the loader processes with these process ids read last."""
+        positions = [index for pid, index in self.reading.tolist() if pid in pids]
+        return [f"{self.paths[i]} ({self.entries[i]})".removesuffix(" ()") for i in positions]
 
     def use_cache(self, folder: str | Path, num_workers: int = 0, skip: bool = False) -> None:
-        """Read from the cache in `folder` from now on; make it first if it is not there.
+        """Read from the cache in `folder` from now on. If there is none, make it first.
 
-        Raises UserError if an image is missing or broken, or the cache cannot be written; with
-        `skip` a broken image raises when it is read from the cache.
+        Raises UserError if an image is missing or broken, or if the cache cannot be written. With
+        `skip`, a broken image raises BrokenImage only when it is read from the cache.
         """
         path = Path(folder) / f"images-{self.size[0]}x{self.size[1]}-{self._hash()}.npy"
         if not path.exists():
-            with _alone(path) as alone:
-                if alone:
+            with _locked(path) as locked:
+                if locked:
                     _remove_unfinished(path)
-                if not path.exists():  # nobody has made it meanwhile
+                if not path.exists():  # another process may have made it meanwhile
                     self._write(path, num_workers, skip)
         self.cache = cache = _Cache(path, (1 + max(self.rows), 3, *self.size))
         self._compare(cache)
@@ -102,53 +103,55 @@ class ImageFiles(Dataset[Tensor]):
             raise BrokenImage(next(iter(cache.broken.values())))
 
     def _compare(self, cache: _Cache) -> None:
-        """Raise UserError unless the cache holds the images that it is named after: the first, the
-        last and some that nobody could foresee. BrokenImage if one cannot be read any more."""
+        """Compare the first, the last and some random images of the cache with their files. Raises
+        UserError if they differ, BrokenImage if a file can no longer be read."""
         paths, entries = self._distinct()
-        last, others = len(paths) - 1, cache.others()
+        last, others = len(paths) - 1, cache.other_writers()
         inner = range(1, last)
-        drawn = random.SystemRandom().sample(inner, min(COMPARED - 2, len(inner)))
-        rows = sorted({0, last, *drawn})
+        # From the system's generator: whoever forges a cache cannot predict which are compared.
+        random_rows = random.SystemRandom().sample(inner, min(COMPARED - 2, len(inner)))
+        rows = sorted({0, last, *random_rows})
         for row in rows:
             broken = str(row) in cache.broken
             try:
-                anew = load_image(paths[row], self.size, entries[row])
+                image = load_image(paths[row], self.size, entries[row])
             except BrokenImage:
                 if not broken:
                     raise
                 continue
-            if broken or (cache[row].float() - anew.float()).abs().mean() > ALIKE:
+            if broken or (cache[row].float() - image.float()).abs().mean() > TOLERANCE:
+                writers = f" (the cache {others})" if others else ""
                 raise UserError(
-                    f"{cache.path}: the cache holds for {paths[row]} something else than that file"
-                    + (f", and {others}" if others else "")
-                    + "; delete it"
+                    f"{cache.path}: the cache holds another image than {paths[row]}{writers}; "
+                    "delete the cache"
                 )
         if others and rank() == 0:
             logging.getLogger(LOGGER_NAME).warning(
                 f"{cache.path}: this cache {others}; {len(rows)} of its {last + 1} images were "
-                "compared with their files and are alike, the others are taken on trust"
+                "compared with their files and agree, the others were not checked"
             )
 
     def _hash(self) -> str:
         digest = hashlib.sha256(f"{VERSION} {self.size}".encode())
         for path, entry in zip(*self._distinct(), strict=True):
             try:
-                found = os.stat(path)
+                status = os.stat(path)
             except OSError as error:
                 where = f"{path} ({entry})".removesuffix(" ()")
                 raise UserError(f"{where}: {error.strerror}") from None
             absolute = os.path.abspath(path)
             digest.update(b"\n" + os.fsencode(absolute))
-            digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}".encode())
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}".encode())
         return digest.hexdigest()[:16]
 
     def _distinct(self) -> tuple[list[str], list[str]]:
+        """Each path once, and the first entry of each."""
         entries = dict(zip(reversed(self.paths), reversed(self.entries), strict=True))
         return list(dict.fromkeys(self.paths)), [entries[p] for p in dict.fromkeys(self.paths)]
 
     def _write(self, path: Path, num_workers: int, skip: bool) -> None:
         paths, entries = self._distinct()
-        files = _Lenient(ImageFiles(paths, self.size, entries), skip)
+        files = _WithMessages(ImageFiles(paths, self.size, entries), skip)
         bar = tqdm(total=len(paths), desc=f"resize into {path.parent}", unit="image", disable=None)
         broken: dict[int, str] = {}
 
@@ -157,24 +160,25 @@ class ImageFiles(Dataset[Tensor]):
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             done = 0
-            serve = functools.partial(serve_training, os.getpid())
+            serve = functools.partial(init_worker_signals, os.getpid())
             loader = DataLoader(files, 64, num_workers=num_workers, worker_init_fn=serve)
             for images, messages in loader:
-                file.write(images.numpy())  # not mapped: a full disk is then an error, not a crash
+                # Not through a memory map, where a full disk would kill the process (SIGBUS).
+                file.write(images.numpy())
                 broken.update({done + i: text for i, text in enumerate(messages) if text})
                 done += len(images)
                 bar.update(len(images))
 
-        def note() -> None:
+        def write_broken() -> None:
             text = json.dumps(broken, indent=1).encode()
-            write_atomically(_beside(path), lambda file: file.write(text))
+            write_atomically(_broken_list(path), lambda file: file.write(text))
 
         with bar:
-            write_atomically(path, write, before=note)
+            write_atomically(path, write, before=write_broken)
 
 
-class _Lenient(Dataset[tuple[Tensor, str]]):
-    """Images with an empty message; if `skip`, a broken one as a black image with its message."""
+class _WithMessages(Dataset[tuple[Tensor, str]]):
+    """(image, "") by position. With `skip`, a broken image is (a black image, error message)."""
 
     def __init__(self, files: ImageFiles, skip: bool) -> None:
         self.files, self.skip = files, skip
@@ -194,9 +198,9 @@ class _Lenient(Dataset[tuple[Tensor, str]]):
 class _Cache:
     """The images of a cache file [N, 3, H, W] uint8, by row.
 
-    They are read, not mapped: a file that is cut meanwhile is then an error, and not the end of the
-    process (SIGBUS). Raises UserError if the file is not such a cache; BrokenImage for the row of
-    an image that could not be read.
+    The file is read, not memory-mapped: if another program truncates it, that is an error and does
+    not kill the process (SIGBUS). Raises UserError if the file is not such a cache, and BrokenImage
+    for the row of an image that could not be read.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
@@ -205,21 +209,21 @@ class _Cache:
         try:
             self.file = open_file(path)
             if np.lib.format.read_magic(self.file) != (1, 0):
-                raise ValueError("it is of another version of NumPy's format")
-            found, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
-            if (found, fortran, dtype) != (shape, False, np.dtype(np.uint8)):
-                order = " by columns" if fortran else ""
-                raise ValueError(f"it holds {dtype}{found}{order} instead of uint8{shape}")
+                raise ValueError("it has another version of NumPy's format")
+            actual, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
+            if (actual, fortran, dtype) != (shape, False, np.dtype(np.uint8)):
+                order = " in Fortran order" if fortran else ""
+                raise ValueError(f"it holds {dtype}{actual}{order} instead of uint8{shape}")
             self.start = self.file.tell()
             length = os.fstat(self.file.fileno()).st_size
-            if length != (whole := self.start + shape[0] * self.length):
-                raise ValueError(f"it has {length} bytes instead of {whole}")
-            self.broken = load_json(read_file(_beside(path)))
+            if length != (expected := self.start + shape[0] * self.length):
+                raise ValueError(f"it has {length} bytes instead of {expected}")
+            self.broken = load_json(read_file(_broken_list(path)))
             if not isinstance(self.broken, dict) or not all(
                 isinstance(text, str) for text in self.broken.values()
             ):
-                raise ValueError(f"{_beside(path).name} is no list of broken images")
-        except Exception as error:  # what parses a header raises nearly anything
+                raise ValueError(f"{_broken_list(path).name} is no list of broken images")
+        except Exception as error:  # NumPy's parser raises many kinds on a corrupted header
             self._refuse(error)
 
     def __getitem__(self, row: int) -> Tensor:
@@ -232,7 +236,7 @@ class _Cache:
                 rest = content.data[done:]
                 got = os.preadv(self.file.fileno(), [rest], start + done)
                 if not got:
-                    raise ValueError("it ends before its images do; another program has cut it")
+                    raise ValueError("another program has truncated it")
                 done += got
         except (OSError, ValueError) as error:
             self._refuse(error)
@@ -241,18 +245,18 @@ class _Cache:
     def _refuse(self, error: Exception) -> NoReturn:
         raise UserError(f"{self.path}: the cache cannot be read: {error}; delete it") from None
 
-    def others(self) -> str:
-        """Who else than this user may have written it, to stand behind "the cache"; or nothing."""
-        for path in (self.path, _beside(self.path)):
-            found = os.stat(path)
-            if found.st_uid != os.geteuid():
-                return f"belongs to {_name(found.st_uid)}"
-            if found.st_mode & 0o022 & umask():
+    def other_writers(self) -> str:
+        """Which other users may have written it, to follow "the cache" in a message; or ""."""
+        for path in (self.path, _broken_list(self.path)):
+            status = os.stat(path)
+            if status.st_uid != os.geteuid():
+                return f"belongs to {_user_name(status.st_uid)}"
+            if status.st_mode & 0o022 & umask():
                 return "may be changed by other users"
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """For loader processes that are not forked."""
+        """For loader processes that are not forked: without the open file."""
         return {name: value for name, value in vars(self).items() if name != "file"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -261,32 +265,32 @@ class _Cache:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """While one process makes a cache, others wait here. Gives whether this one is known to be
-    alone: not where the file system has no locks, or another user's lock may not be opened.
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock on making a cache; other processes wait. Yields False if there is no lock: the
+    file system has none, or this user may not open another user's lock.
 
-    The lock is the process's own, so that loader processes that outlive it do not keep it.
+    fcntl's lock belongs to this process only, so loader processes that outlive it do not keep it.
     """
     lock, file = path.with_name(f".{path.name}.lock"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while file is None or not _is_at(file, lock):  # who had it has removed it
-            file = open(lock, "ab", opener=lambda name, flags: os.open(name, flags | OWN, 0o666))  # noqa: SIM115
+        while file is None or not _is_at(file, lock):  # the last holder has removed this file
+            file = open(lock, "ab", opener=lambda name, flags: os.open(name, flags | SAFE, 0o666))  # noqa: SIM115
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
-                text = f"{path}: another process is making it; waiting for that"
+                text = f"{path}: another process is making this cache; waiting for it"
                 logging.getLogger(LOGGER_NAME).warning(text)
                 fcntl.lockf(file, fcntl.LOCK_EX)
-        alone = True
-    except OSError:  # a folder that cannot be written to is told of by what writes there
-        alone = False
+        locked = True
+    except OSError:  # if the folder is not writable, writing the cache will report it
+        locked = False
     try:
-        yield alone
+        yield locked
     finally:
-        if alone:
+        if locked:
             with suppress(OSError):
                 lock.unlink()
         if file is not None:
@@ -301,20 +305,21 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Delete what killed processes have left of a cache; for one that is alone."""
-    for whole in (path, _beside(path)):
-        for left in path.parent.glob(f".{whole.name}.*"):
-            if left.suffix != ".lock":
-                with suppress(OSError):  # another user's, or a folder
-                    left.unlink()
+    """Delete the temporary files of killed processes. The caller must hold the lock."""
+    for target in (path, _broken_list(path)):
+        for temporary in path.parent.glob(f".{target.name}.*"):
+            if temporary.suffix != ".lock":
+                with suppress(OSError):  # another user's file, or a folder
+                    temporary.unlink()
 
 
-def _name(uid: int) -> str:
+def _user_name(uid: int) -> str:
     try:
         return f"the user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:  # of another machine
+    except KeyError:  # a user of another machine
         return f"user {uid}"
 
 
-def _beside(path: Path) -> Path:
+def _broken_list(path: Path) -> Path:
+    """The JSON file next to a cache: by row, the error message of each broken image."""
     return path.with_suffix(".broken.json")

@@ -1,4 +1,4 @@
-"""Loaders: batches of a data set, and their way to the device.
+"""Loaders: they make batches of a data set and move them to the device.
 
 loader = train_loader(data, args, device)
 for batch in on_device(loader, device, mean, std): ...     # a dict of tensors, see TrainDataset
@@ -25,55 +25,11 @@ from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transfor
 from utils.devices import cores
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
-from utils.interrupt import serve_training
-
-
-def to_device(
-    batch: dict[str, Any], device: torch.device, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Any]:
-    """Move a training batch and make its images the encoder's input (`train_transform`)."""
-    batch = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-    for view in ("", "pair_"):
-        if f"{view}images" in batch:
-            uniform = batch.pop(f"{view}uniform")
-            batch[f"{view}images"] = train_transform(batch[f"{view}images"], uniform, mean, std)
-    return batch
-
-
-def on_device(
-    batches: Iterable[dict[str, Any]],
-    device: torch.device,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Iterator[dict[str, Any]]:
-    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented, on a
-    stream of its own, while the last is computed on. (On a CPU streams are empty shells.)"""
-    streams = torch.get_device_module(device)
-    copies, ahead = streams.Stream(), None
-    for batch in batches:
-        with streams.stream(copies):
-            moved = to_device(batch, device, mean, std), copies.record_event()
-        if ahead is not None:
-            yield _arrived(*ahead, streams.current_stream())
-        ahead = moved
-    if ahead is not None:
-        yield _arrived(*ahead, streams.current_stream())
-
-
-def _arrived(batch: dict[str, Any], copied: Any, stream: Any) -> dict[str, Any]:
-    """Let the computing stream wait for its batch, and the allocator know who uses it."""
-    stream.wait_event(copied)
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.is_cuda:
-            value.record_stream(stream)
-    return batch
+from utils.interrupt import init_worker_signals
 
 
 class TrainLoader(DataLoader[dict[str, Any]]):
-    """Batches of the training set, whose sampler's `set_epoch` is to be called before an epoch."""
+    """Batches of the training set. Call the sampler's `set_epoch` before each epoch."""
 
     dataset: TrainDataset
     batch_sampler: EpochSampler
@@ -92,30 +48,30 @@ def train_loader(
     processes: Processes = SINGLE_PROCESS,
     masked: bool = False,
 ) -> TrainLoader:
-    """Batches of the training set, of several processes this one's shards of them.
+    """Batches of the training set. With several processes, each gets its shard of every batch.
 
     Args:
         masked: add masked captions, for a loss that needs them.
     """
-    shown = [(s.image, s.entry) for s in data.train]
-    shown += [(s.pair, s.entry) for s in data.train if s.pair is not None]
+    images = [(s.image, s.entry) for s in data.train]
+    images += [(s.pair, s.entry) for s in data.train if s.pair is not None]
     skip = args.on_bad_image == "skip"
-    images = _image_files([x for x, _ in shown], args, processes, [e for _, e in shown], skip)
+    files = _image_files([x for x, _ in images], args, processes, [e for _, e in images], skip)
     numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     augment = augmentation_of(args, masked)
-    dataset = TrainDataset(data.train, images, numbers, args.text_length, augment, skip)
-    epochs = (args.batch_size, args.seed, processes)
+    dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip)
+    sampling = (args.batch_size, args.seed, processes)
     sampler: EpochSampler
     if args.sampler == "identity":
         pids = [s.pid for s in data.train]
-        sampler = IdentitySampler(pids, args.num_instance, *epochs)
+        sampler = IdentitySampler(pids, args.num_instance, *sampling)
         if not len(sampler):
             raise UserError(
                 f"--sampler identity: {len(set(pids))} identities are fewer than the "
                 f"{sampler.per_batch} that a batch of {args.batch_size} needs"
             )
     else:
-        sampler = RandomSampler(len(dataset), *epochs)
+        sampler = RandomSampler(len(dataset), *sampling)
     return TrainLoader(
         dataset,
         batch_sampler=sampler,
@@ -130,8 +86,8 @@ def image_loader(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> ImageLoader:
-    """Batches [B, 3, H, W] uint8 of a gallery, in its order; `normalise` makes them input. Of
-    several processes each gets its `evaluation_batches`."""
+    """Batches [B, 3, H, W] uint8 of a gallery's images, in order; `normalise` turns them into the
+    encoder's input. With several processes, each gets its `evaluation_batches`."""
     batches, _ = evaluation_batches(len(images), args.test_batch_size, processes)
     files = _image_files(images, args, processes)
     return ImageLoader(files, batch_sampler=batches, **_workers(args, device, processes))
@@ -140,9 +96,55 @@ def image_loader(
 def caption_batches(
     captions: Sequence[str], args: EasyDict, processes: Processes = SINGLE_PROCESS
 ) -> Iterator[Tensor]:
-    """Batches [B, L] of token ids, each cut to its longest caption; as of `image_loader`."""
+    """Batches [B, L] of token ids, in order, each trimmed to its longest caption. With several
+    processes, each gets its `evaluation_batches`."""
     for batch in evaluation_batches(len(captions), args.test_batch_size, processes)[0]:
         yield trim(tokenize([captions[i] for i in batch], args.text_length))
+
+
+def on_device(
+    batches: Iterable[dict[str, Any]],
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Iterator[dict[str, Any]]:
+    """Batches through `to_device`, one ahead: on a GPU the next batch is copied and augmented on a
+    second stream, while the model computes on the current one. (On a CPU, streams do nothing.)"""
+    streams = torch.get_device_module(device)
+    copies, ahead = streams.Stream(), None
+    for batch in batches:
+        with streams.stream(copies):
+            moved = to_device(batch, device, mean, std), copies.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead, streams.current_stream())
+        ahead = moved
+    if ahead is not None:
+        yield _arrived(*ahead, streams.current_stream())
+
+
+def to_device(
+    batch: dict[str, Any], device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """Move a training batch to the device, and turn its images into the encoder's input there
+    (`train_transform`)."""
+    batch = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    for view in ("", "pair_"):
+        if f"{view}images" in batch:
+            uniform = batch.pop(f"{view}uniform")
+            batch[f"{view}images"] = train_transform(batch[f"{view}images"], uniform, mean, std)
+    return batch
+
+
+def _arrived(batch: dict[str, Any], copied: Any, stream: Any) -> dict[str, Any]:
+    """Make the computing stream wait for its batch, and tell the allocator which stream uses it."""
+    stream.wait_event(copied)
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.is_cuda:
+            value.record_stream(stream)
+    return batch
 
 
 def _image_files(
@@ -165,7 +167,8 @@ def _workers(args: EasyDict, device: torch.device, processes: Processes) -> dict
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": device.type == "cuda",
-        "worker_init_fn": functools.partial(serve_training, os.getpid()),
-        # Of the workers' base seed, which nothing uses: the global generator stays untouched.
+        "worker_init_fn": functools.partial(init_worker_signals, os.getpid()),
+        # For the workers' base seed. Nothing uses it, but otherwise the loader would take it from
+        # the global generator and change that.
         "generator": torch.Generator(),
     }

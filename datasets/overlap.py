@@ -1,7 +1,7 @@
-"""What two splits of a data set share, measured on its files and its names.
+"""Which images and people two splits of a data set share, by its files and their names.
 
-found = overlap(data, "val", "test")
-if found: ...                    # val shows images or people of test
+shared = overlap(data, "val", "test")
+if shared: ...                    # val shows images or people of test
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TypeAlias
 from datasets.files import same_content
 from datasets.records import Data, Image
 
-# AG-ReID's names: person, session and altitude (these three are its identity), camera, frame. So
-# one person may have several identities.
+# A file name of AG-ReID: person, session and altitude (an identity is these three together), camera
+# and frame. So one person may have several identities.
 PERSON = re.compile(r"P(\d+)T\d+A\d+C\d+F\d+")
 # ("person", their number), ("id", the data set's), or (split, identity).
 Person: TypeAlias = tuple[str, int | str]
@@ -24,13 +24,13 @@ Person: TypeAlias = tuple[str, int | str]
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which of a split's images and people are in another split too, in words."""
+    """The images and people of a split that are in another split too, as texts for messages."""
 
     split: str
     other: str
     shared_images: list[str]
     shared_people: list[str]
-    of_images: int
+    of_images: int  # in all of `split`
     of_people: int
 
     @property
@@ -52,31 +52,32 @@ class Overlap:
 
 
 def overlap(data: Data, split: str, other: str = "test") -> Overlap:
-    """What `split` shares with `other`; "train" is one too.
+    """What `split` shares with `other`. Each is "train" or a name in `data.splits`.
 
-    Images are the same if they are one file, or files of the same bytes. People are the same by
-    `persons`, and where they share an image.
+    Two images are the same if they are one file, or files of the same bytes. Two people are the
+    same if `people_of` says so, or if they share an image.
     """
-    mine, theirs = list(shown(data, split)), list(shown(data, other))
-    numbers = same_content([image.path for _, image in mine + theirs])
-    there: dict[int, str] = {}
-    for number, (_, image) in zip(numbers[len(mine) :], theirs, strict=True):
-        there.setdefault(number, image.path)
-    who, known = persons(data, split), set(persons(data, other).values())
-    images: dict[str, str] = {}
-    people = {person: name_of(person) for person in who.values() if person in known}
-    for number, (pid, image) in zip(numbers, mine, strict=False):
-        if number in there:
-            same = f" = {there[number]}" if there[number] != image.path else ""
-            images[image.path] = image.path + same
-            people.setdefault(who[pid], name_of(who[pid]))
-    of_images, of_people = {image.path for _, image in mine}, set(who.values())
-    lists = list(images.values()), list(people.values())
-    return Overlap(split, other, *lists, len(of_images), len(of_people))
+    images, other_images = list(images_of(data, split)), list(images_of(data, other))
+    contents = same_content([image.path for _, image in images + other_images])
+    other_paths: dict[int, str] = {}  # by content
+    for content, (_, image) in zip(contents[len(images) :], other_images, strict=True):
+        other_paths.setdefault(content, image.path)
+    person_of, other_people = people_of(data, split), set(people_of(data, other).values())
+    shared_images: dict[str, str] = {}
+    shared_people = {p: person_name(p) for p in person_of.values() if p in other_people}
+    for content, (pid, image) in zip(contents, images, strict=False):
+        if content in other_paths:
+            other_path = other_paths[content]
+            copy = f" = {other_path}" if other_path != image.path else ""
+            shared_images[image.path] = image.path + copy
+            shared_people.setdefault(person_of[pid], person_name(person_of[pid]))
+    of_images, of_people = {image.path for _, image in images}, set(person_of.values())
+    shared = list(shared_images.values()), list(shared_people.values())
+    return Overlap(split, other, *shared, len(of_images), len(of_people))
 
 
-def shown(data: Data, split: str) -> Iterator[tuple[int, Image]]:
-    """(pid, image) of every image of a split, "train" included, of all views."""
+def images_of(data: Data, split: str) -> Iterator[tuple[int, Image]]:
+    """(pid, image) of every image of a split, "train" included, in all views."""
     if split == "train":
         for sample in data.train:
             for image in sample.images:
@@ -86,21 +87,21 @@ def shown(data: Data, split: str) -> Iterator[tuple[int, Image]]:
         yield from zip(gallery.pids, gallery.images, strict=True)
 
 
-def persons(data: Data, split: str) -> dict[int, Person]:
-    """Who every identity of a split is, comparable between splits as far as the data set tells: by
-    the person's number in AG-ReID's file names, or by ids that mean the same in every split.
-    Otherwise an identity equals only itself."""
+def people_of(data: Data, split: str) -> dict[int, Person]:
+    """By identity of a split its person, comparable between splits where the data set allows it:
+    by the person's number in AG-ReID's file names, or by an id that means the same in every split.
+    Otherwise each identity of each split is a person of its own."""
     ids = data.ids.get(split)
-    found: dict[int, Person] = {}
-    for pid, image in shown(data, split):
-        if pid not in found or found[pid][0] != "person":
+    people: dict[int, Person] = {}
+    for pid, image in images_of(data, split):
+        if pid not in people or people[pid][0] != "person":
             match = PERSON.match(os.path.basename(image.path))
-            own = ("id", ids[pid]) if ids else (split, pid)
-            found[pid] = ("person", int(match[1])) if match else own
-    return found
+            unnumbered = ("id", ids[pid]) if ids else (split, pid)
+            people[pid] = ("person", int(match[1])) if match else unnumbered
+    return people
 
 
-def name_of(person: Person) -> str:
+def person_name(person: Person) -> str:
     """For messages: "person P0001", "id anna", "identity 3 of val"."""
     kind, number = person
     if kind == "person":

@@ -1,17 +1,18 @@
-"""Reader of data sets that are one list of images with captions: the ground-only benchmarks, and
-a data set of one's own.
+"""Reader of data sets that are a single list of images with captions: the ground-only benchmarks,
+and `custom`.
 
     CUHK-PEDES/reid_raw.json          + CUHK-PEDES/imgs/
     ICFG-PEDES/ICFG-PEDES.json        + ICFG-PEDES/imgs/
     RSTPReid/data_captions.json       + RSTPReid/imgs/
     [{"split": "train", "id": 1, "captions": ["...", ...], "file_path" or "img_path": "..."}, ...]
 
-`custom` (docs/custom.md) is `dataset.json` in `--root_dir`, images relative to that folder:
+`custom` is the user's own data (docs/custom.md): `dataset.json` in `--root_dir`, with image paths
+relative to that folder.
 
     [{"split": "train", "id": "anna", "image": "a/1.jpg", "captions": ["..."],
       "pair_image": "g/1.jpg", "attributes": {...}, "pair_attributes": {...}}, ...]
 
-The last three are optional; what one entry has, all must have.
+The last three keys are optional, but if one entry has a key, all must have it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.files import ImageFolder, Said, checked_caption, composed, exists, read_json
+from datasets.files import (
+    EntryChecks,
+    ImageFolder,
+    checked_caption,
+    exists,
+    normalise_path,
+    read_json,
+)
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.attributes import Attribute
 from utils.errors import UserError, suggest
 from utils.text import has_lone_surrogate
 
-PEDES = {  # name: its file and the entries' key of the image
+PEDES = {  # by name: the JSON file, and the key of the image path in its entries
     "CUHK-PEDES": ("reid_raw.json", "file_path"),
     "ICFG-PEDES": ("ICFG-PEDES.json", "file_path"),
     "RSTPReid": ("data_captions.json", "img_path"),
@@ -39,7 +47,7 @@ CUSTOM_KEYS = (
 
 
 def read_pedes(root: str | Path, name: str) -> Data:
-    """Read a ground-only benchmark from its folder, or from the folder that holds it."""
+    """Read a ground-only benchmark. `root` is its folder, or the folder above. Raises UserError."""
     file, image_key = PEDES[name]
     root = Path(root)
     folder = root / name if exists(root / name) else root
@@ -49,10 +57,10 @@ def read_pedes(root: str | Path, name: str) -> Data:
 
 
 def read_custom(root: str | Path, attributes: Sequence[Attribute]) -> Data:
-    """Read a data set of one's own.
+    """Read the user's own data set. Raises UserError.
 
     Args:
-        attributes: names and classes that the entries' labels may use (`--attributes_file`).
+        attributes: the attributes that the entries label, with their classes (`--attributes_file`).
     """
     root = Path(root)
     if not exists(root / CUSTOM):
@@ -66,8 +74,9 @@ class _Reader:
     """Reads and checks the entries of one JSON file.
 
     Args:
-        image_key: of the image's path relative to `images`.
-        keys: all that an entry may have; None lets others pass unread.
+        images: the folder that image paths are relative to.
+        image_key: the entries' key of the image path.
+        keys: the keys that an entry may have; None ignores unknown keys.
     """
 
     def __init__(
@@ -79,14 +88,14 @@ class _Reader:
         attributes: Sequence[Attribute] = (),
     ) -> None:
         self.path, self.image_key, self.keys = path, image_key, keys
-        self.images, self.said = ImageFolder(images), Said()
+        self.images, self.checks = ImageFolder(images), EntryChecks()
         self.attributes = attributes
         self.rows = read_json(path)
         if not isinstance(self.rows, list) or not self.rows:
             raise UserError(f"{path}: expected a list of images with captions")
 
     def read(self, name: str, views: tuple[str, ...]) -> Data:
-        """All splits. Identities of each become 0, 1, ... in the order of their ids."""
+        """Read all splits. The identities of each become 0, 1, ... in the order of their ids."""
         first = self.rows[0] if self.keys and isinstance(self.rows[0], dict) else {}
         self.optional = {key for key in ("pair_image", "attributes") if key in first}
         if len(self.optional) == 2:
@@ -101,44 +110,46 @@ class _Reader:
         if "test" not in splits:
             raise UserError(f"{self.path}: no entry has the split 'test'")
         classes = {a.name: len(a.classes) for a in self.attributes}
-        ids = {s: list(self._numbers(found)) for s, found in checked.items() if found}
+        ids = {s: list(self._pids(indices)) for s, indices in checked.items() if indices}
         labelled = "attributes" in self.optional
         classes = classes if labelled else {}
-        root, warnings = str(self.images.root), self.said.warnings()
+        root, warnings = str(self.images.root), self.checks.warnings()
         return Data(name, train, splits, classes, views, ids, root, warnings)
 
     def _entry(self, i: int) -> str:
         return f"{self.path.name}, entry {i}"
 
     def _check(self, row: Any, i: int) -> str:
-        """The split of an entry whose keys and plain values are as they must be."""
+        """Check the keys and the plain values of an entry. Returns its split."""
         entry = self._entry(i)
         wanted = {"split", "id", self.image_key, "captions", *self.optional}
         if not isinstance(row, dict) or not wanted <= set(row):
             missing = sorted(wanted - set(row)) if isinstance(row, dict) else sorted(wanted)
-            reason = " (what one entry has, all must have)" if set(missing) & self.optional else ""
+            reason = " (needed in all entries or in none)" if set(missing) & self.optional else ""
             raise UserError(f"{entry}: {', '.join(missing)} missing{reason}")
         for key in set(row) - wanted if self.keys else ():
             if key in self.keys:
-                raise UserError(f"{entry}: '{key}': what one entry has, all must have")
+                raise UserError(f"{entry}: '{key}': needed in all entries or in none")
             raise UserError(f"{entry}: '{key}': unknown.{suggest(key, self.keys)}")
         if row["split"] not in SPLITS:
             raise UserError(f"{entry}: split is {row['split']!r}; it must be {', '.join(SPLITS)}")
         if type(row["id"]) not in (int, str):
-            raise UserError(f"{entry}: id must be a whole number or text, got {row['id']!r}")
+            raise UserError(f"{entry}: id must be an integer or text, got {row['id']!r}")
         if has_lone_surrogate(str(row["id"])):
             raise UserError(f"{entry}: id is {row['id']!r}, with half a character in it")
-        # 7 and "7", or "anna" and "anna ", would be two people.
-        self.said.agree(("the id", composed(str(row["id"])).strip()), row["id"], entry)
+        # Otherwise 7 and "7", or "anna" and "anna ", would be two people.
+        self.checks.require_same(
+            ("the id", normalise_path(str(row["id"])).strip()), row["id"], entry
+        )
         captions = row["captions"]
         if not isinstance(captions, list) or (not captions and row["split"] == "train"):
             raise UserError(f"{entry}: captions must be a list of texts, got {captions!r:.60}")
         for k, caption in enumerate(captions):
-            checked_caption(caption, f"{entry}, caption {k}", self.said)
+            checked_caption(caption, f"{entry}, caption {k}", self.checks)
         return row["split"]
 
-    def _numbers(self, indices: Sequence[int]) -> dict[int | str, int]:
-        """A number for every identity; whole numbers stand before texts."""
+    def _pids(self, indices: Sequence[int]) -> dict[int | str, int]:
+        """By id its pid: 0, 1, ... in the order of the ids, integers before texts."""
         ids = {self.rows[i]["id"] for i in indices}
         return {pid: n for n, pid in enumerate(sorted(ids, key=lambda p: (isinstance(p, str), p)))}
 
@@ -151,7 +162,7 @@ class _Reader:
         if "attributes" not in self.optional:
             return Image(full)
         labels = self._labels(row[f"{prefix}attributes"], f"{entry}, {prefix}attributes")
-        self.said.agree(("the label of", full), labels, entry)
+        self.checks.require_same(("the label of", full), labels, entry)
         return Image(full, labels)
 
     def _labels(self, values: Any, entry: str) -> tuple[int, ...]:
@@ -170,33 +181,31 @@ class _Reader:
         return tuple(labels)
 
     def _train(self, indices: Sequence[int]) -> list[TrainSample]:
-        numbers = self._numbers(indices)
+        pids = self._pids(indices)
         pairs = "pair_image" in self.optional
         samples = []
         for i in indices:
             row, image = self.rows[i], self._image(i)
             pair = self._image(i, pair=True) if pairs else None
-            pid, entry = numbers[row["id"]], self._entry(i)
+            pid, entry = pids[row["id"]], self._entry(i)
             for caption in row["captions"]:
                 samples.append(TrainSample(pid, caption, image, pair, entry))
-                self.said.sample(samples[-1], row["id"])
+                self.checks.add_sample(samples[-1], row["id"])
         return samples
 
     def _split(self, name: str, views: Sequence[str], indices: Sequence[int]) -> Split:
-        numbers, split = self._numbers(indices), Split([name], {view: Gallery() for view in views})
+        pids, split = self._pids(indices), Split([name], {view: Gallery() for view in views})
         for i in indices:
-            row = self.rows[i]
-            pid = numbers[row["id"]]
+            row, entry = self.rows[i], self._entry(i)
+            pid = pids[row["id"]]
             images = [self._image(i, pair) for pair in (False, True)[: len(views)]]
-            self.said.images(row["split"], row["id"], images, self._entry(i))
+            self.checks.add_images(row["split"], row["id"], images, entry)
             for view, image in zip(views, images, strict=True):
                 split.galleries[view].add(image, pid, 0)
             for caption in row["captions"]:
                 split.add_caption(caption, pid, 0)
                 key = (*(image.path for image in images), caption)
-                self.said.once(
-                    f"captions of {row['split']}, which count again", key, self._entry(i)
-                )
+                self.checks.add_caption(row["split"], key, entry)
         if not split.captions:
             raise UserError(f"{self.path}: no {self.rows[indices[0]]['split']} entry has a caption")
         return split

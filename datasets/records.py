@@ -1,4 +1,4 @@
-"""Plain records that every data set returns. Paths are absolute; labels are small integers."""
+"""Plain records that every reader returns. Paths are absolute, labels are class indices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Image(NamedTuple):
-    """An image file and its attribute labels, if the data set has any."""
+    """An image file, and its attribute labels if the data set has attributes."""
 
     path: str
     attributes: tuple[int, ...] = ()
@@ -16,13 +16,13 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainSample:
-    """A caption with its image (aerial, or the only one) and its pair (ground) of one identity."""
+    """A caption of an identity, with its image (aerial, or the only view) and its pair (ground)."""
 
     pid: int  # 0-based and contiguous over the training set
     caption: str
     image: Image
     pair: Image | None
-    entry: str  # where it stands, for messages: "AG-ReID/agtext_train.json, sample 17"
+    entry: str  # its place in the files, for messages: "AG-ReID/agtext_train.json, sample 17"
     source: int = 0  # index into the splits' `sources`
 
     @property
@@ -33,7 +33,7 @@ class TrainSample:
 
 @dataclass
 class Gallery:
-    """Images of one view, each with its identity and its source: parallel lists."""
+    """Images of one view with their identities and sources, as parallel lists."""
 
     images: list[Image] = field(default_factory=list)
     pids: list[int] = field(default_factory=list)
@@ -47,10 +47,10 @@ class Gallery:
 
 @dataclass
 class Split:
-    """Captions (queries) and images (gallery) of a val, test or held-out set.
+    """Captions (queries) and images (galleries) of a val, test or held-out split.
 
-    `caption_pids[i]` and `caption_sources[i]` belong to `captions[i]`. Every view has a gallery of
-    its own, of any length. Sources are indices into `sources`.
+    `caption_pids[i]` and `caption_sources[i]` belong to `captions[i]`. Each view has its own
+    gallery, of any length. Sources are indices into `sources`.
     """
 
     sources: list[str]
@@ -76,16 +76,14 @@ class Data:
 
     name: str
     train: list[TrainSample]
-    splits: dict[str, Split]  # "val", "test", and "heldout" if it was drawn (`hold_out`)
+    splits: dict[str, Split]  # "val", "test", and "heldout" if `hold_out` made it
     attribute_classes: dict[str, int] = field(default_factory=dict)  # in the order of the labels
-    views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, with two, of `pair`
+    views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, if there are two, of `pair`
 
-    # By split the data set's own id of every pid, where it means the same person in every split.
+    # By split, the data set's own ids of pids 0, 1, ... if an id is the same person in all splits.
     ids: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
-    root: str = ""  # the folder that the images' paths begin with
-
-    # What its files say twice and the like, a line for each kind, with the count.
-    warnings: list[str] = field(default_factory=list)
+    root: str = ""  # the data set's folder, with which the images' paths begin
+    warnings: list[str] = field(default_factory=list)  # such as repetitions: one line for each kind
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
@@ -93,7 +91,7 @@ class Data:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether every sample has an aerial and a ground image."""
+        """Whether every sample has two images, aerial and ground."""
         return len(self.views) > 1
 
     @property

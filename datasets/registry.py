@@ -1,9 +1,9 @@
-"""The registry of data sets: one row each, and what reads a data set by its name.
+"""The registry of data sets: one row for each, and `read_dataset`, which reads one by its name.
 
 data = read_dataset(args)        # a `records.Data`, checked
 
-To add one: one file here with a reader that returns `records.Data`, one row in DATASETS, one test;
-docs/extending.md has an example.
+To add a data set, write a reader that returns `records.Data` (one file here), a row in DATASETS and
+a test; docs/extending.md has an example.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from utils.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A row of the registry: how to read it, and what docs/data.md says of it."""
+    """A row of the registry: the reader, and two cells of the table in docs/data.md."""
 
     read: Callable[[EasyDict], Data]
     meaning: str
@@ -33,7 +33,7 @@ class DatasetSpec:
 
 
 def _source(name: str, index: int) -> DatasetSpec:
-    """One of TBAGPR's sources; its attributes are read where there is an attrs.json."""
+    """One of TBAGPR's sources. Attributes are read if there is an attrs.json."""
     source = SOURCES[index]
 
     def read(args: EasyDict) -> Data:
@@ -41,7 +41,7 @@ def _source(name: str, index: int) -> DatasetSpec:
         return read_tbagpr(args.root_dir, name, labelled, [source])
 
     return DatasetSpec(
-        read, f"TBAGPR's source {source.folder} alone", "both views; attributes if `attrs.json`"
+        read, f"only TBAGPR's source {source.folder}", "both views; attributes if `attrs.json`"
     )
 
 
@@ -63,7 +63,7 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "AGSGData": DatasetSpec(
         lambda args: one_view(read_tbagpr(args.root_dir, "AGSGData", attributes=False), args.views),
-        "TBAGPR, each image a sample of its own; `--views a`, `g` or `ag`",
+        "TBAGPR, with single images as samples: `--views a`, `g` or `ag`",
         "one view",
     ),
     "AGTBPR": _source("AGTBPR", 0),
@@ -78,43 +78,43 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def read_dataset(args: EasyDict) -> Data:
-    """Read and check `--dataset_name` in `--root_dir`, with the splits that `--val_dataset` chooses
-    on. Raises UserError."""
-    data = read_whole(args)
+    """Read and check `--dataset_name` in `--root_dir`, with the splits that `--val_dataset` needs.
+    Raises UserError."""
+    data = _read_stored(args)
     wanted = selecting_splits(args.val_dataset)
     if HELDOUT in wanted:
         data = hold_out(data, args.heldout, args.heldout_seed)
     if not set(wanted) <= set(data.splits):
         raise UserError(
             f"--val_dataset {args.val_dataset}: {data.name} has only {', '.join(data.splits)}; "
-            "--val_dataset heldout takes some identities out of training to choose on"
+            "--val_dataset heldout takes some identities out of training for this"
         )
     return data
 
 
 def read_for_test(args: EasyDict) -> tuple[Data, list[str]]:
-    """The same for a run that is over: where the split that chose cannot be had any more, since the
-    data has changed, the data set without it, and what to tell."""
+    """The same for a finished run. If the data has changed, so that the split that selected the
+    checkpoint no longer exists: the data set without it, and a message."""
     try:
         return read_dataset(args), []
     except UserError as error:
-        return read_whole(args), [f"the split that chose is left out: {error}"]
+        return _read_stored(args), [f"the selection split is left out: {error}"]
 
 
-def read_whole(args: EasyDict) -> Data:
-    """Read and check the data set with the splits that it has on disk. Raises UserError."""
+def _read_stored(args: EasyDict) -> Data:
+    """Read and check the data set with the splits that are on disk. Raises UserError."""
     name = args.dataset_name
     if name not in DATASETS:
         known = ", ".join(DATASETS)
         raise UserError(f"--dataset_name {name}: unknown.{suggest(name, DATASETS)} Known: {known}")
     if args.views != "ag" and name != "AGSGData":
-        raise UserError(f"--views {args.views}: --dataset_name {name} has its own; for AGSGData")
+        raise UserError(f"--views {args.views}: only for AGSGData, not for --dataset_name {name}")
     return DATASETS[name].read(args)
 
 
 def selecting_splits(val_dataset: str) -> tuple[str, ...]:
-    """The splits that choose a checkpoint; the first one's is best.pth. None if the last epoch is
-    taken."""
+    """The splits on which checkpoints are selected; the first split's is best.pth. Empty if the
+    last epoch is taken."""
     return {"both": (HELDOUT, "test"), "last": ()}.get(val_dataset, (val_dataset,))
 
 

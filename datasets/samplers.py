@@ -1,8 +1,8 @@
-"""Which samples make up an epoch. Samplers yield batches, lists of `Key`.
+"""Samplers: they choose the samples of each batch. A batch is a list of `Key`.
 
-An epoch's order is a function of the run's seed and the epoch's number, and the seed in a key makes
-a sample's augmentation and masking one of its place there: the same for any number of workers and
-processes, and the same after a resume, which has nothing but epoch and step to remember.
+The order of an epoch depends only on the run's seed and the epoch. Each key contains a seed for the
+sample's augmentation and masking, which depends only on its place in that order. So batches are the
+same for any number of workers and processes, and after a resume, which needs only epoch and step.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from torch.utils.data import Sampler
 
 from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 
-SPARES = 3  # samples that may stand in for one whose image is broken
+SPARES = 3  # samples that may replace one whose image is broken
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a training data set is indexed with."""
+    """The index of a sample in an epoch, for `TrainDataset`."""
 
     index: int
     seed: int
-    spares: tuple[int, ...] = ()  # the next samples of the epoch
+    spares: tuple[int, ...] = ()  # indices of the next samples of the epoch
 
 
 class EpochSampler(Sampler[list[Key]]):
-    """Batches of an epoch, or one process's shards of them; a subclass says in which order.
+    """The batches of an epoch, or one process's shards of them. Subclasses define the order.
 
-    Every process orders the same epoch, and takes its rows out of each batch: one after the other,
-    the shards of a batch are the batch that a single process would see. A process whose shard of a
-    last, small batch is empty gets the batch's first sample, so that it has something to encode.
+    All processes compute the same order, and each takes its shard of every batch. The shards of a
+    batch, one after the other, are the batch of a single process. If the last batch is so small
+    that a process's shard is empty, that process gets the batch's first sample, because it must
+    encode something.
 
     Args:
         batch_size: samples of all processes together.
-        seed: with the number of the epoch the only source of randomness.
+        seed: the only source of randomness, together with the epoch.
     """
 
     def __init__(self, batch_size: int, seed: int, processes: Processes = SINGLE_PROCESS) -> None:
@@ -48,29 +49,29 @@ class EpochSampler(Sampler[list[Key]]):
 
     @property
     def count(self) -> int:
-        """Samples in an epoch."""
+        """Number of samples in an epoch."""
         raise NotImplementedError
 
     def order(self, generator: torch.Generator) -> list[int]:
-        """Indices of a new epoch."""
+        """Sample indices of an epoch, `count` of them. `generator` is seeded for the epoch."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
-        """Say which epoch (from 0) comes next, and how many of its batches are done already."""
+        """Choose the next epoch (from 0), and how many of its batches to skip."""
         self.epoch, self.first = epoch, step
-        self.keys: list[Key] = []  # of the whole epoch, once it has begun
+        self.keys: list[Key] = []  # of the complete epoch, as soon as iteration begins
 
     def __iter__(self) -> Iterator[list[Key]]:
         seed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
         order = self.order(generator)
         seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
-        again = order + order[:SPARES]
+        cyclic = order + order[:SPARES]
         self.keys = [
-            Key(index, seed, tuple(again[i + 1 : i + 1 + SPARES]))
+            Key(index, seed, tuple(cyclic[i + 1 : i + 1 + SPARES]))
             for i, (index, seed) in enumerate(zip(order, seeds, strict=True))
         ]
         for step in range(self.first, len(self)):
@@ -79,16 +80,16 @@ class EpochSampler(Sampler[list[Key]]):
             yield batch[start : start + counts[self.processes.rank]] or batch[:1]
 
     def batch(self, step: int) -> list[Key]:
-        """The whole batch of a step (from 0) of the epoch that has begun."""
+        """The complete batch, of all processes, of a step (from 0) of the current epoch."""
         return self.keys[step * self.batch_size : (step + 1) * self.batch_size]
 
     def counts(self, step: int) -> list[int]:
-        """Samples of each process in a step."""
+        """Number of samples of each process in a step (from 0)."""
         rest = self.count - step * self.batch_size
         return shard_sizes(min(rest, self.batch_size), self.processes.size)
 
     def describe(self) -> str:
-        """What an epoch that is resumed must have in common with its beginning."""
+        """What must not change when a run resumes in the middle of an epoch."""
         return f"{self.count} samples in batches of {self.batch_size} ({type(self).__name__})"
 
 
@@ -96,7 +97,7 @@ class RandomSampler(EpochSampler):
     """Every sample once per epoch, in random order.
 
     Args:
-        count: samples.
+        count: number of samples.
     """
 
     def __init__(self, count: int, *args: Any) -> None:
@@ -114,9 +115,14 @@ class RandomSampler(EpochSampler):
 class IdentitySampler(EpochSampler):
     """Batches of `batch_size / num_instance` identities with `num_instance` samples each.
 
-    Every identity's samples are shuffled and dealt in groups of `num_instance`; a group that
-    comes out short is filled by drawing again from the identity. Batches take one group from each
-    of so many random identities until too few identities are left (Hermans et al., 2017).
+    The samples of each identity are shuffled and cut into groups of `num_instance` samples. If the
+    last group is too small, random samples of the identity fill it. A batch takes one group from
+    each of several different identities. The epoch ends when too few identities have groups left
+    (Hermans et al., 2017).
+
+    Example: num_instance 2, batch_size 4. Identity A has the samples 1, 2, 3, 4, 5, identity B has
+    6, 7 and identity C has 8. Possible groups: A [3, 1] [5, 2] [4, 1], B [7, 6], C [8, 8]. Each
+    batch has two identities, such as A and C, then A and B. The third group of A is not used.
 
     Args:
         pids: identity of each sample.
@@ -132,7 +138,7 @@ class IdentitySampler(EpochSampler):
         for index, pid in enumerate(self.pids):
             self.by_pid.setdefault(pid, []).append(index)
         groups = [-(-len(indices) // num_instance) for indices in self.by_pid.values()]
-        # A batch needs distinct identities, so an identity with many groups may not use them all.
+        # A batch takes one group per identity, so some groups of large identities may not be used.
         self._count = self._count_batches(groups) * self.batch_size
 
     @property
@@ -143,39 +149,47 @@ class IdentitySampler(EpochSampler):
         return f"{super().describe()}, {self.num_instance} of an identity"
 
     def order(self, generator: torch.Generator) -> list[int]:
-        """In time that grows with the samples alone: all numbers are drawn at once, and identities
-        lie in piles by the number of groups that they have left."""
-        groups, draws = self._deal(generator)
-        piles: dict[int, list[int]] = {}
-        for pid, found in groups.items():
-            piles.setdefault(len(found), []).append(pid)
-        heights = [-height for height in piles]  # of piles that are not empty, highest first
-        heapq.heapify(heights)
+        """Each batch takes the identities that have the most groups left, with random choice among
+        equals. No other choice uses more groups, and the number of batches is known beforehand.
+
+        The time is linear in the number of samples: identities are kept in lists by the number of
+        groups that they have left, and all random numbers are drawn at once.
+        """
+        groups, random_numbers = self._make_groups(generator)
+        pids_with: dict[int, list[int]] = {}  # by number of groups left: identities
+        for pid, groups_of_pid in groups.items():
+            pids_with.setdefault(len(groups_of_pid), []).append(pid)
+        # A heap of the keys of `pids_with`, negative, because heapq gives the smallest first.
+        negative_counts = [-count for count in pids_with]
+        heapq.heapify(negative_counts)
         order: list[int] = []
         for _ in range(len(self)):
-            # The identities with most groups left go first, ties in random order: this uses as
-            # many groups as any order can, and makes the number of batches known beforehand.
-            lower: list[tuple[int, int]] = []
-            while len(lower) < self.per_batch:
-                height = -heights[0]
-                pile = piles[height]
-                chosen = next(draws) % len(pile)
-                pid, pile[chosen] = pile[chosen], pile[-1]
-                pile.pop()
-                if not pile:
-                    del piles[-heapq.heappop(heights)]
+            # The identities of this batch, each with the number of groups that it has left. They
+            # return to `pids_with` only after the batch, so no identity comes twice in it.
+            used: list[tuple[int, int]] = []
+            while len(used) < self.per_batch:
+                most = -negative_counts[0]
+                candidates = pids_with[most]
+                chosen = next(random_numbers) % len(candidates)
+                # Remove the chosen one in constant time: the last one takes its place.
+                pid, candidates[chosen] = candidates[chosen], candidates[-1]
+                candidates.pop()
+                if not candidates:
+                    del pids_with[-heapq.heappop(negative_counts)]
                 order += groups[pid].pop()
-                lower.append((height - 1, pid))
-            for height, pid in lower:
-                if height and height not in piles:
-                    piles[height] = []
-                    heapq.heappush(heights, -height)
-                if height:
-                    piles[height].append(pid)
+                used.append((most - 1, pid))
+            for left, pid in used:
+                if left and left not in pids_with:
+                    pids_with[left] = []
+                    heapq.heappush(negative_counts, -left)
+                if left:
+                    pids_with[left].append(pid)
         return order
 
     def _count_batches(self, groups: list[int]) -> int:
-        """Most batches b with sum_i min(groups_i, b) >= b * per_batch: an identity once a batch."""
+        """How many batches the groups of the identities are enough for: the largest b with
+        sum_i min(groups_i, b) >= b * per_batch, because b batches use at most b groups of an
+        identity."""
         low, high = 0, sum(groups) // self.per_batch
         while low < high:
             middle = (low + high + 1) // 2
@@ -185,34 +199,39 @@ class IdentitySampler(EpochSampler):
                 high = middle - 1
         return low
 
-    def _deal(self, generator: torch.Generator) -> tuple[dict[int, list[list[int]]], Iterator[int]]:
-        """The groups of every identity, and a random number below 2^62 for each that is chosen."""
+    def _make_groups(
+        self, generator: torch.Generator
+    ) -> tuple[dict[int, list[list[int]]], Iterator[int]]:
+        """The groups of each identity, and a random number below 2^62 for each group of the epoch.
+        Remainders of such numbers are close enough to uniform."""
         size = self.num_instance
         shuffled: dict[int, list[int]] = {pid: [] for pid in self.by_pid}
         for index in torch.randperm(len(self.pids), generator=generator).tolist():
             shuffled[self.pids[index]].append(index)
-        short = sum(-len(indices) % size for indices in self.by_pid.values())
-        count = short + self.count // size
-        draws = iter(torch.randint(2**62, (count,), generator=generator).tolist())
+        missing = sum(-len(indices) % size for indices in self.by_pid.values())
+        count = missing + self.count // size
+        random_numbers = iter(torch.randint(2**62, (count,), generator=generator).tolist())
         groups = {}
-        for pid, found in shuffled.items():
-            own = self.by_pid[pid]
-            found += [own[next(draws) % len(own)] for _ in range(-len(found) % size)]
-            groups[pid] = [found[i : i + size] for i in range(0, len(found), size)]
-        return groups, draws
+        for pid, indices in shuffled.items():
+            choices = self.by_pid[pid]
+            for _ in range(-len(indices) % size):  # fill the last group
+                indices.append(choices[next(random_numbers) % len(choices)])
+            groups[pid] = [indices[i : i + size] for i in range(0, len(indices), size)]
+        return groups, random_numbers
 
 
 def evaluation_batches(
     count: int, batch_size: int, processes: Processes = SINGLE_PROCESS
 ) -> tuple[list[list[int]], list[int]]:
-    """This process's batches of a list's positions, and how many rows each process has.
+    """This process's batches of the positions 0 ... count - 1, and how many positions each process
+    has.
 
-    Each process gets a run of whole batches: so batches, and with them features to the
-    last bit, are those of a single process.
+    Each process gets complete batches, one after the other. So the batches are those of a single
+    process, and the features are equal to the last bit.
     """
     batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
     ends = [0]
-    for share in shard_sizes(len(batches), processes.size):
-        ends.append(ends[-1] + share)
-    runs = [batches[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    return runs[processes.rank], [sum(map(len, run)) for run in runs]
+    for size in shard_sizes(len(batches), processes.size):
+        ends.append(ends[-1] + size)
+    shards = [batches[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return shards[processes.rank], [sum(map(len, shard)) for shard in shards]

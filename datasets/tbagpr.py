@@ -1,11 +1,11 @@
-"""Reader of TBAGPR: two sources of aerial-ground pairs with captions, and one attribute file.
+"""Reader of TBAGPR: aerial-ground pairs with captions from two sources, and one attribute file.
 
     TBAGPR/attrs.json                                  [{image key: [g, a, l, w, h, n, t]}, ...]
     TBAGPR/AG-ReID/agtext_{train,val,test}.json        + image folders
     TBAGPR/G2APS-AG/g2aps_{train,val,test}.json        + image folders
 
-The sources are joined: identities of the second are shifted by the number of the first's.
-Everything is checked while it is read; a UserError names the file, the entry and the mend.
+The sources are joined: the identities of the second source are numbered after those of the first.
+Everything is checked while it is read; a UserError names the file and the entry.
 """
 
 from __future__ import annotations
@@ -18,33 +18,36 @@ from pathlib import Path
 from typing import Any
 
 from datasets.files import (
+    EntryChecks,
     ImageFolder,
-    Said,
     checked_caption,
     checked_pid,
-    composed,
     exists,
+    normalise_path,
     read_json,
 )
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.errors import UserError
 
-# Name and number of classes, in the order of the labels in attrs.json.
+# Number of classes by attribute, in the order of the labels in attrs.json.
 ATTRIBUTES = {
     "gender": 2, "age": 3, "light": 2, "weight": 3, "height": 3, "angle": 3, "altitude": 2,
 }  # fmt: skip
-VOTED = 5  # the first five are voted per identity; angle and altitude stay the image's own
+VOTED = 5  # the first five are voted per identity; angle and altitude are kept per image
 
 
 @dataclass(frozen=True)
 class Source:
+    """One of the sources that TBAGPR is made of."""
+
     folder: str
-    json: str  # with {} for the split
+    json: str  # file name, with {} for the split
     keys: Callable[[str, str], tuple[str, ...]]  # (folder, file) -> image keys in attrs.json
 
 
 def _ag_reid_keys(folder: str, file: str) -> tuple[str, ...]:
-    """The original cuts four characters off a name; "x.jpeg" may be named "x" or, so, "x."."""
+    """Both possible keys of a ".jpeg": the original code cuts off four characters, so the key of
+    "x.jpeg" may end with "x" or "x."."""
     stem, suffix = os.path.splitext(file)
     stems = (stem, file[:-4]) if len(suffix) == 5 else (file[:-4],)
     return tuple(f"{os.path.basename(folder)}_{name}" for name in stems)
@@ -64,18 +67,18 @@ def read_tbagpr(
     attributes: bool = True,
     sources: Sequence[Source] = SOURCES,
 ) -> Data:
-    """Read all splits. `attributes=False` leaves attrs.json alone. Raises UserError."""
+    """Read all splits. With `attributes=False`, attrs.json is not read. Raises UserError."""
     root = Path(root)
     if not exists(root):
-        raise UserError(f"--root_dir {root}: no such folder; it must hold {_wanted(sources)}")
+        raise UserError(f"--root_dir {root}: no such folder; it must hold {_expected(sources)}")
     missing = [s.folder for s in sources if not exists(root / s.folder)]
     if missing:
         raise UserError(
-            f"--root_dir {root}: folder {missing[0]} is missing; expected {_wanted(sources)}"
+            f"--root_dir {root}: folder {missing[0]} is missing; expected {_expected(sources)}"
         )
-    said = Said()
-    labels = _read_attributes(root / "attrs.json", said) if attributes else None
-    reader = _Reader(root, labels, said)
+    checks = EntryChecks()
+    labels = _read_attributes(root / "attrs.json", checks) if attributes else None
+    reader = _Reader(root, labels, checks)
     train: list[TrainSample] = []
     splits = {
         split: Split([s.folder for s in sources], {view: Gallery() for view in VIEWS})
@@ -92,50 +95,61 @@ def read_tbagpr(
         for joined in splits.values():
             _vote_split(joined)
     classes = dict(ATTRIBUTES) if attributes else {}
-    return Data(name, train, splits, classes, VIEWS, root=str(root), warnings=said.warnings())
+    return Data(name, train, splits, classes, VIEWS, root=str(root), warnings=checks.warnings())
 
 
 def one_view(data: Data, views: str) -> Data:
-    """Each image a sample of its own: aerial ones ("a"), ground ones ("g"), or both ("ag").
+    """Split pairs into samples of one image: aerial ("a"), ground ("g"), or both ("ag").
 
-    Every caption goes with each of its sample's images; the gallery holds the images of `views`.
+    Each image of a pair gets the pair's caption. The gallery holds the images of `views`.
     """
     numbers = [number for number, view in enumerate(VIEWS) if view[0] in views]
     train = [replace(s, image=s.images[n], pair=None) for n in numbers for s in data.train]
-    shown = [VIEWS[n] for n in numbers]
-    view = " + ".join(shown)
+    selected = [VIEWS[n] for n in numbers]
+    view_name = " + ".join(selected)
     splits = {}
     for name, split in data.splits.items():
-        galleries = [split.galleries[one] for one in shown]
+        galleries = [split.galleries[view] for view in selected]
         joined = Gallery(
             [image for g in galleries for image in g.images],
             [pid for g in galleries for pid in g.pids],
             [source for g in galleries for source in g.sources],
         )
-        splits[name] = replace(split, galleries={view: joined})
-    return replace(data, train=train, splits=splits, views=(view,))
+        splits[name] = replace(split, galleries={view_name: joined})
+    return replace(data, train=train, splits=splits, views=(view_name,))
 
 
 def vote(labels: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[int, ...]]:
-    """Most frequent label of each voted attribute per identity; of equals, the first met.
+    """By identity, the most frequent label of each voted attribute. In a tie, the label that comes
+    first in `labels` wins.
 
-    Takes (pid, labels of one image) in voting order.
+    Args:
+        labels: (pid, labels of one image).
     """
     counters: dict[int, list[Counter[int]]] = {}
     for pid, values in labels:
         per_attribute = counters.setdefault(pid, [Counter() for _ in range(VOTED)])
         for counter, value in zip(per_attribute, values, strict=False):
             counter[value] += 1
-    # Counter.most_common keeps the order of first meeting among equals.
+    # In a tie, Counter.most_common keeps the order in which the labels were first counted.
     return {p: tuple(c.most_common(1)[0][0] for c in counter) for p, counter in counters.items()}
 
 
 class _Reader:
-    def __init__(self, root: Path, labels: dict[str, tuple[int, ...]] | None, said: Said) -> None:
-        self.root, self.labels, self.said = root, labels, said
+    """Reads and checks the JSON files of one source and split at a time.
+
+    Args:
+        labels: by image key, from attrs.json; None without attributes.
+    """
+
+    def __init__(
+        self, root: Path, labels: dict[str, tuple[int, ...]] | None, checks: EntryChecks
+    ) -> None:
+        self.root, self.labels, self.checks = root, labels, checks
         self.images = ImageFolder(root)
 
     def train(self, source: Source, index: int, offset: int) -> list[TrainSample]:
+        """The samples of the source with this index. `offset` is added to its identities."""
         where = f"{source.folder}/{source.json.format('train')}"
         rows = read_json(self.root / where)
         if not isinstance(rows, list) or not rows:
@@ -150,24 +164,25 @@ class _Reader:
             pid, _, image, pair, caption = row
             sample = TrainSample(
                 offset + checked_pid(pid, entry),
-                checked_caption(caption, entry, self.said),
+                checked_caption(caption, entry, self.checks),
                 self._image(source, image, entry),
                 self._image(source, pair, entry),
                 entry,
                 index,
             )
-            self.said.sample(sample, pid)
+            self.checks.add_sample(sample, pid)
             samples.append(sample)
-        seen = sorted({s.pid - offset for s in samples})
-        gap = next((i for i, pid in enumerate(seen) if i != pid), None)
+        pids = sorted({s.pid - offset for s in samples})
+        gap = next((i for i, pid in enumerate(pids) if i != pid), None)
         if gap is not None:
             raise UserError(
                 f"{where}: identities must be 0-based and contiguous; {gap} is missing "
-                f"below {seen[-1]}"
+                f"below {pids[-1]}"
             )
         return samples
 
     def split(self, source: Source, split: str, index: int, offset: int, joined: Split) -> None:
+        """Add the source's images and captions of a split to `joined`, as `train` does."""
         where = f"{source.folder}/{source.json.format(split)}"
         lists = read_json(self.root / where)
         if not isinstance(lists, dict):
@@ -181,20 +196,20 @@ class _Reader:
                 raise UserError(f"{where}: lists of different lengths: {dict(zip(keys, lengths))}")  # noqa: B905
             if not lengths[0]:
                 raise UserError(f"{where}: '{keys[0]}' is empty")
-        images = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
-        for i, (pid, image, pair) in enumerate(images):
+        pairs = zip(lists["image_pids"], lists["img_paths"], lists["pair_img_paths"], strict=True)
+        for i, (pid, image, pair) in enumerate(pairs):
             entry = f"{where}, image {i}"
-            checked = offset + checked_pid(pid, entry)
-            shown = [self._image(source, path, entry) for path in (image, pair)]
-            self.said.images(split, pid, shown, entry)
-            for view, one in zip(VIEWS, shown, strict=True):
-                joined.galleries[view].add(one, checked, index)
+            new_pid = offset + checked_pid(pid, entry)
+            images = [self._image(source, path, entry) for path in (image, pair)]
+            self.checks.add_images(split, pid, images, entry)
+            for view, one in zip(VIEWS, images, strict=True):
+                joined.galleries[view].add(one, new_pid, index)
         captions = zip(lists["caption_pids"], lists["captions"], strict=True)
         for i, (pid, caption) in enumerate(captions):
             entry = f"{where}, caption {i}"
-            checked = offset + checked_pid(pid, entry)
-            joined.add_caption(checked_caption(caption, entry, self.said), checked, index)
-            self.said.caption(split, (checked, caption), entry)
+            new_pid = offset + checked_pid(pid, entry)
+            joined.add_caption(checked_caption(caption, entry, self.checks), new_pid, index)
+            self.checks.add_caption(split, (new_pid, caption), entry)
 
     def _image(self, source: Source, path: Any, entry: str) -> Image:
         if not (
@@ -208,18 +223,19 @@ class _Reader:
         if self.labels is None:
             return Image(full)
         keys = source.keys(folder, file)
-        for key in (*keys, *source.keys(composed(folder), composed(file))):
+        for key in (*keys, *source.keys(normalise_path(folder), normalise_path(file))):
             if key in self.labels:
                 return Image(full, self.labels[key])
         raise UserError(f"attrs.json: no attributes for image '{keys[0]}' ({entry})")
 
 
 def _vote_train(train: list[TrainSample]) -> list[TrainSample]:
+    # All aerial images are first, so that they win ties.
     voted = vote([(s.pid, s.images[n].attributes) for n in range(len(VIEWS)) for s in train])
 
     def with_vote(sample: TrainSample) -> TrainSample:
-        own = voted[sample.pid]
-        image, pair = (Image(i.path, own + i.attributes[VOTED:]) for i in sample.images)
+        labels = voted[sample.pid]
+        image, pair = (Image(i.path, labels + i.attributes[VOTED:]) for i in sample.images)
         return replace(sample, image=image, pair=pair)
 
     return [with_vote(sample) for sample in train]
@@ -236,7 +252,8 @@ def _vote_split(split: Split) -> None:
         ]
 
 
-def _read_attributes(path: Path, said: Said) -> dict[str, tuple[int, ...]]:
+def _read_attributes(path: Path, checks: EntryChecks) -> dict[str, tuple[int, ...]]:
+    """Labels by image key, and also by `normalise_path` of the key."""
     rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of {{image key: labels}}")
@@ -259,10 +276,10 @@ def _read_attributes(path: Path, said: Said) -> dict[str, tuple[int, ...]]:
                     f"it must be 0 to {classes - 1}"
                 )
         labels[key] = tuple(values)
-        said.agree(("the label of image", key), labels[key], f"{path}, entry {i}")
-        said.once(f"labels in {path.name}", key, f"{path.name}, entry {i}")
-    return {composed(key): value for key, value in labels.items()} | labels
+        checks.require_same(("the label of image", key), labels[key], f"{path}, entry {i}")
+        checks.count_repetition(f"labels in {path.name}", key, f"{path.name}, entry {i}")
+    return {normalise_path(key): value for key, value in labels.items()} | labels
 
 
-def _wanted(sources: Sequence[Source]) -> str:
+def _expected(sources: Sequence[Source]) -> str:
     return ", ".join(f"{s.folder}/{s.json.format('train')}" for s in sources)

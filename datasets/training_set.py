@@ -1,4 +1,4 @@
-"""What a training sample is: pixels, tokens, labels, and the random numbers of its augmentation."""
+"""The training set: images, tokens and labels, with the random numbers of the augmentation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ from utils.errors import UserError
 
 
 class TrainDataset(Dataset[dict[str, Any]]):
-    """Samples by `Key`; a batch of them is a dict of tensors:
+    """Training samples by `Key`. `collate` makes a batch of them, a dict with
 
-    `images` (and with two views `pair_images`) [B, 3, H, W] uint8, `uniform` (and `pair_uniform`)
-    [B, K] uniform numbers for their augmentation, `pids` [B], `index` [B] of the samples,
-    `caption_ids` [B, L], augmented; with attributes `attributes` and `pair_attributes` [B, A]; for
-    the loss `mlm` `masked_labels` [B, L], `masked_at` [X], where the X labels stand in the
-    flattened captions, and `masked_ids` [B, L], unless `caption_ids` are the masked ones. L is the
-    longest caption of the batch, of masked ones for `mlm` `text_length`. `skipped`, if there, is a
-    list of messages on samples that were replaced.
+    - `images` [B, 3, H, W] uint8, and with two views `pair_images`
+    - `uniform` [B, K], random numbers in [0, 1) for the augmentation of `images`, and with two
+      views `pair_uniform`
+    - `pids` [B], and `index` [B], the position of each sample in `samples`
+    - `caption_ids` [B, L], augmented
+    - with attributes, `attributes` [B, A], and with two views `pair_attributes`
+    - for the loss `mlm`, `masked_labels` [B, L]; `masked_at` [X], the positions of the X labels in
+      the flattened captions; and `masked_ids` [B, L], unless `caption_ids` are already masked
+    - `skipped`, only if samples were replaced: a list of messages
+
+    L is the length of the batch's longest caption; for masked captions of `mlm` it is
+    `text_length`.
 
     Args:
-        images: the samples' images; with two views those of all pairs follow.
-        numbers: uniform random numbers per image.
-        augment: what captions go through; None leaves them whole.
-        skip: replace a sample whose image is broken by the next of the epoch.
+        images: the images of all samples; with two views, those of all pairs follow.
+        numbers: K, the random numbers for each image.
+        augment: augmentation of captions; None for none.
+        skip: if an image of a sample is broken, take the next sample of the epoch instead.
     """
 
     def __init__(
@@ -46,9 +51,8 @@ class TrainDataset(Dataset[dict[str, Any]]):
         self.samples, self.images, self.numbers = samples, images, numbers
         self.augment = augment or TextAugmentation()
         self.skip = skip
-        self.caption_ids = tokenize(
-            [s.caption for s in samples], text_length
-        )  # once for all epochs
+        # Once for all epochs.
+        self.caption_ids = tokenize([s.caption for s in samples], text_length)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,10 +88,11 @@ class TrainDataset(Dataset[dict[str, Any]]):
 
     @staticmethod
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Stack the samples and cut the captions to the longest.
+        """Stack the samples and trim the captions to the longest one.
 
-        Those of `mlm` keep their padding: in the original's cross-modal transformer words attend
-        to it, so without it a sample's loss would depend on the other captions of its batch.
+        The captions of `mlm` keep their padding. In the original's cross-modal transformer words
+        attend to the padding. So if it were trimmed, a sample's loss would depend on the other
+        captions of its batch.
         """
         skipped = [message for item in items for message in item.pop("skipped", ())]
         batch = default_collate(items)
@@ -99,6 +104,6 @@ class TrainDataset(Dataset[dict[str, Any]]):
         for name in ("caption_ids", "masked_ids", "masked_labels"):
             if name in batch:
                 batch[name] = batch[name].long()
-        if "masked_labels" in batch:  # here, because finding them on a GPU would wait for it
+        if "masked_labels" in batch:  # on the CPU, because nonzero would wait for the GPU
             batch["masked_at"] = batch["masked_labels"].flatten().nonzero()[:, 0]
         return batch

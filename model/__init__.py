@@ -1,1 +1,1 @@
-"""Tensors in, features and losses out. Of files it knows only weights, and no data set."""
+"""Tensors in, features and losses out. It reads files of weights and no data set."""

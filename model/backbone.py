@@ -1,12 +1,12 @@
-"""CLIP as the backbone: built, loaded and adapted to pedestrian images through open_clip.
+"""CLIP as the backbone: open_clip builds it, and this file loads it and adapts it to pedestrians.
 
 Shapes: B images or captions, L tokens of the longest caption, N image patches, D joint space.
 
     backbone = load_backbone("ViT-B/16", image_size=(384, 128))
     image_BD, image_tokens = backbone.encode_images(images)      # images [B, 3, 384, 128]
-    text_BD, text_tokens = backbone.encode_captions(caption_ids)  # ids [B, L], zeros behind the end
+    text_BD, text_tokens = backbone.encode_captions(caption_ids)  # ids [B, L], padded with zeros
 
-Weights keep OpenAI's names, so a checkpoint of this project, of IRRA and of CLIP look alike.
+Weights keep OpenAI's names, so checkpoints of this project, IRRA and CLIP have the same names.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.weights import (
     BackboneConfig,
-    config_of,
+    config_from_choice,
+    config_from_weights,
     find_weights,
-    fit_positions,
-    named_config,
-    openai_assumed,
+    openai_note,
     parse_choice,
     patch_grid,
+    resize_positions,
 )
 from utils.checkpoint import load_checkpoint, refuse_nonfinite
 from utils.errors import UserError
@@ -39,14 +39,16 @@ PLAIN_ATTENTION_BELOW = 128  # tokens
 class Backbone(open_clip.CLIP):
     """CLIP for images of any height and width and any patch stride.
 
-    The image feature is the projected class token (ResNet: the attention-pooled one), the text
-    feature the projected token at the end-of-text position, which has the largest id.
+    The image feature is the projected class token (for a ResNet, the attention-pooled feature).
+    The text feature is the projected end-of-text token, which has the largest id.
 
     Args:
         config: the architecture.
         image_size: height and width, pixels.
-        stride: step between patches, pixels; None means the patch size. ResNets have none.
+        stride: distance between patches, pixels; None: the patch size. A ResNet has no stride.
         half: keep the weights of linear, convolution and attention layers in half precision.
+
+    Raises UserError for an image size or stride that the architecture cannot have.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Backbone(open_clip.CLIP):
             layers=config.vision_layers,
             width=config.vision_width,
             patch_size=config.vision_patch_size,
-            # open_clip's ResNet takes squares only; its position embedding is remade below.
+            # open_clip's ResNet takes squares only; `_adapt_vision` sets its position embedding.
             image_size=224 if config.is_resnet else image_size,
             head_width=config.head_width,
             mlp_ratio=config.mlp_ratio,
@@ -78,41 +80,16 @@ class Backbone(open_clip.CLIP):
         )
         self.config = config
         self.image_size = image_size
-        self.notes: list[str] = []  # what was assumed of its weights; for the log
+        self.notes: list[str] = []  # assumptions about its weights, for the log
         # The temperature is fixed (0.02 in the paper) and belongs to the losses.
         self.logit_scale = None
         self._adapt_vision(stride)
         if half:
             open_clip.model.convert_weights_to_fp16(self)
 
-    def _adapt_vision(self, stride: int | None) -> None:
-        """Set the patch grid for the image size and stride, and its position embedding's shape."""
-        height, width = self.image_size
-        if self.config.is_resnet:
-            if stride is not None:
-                raise UserError("--stride_size: a ResNet has no patches; leave it out")
-            if height % 32 or width % 32:
-                raise UserError(f"--img_size {height} {width}: a ResNet needs multiples of 32")
-            self.grid = patch_grid(None, self.image_size, None)
-            pool = self.visual.attnpool
-            pool.positional_embedding = _position_embedding(self.grid, pool.q_proj.in_features)
-            return
-        patch = self.config.vision_patch_size
-        assert patch is not None, "of a ViT"
-        stride = stride or patch
-        if stride > patch:
-            raise UserError(f"--stride_size {stride} exceeds the patch size {patch}: pixels lost")
-        if min(height, width) < patch:
-            raise UserError(f"--img_size {height} {width} is smaller than a patch of {patch}")
-        self.grid = patch_grid(patch, self.image_size, stride)
-        self.visual.conv1.stride = (stride, stride)
-        self.visual.grid_size = self.grid
-        self.visual.positional_embedding = _position_embedding(self.grid, self.config.vision_width)
-        self.visual.output_tokens = True
-
     @property
     def input(self) -> dict[str, Any]:
-        """What its position embedding belongs to, for checkpoints: `img_size` and `stride_size`."""
+        """The `img_size` and `stride_size` of its position embedding; checkpoints record it."""
         stride = None if self.config.is_resnet else self.visual.conv1.stride[0]
         return {"img_size": list(self.image_size), "stride_size": stride}
 
@@ -132,48 +109,41 @@ class Backbone(open_clip.CLIP):
                 nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.text_projection, std=self.config.text_width**-0.5)
 
-    def checkpoint_gradients(self) -> None:
-        """Keep no activations inside the blocks; the backward pass computes them again."""
+    def enable_grad_checkpointing(self) -> None:
+        """Keep no activations inside the blocks; the backward pass computes them again.
+
+        Raises UserError for a ResNet.
+        """
         if self.config.is_resnet:
-            raise UserError("--grad_checkpointing: open_clip's ResNets have none; leave it out")
+            raise UserError(
+                "--grad_checkpointing: open_clip's ResNets do not support it; leave it out"
+            )
         self.set_grad_checkpointing(True)
 
     def compile_encoders(self) -> None:
-        """Compile both encoders in place; names and values of the weights stay."""
+        """Compile both encoders in place; names and values of the weights stay the same."""
         self.visual.compile()
-        self.transformer.compile(dynamic=True)  # captions of any length without a new compilation
-
-    def _attention(self, tokens: int, device: torch.device) -> AbstractContextManager[None]:
-        """The faster attention kernel: on a CPU, short sequences go through plain matrix products.
-
-        Forward and backward in bfloat16 on two cores: 14 ms against the fused kernel's 22 ms at 25
-        tokens, 4 against 11 at 43, 109 against 95 at 193. Not with checkpointed gradients, which
-        are computed again outside of this context and must meet the same kernel.
-        """
-        short = device.type == "cpu" and tokens < PLAIN_ATTENTION_BELOW
-        if short and not self.transformer.grad_checkpointing:
-            return sdpa_kernel(SDPBackend.MATH)
-        return nullcontext()
+        self.transformer.compile(dynamic=True)  # one compilation for captions of any length
 
     def encode_images(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Image features [B, D] and projected tokens [B, 1 + N, D], the class token first.
 
-        For a ResNet the tokens are the pooled feature alone, [B, 1, D].
+        For a ResNet the only token is the pooled feature, [B, 1, D].
         """
         images = images_BCHW.to(self.visual.conv1.weight.dtype)
         if self.config.is_resnet:
             pooled_BD = self.visual(images)
             return pooled_BD, pooled_BD[:, None]
-        with self._attention(1 + self.grid[0] * self.grid[1], images.device):
+        with self._attention_kernel(1 + self.grid[0] * self.grid[1], images.device):
             pooled_BD, patches = self.visual(images)  # patches are normalised, not projected
         tokens_BND = torch.cat([pooled_BD[:, None], patches @ self.visual.proj], dim=1)
         return pooled_BD, tokens_BND
 
     def embed_tokens(self, *ids_BL: Tensor) -> list[Tensor]:
-        """Token embeddings [B, L, width] of several batches by one lookup.
+        """Token embeddings [B, L, width] of several batches, from one lookup.
 
-        Every lookup has a dense gradient of the whole vocabulary (100 MB for ViT-B/16), so a step
-        that encodes captions and sentences looks up once.
+        Each lookup has a dense gradient of the complete vocabulary (100 MB for ViT-B/16), so
+        captions and sentences of a step share one lookup.
         """
         flat = self.token_embedding(torch.cat([ids.flatten() for ids in ids_BL]))
         parts = flat.split([ids.numel() for ids in ids_BL])
@@ -184,22 +154,62 @@ class Backbone(open_clip.CLIP):
     ) -> tuple[Tensor, Tensor]:
         """Text features [B, D] and projected tokens [B, L, D].
 
-        Attention is causal, so what stands behind the end-of-text token changes nothing: L may be
-        the longest caption of the batch instead of the full context.
+        Attention is causal, so tokens after the end-of-text token change nothing: L may be the
+        length of the batch's longest caption instead of the full context length.
 
         Args:
-            embedded_BLE: the ids' rows of `embed_tokens`, if they are there already.
+            embedded_BLE: the token embeddings of `ids_BL` from `embed_tokens`, if known already.
         """
         if embedded_BLE is None:
             (embedded_BLE,) = self.embed_tokens(ids_BL)
         length = ids_BL.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = embedded_BLE.to(dtype) + self.positional_embedding[:length].to(dtype)
-        with self._attention(length, x.device):
+        with self._attention_kernel(length, x.device):
             x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
         tokens_BLD = self.ln_final(x) @ self.text_projection
         rows = torch.arange(len(ids_BL), device=ids_BL.device)
         return tokens_BLD[rows, ids_BL.argmax(dim=-1)], tokens_BLD
+
+    def _adapt_vision(self, stride: int | None) -> None:
+        """Set the patch grid for the image size and stride, and create its position embedding."""
+        height, width = self.image_size
+        if self.config.is_resnet:
+            if stride is not None:
+                raise UserError("--stride_size: a ResNet has no patches; leave it out")
+            if height % 32 or width % 32:
+                raise UserError(f"--img_size {height} {width}: a ResNet needs multiples of 32")
+            self.grid = patch_grid(None, self.image_size, None)
+            pool = self.visual.attnpool
+            pool.positional_embedding = _position_embedding(self.grid, pool.q_proj.in_features)
+            return
+        patch = self.config.vision_patch_size
+        assert patch is not None, "a ViT has a patch size"
+        stride = stride or patch
+        if stride > patch:
+            raise UserError(
+                f"--stride_size {stride} exceeds the patch size {patch} and would leave out pixels"
+            )
+        if min(height, width) < patch:
+            raise UserError(f"--img_size {height} {width} is smaller than a patch of {patch}")
+        self.grid = patch_grid(patch, self.image_size, stride)
+        self.visual.conv1.stride = (stride, stride)
+        self.visual.grid_size = self.grid
+        self.visual.positional_embedding = _position_embedding(self.grid, self.config.vision_width)
+        self.visual.output_tokens = True
+
+    def _attention_kernel(self, tokens: int, device: torch.device) -> AbstractContextManager[None]:
+        """The faster attention kernel: on a CPU, plain matrix products for short sequences.
+
+        Forward and backward in bfloat16 on two cores take 14 ms, and 22 ms with the fused kernel,
+        at 25 tokens; 4 and 11 ms at 43 tokens; 109 and 95 ms at 193 tokens. Gradient checkpointing
+        computes activations again outside of this context and needs the same kernel there, so it
+        always uses the fused one.
+        """
+        short = device.type == "cpu" and tokens < PLAIN_ATTENTION_BELOW
+        if short and not self.transformer.grad_checkpointing:
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
 
 
 def load_backbone(
@@ -214,39 +224,40 @@ def load_backbone(
     Args:
         choice: an OpenAI name ("ViT-B/16"), a model and pretrained tag of open_clip
             ("ViT-B-16/laion2b_s34b_b88k"), the path of a file (OpenAI archive, state dict or
-            safetensors) of an OpenAI architecture or behind the name of its own
+            safetensors) with an OpenAI architecture, a model and such a path
             ("ViT-B-16@weights/x.pt"), or "scratch".
-        scratch: the sizes for "scratch".
+        image_size, stride, half: see `Backbone`.
+        scratch: the architecture for "scratch".
 
-    Raises UserError for an unknown name, weights that cannot be fetched or read, and state dicts
-    that are no CLIP.
+    Raises UserError for an unknown name, for weights that cannot be downloaded or read, for
+    weights with NaN or infinite values, and for a state dict that does not fit the architecture.
     """
     if choice == "scratch":
         if scratch is None:
-            raise ValueError("a backbone from scratch needs its sizes")
+            raise ValueError("a backbone from scratch needs a BackboneConfig")
         backbone = Backbone(scratch, image_size, stride, half)
         backbone.reset_from_scratch()
         return backbone
     path = find_weights(choice)
     checkpoint = load_checkpoint(path)
-    weights, named = checkpoint["model"], named_config(choice)
-    config = named or config_of(weights, str(path))
+    weights, named = checkpoint["model"], config_from_choice(choice)
+    config = named or config_from_weights(weights, str(path))
     backbone = Backbone(config, image_size, stride, half)
-    weights, told = fit_positions(weights, config, backbone.grid, checkpoint, str(path))
+    weights, note = resize_positions(weights, config, backbone.grid, checkpoint, str(path))
     if parse_choice(choice).file:
-        notes = ["" if named else openai_assumed(path, config), checkpoint.get("assumed", ""), told]
+        notes = ["" if named else openai_note(path, config), checkpoint.get("assumed", ""), note]
         backbone.notes = [note for note in notes if note]
-    own = backbone.state_dict()
-    counters = {n for n in own if n.endswith("num_batches_tracked")}  # old archives lack them
-    missing = sorted(set(own) - set(weights) - counters)
-    wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    expected = backbone.state_dict()
+    counters = {n for n in expected if n.endswith("num_batches_tracked")}  # not in old archives
+    missing = sorted(set(expected) - set(weights) - counters)
+    wrong = [n for n in expected if n in weights and expected[n].shape != weights[n].shape]
     if missing or wrong:
+        reasons = [f"{len(missing)} entries missing (first: {missing[0]})"] if missing else []
+        reasons += [f"{wrong[0]} has the shape {tuple(weights[wrong[0]].shape)}"] if wrong else []
         raise UserError(
-            f"{path}: not a whole {parse_choice(choice).model or 'CLIP'}: "
-            + (f"{len(missing)} entries missing (first: {missing[0]})" if missing else "")
-            + (f" shape of {wrong[0]} is {tuple(weights[wrong[0]].shape)}" if wrong else "")
+            f"{path}: not a complete {parse_choice(choice).model or 'CLIP'}: {'; '.join(reasons)}"
         )
-    weights = {n: weights[n] for n in own if n in weights}
+    weights = {n: weights[n] for n in expected if n in weights}
     refuse_nonfinite(weights, path)
     backbone.load_state_dict(weights, strict=False)
     return backbone

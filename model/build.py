@@ -1,4 +1,4 @@
-"""Options to model, and weights of a checkpoint into it.
+"""Build a model from options, and load the weights of a checkpoint into it.
 
 model = build_training_model(args, loss_names, num_classes)
 model = build_evaluation_model(args, load_checkpoint(path), path)
@@ -21,25 +21,28 @@ from model.backbone import Backbone, load_backbone
 from model.losses.firm import SentenceTable
 from model.losses.registry import LOSSES
 from model.weights import (
-    UNSEEN,
+    NOT_IN_SHAPES,
     BackboneConfig,
-    config_of,
-    described,
-    fit_positions,
-    named_config,
+    config_from_choice,
+    config_from_weights,
+    format_input,
     parse_choice,
     recorded_input,
+    resize_positions,
 )
 from utils.attributes import read_attributes
 from utils.checkpoint import refuse_nonfinite
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError, suggest
 
-PREFIX = "base_model."  # of the backbone's weights in a checkpoint
+PREFIX = "base_model."  # of the names of the backbone's weights in a checkpoint
 
 
 def build_sentences(args: EasyDict) -> SentenceTable:
-    """FIRM's sentence table from `--attributes_file`, tokenized and cut to the longest."""
+    """FIRM's sentence table from `--attributes_file`, tokenized and cut to the longest sentence.
+
+    Raises UserError for a name in `--firm_attributes` that the file does not have.
+    """
     attributes = read_attributes(args.attributes_file)
     names = [a.name for a in attributes]
     for name in args.firm_attributes:
@@ -61,19 +64,21 @@ def build_backbone(args: EasyDict, weights: dict[str, Tensor] | None = None) -> 
     """The backbone that the options describe.
 
     Args:
-        weights: a state dict in OpenAI's naming whose shapes give the architecture instead of
-            `--pretrain_choice`, as for a checkpoint; the values are not loaded here.
+        weights: a checkpoint's state dict in OpenAI's naming. Its shapes give the architecture
+            instead of `--pretrain_choice`. Its values are not loaded here.
+
+    Raises UserError if options and weights do not fit together.
     """
     image_size, half = tuple(args.img_size), args.precision == "half"
     if weights is not None:
-        config = config_of(weights, "checkpoint")
+        config = config_from_weights(weights, "checkpoint")
         if parse_choice(args.pretrain_choice).tag != "openai":
-            named = named_config(args.pretrain_choice) or config
-            config = replace(config, **{name: getattr(named, name) for name in UNSEEN})
+            named = config_from_choice(args.pretrain_choice) or config
+            config = replace(config, **{name: getattr(named, name) for name in NOT_IN_SHAPES})
             if replace(config, mlp_ratio=named.mlp_ratio) != named:
                 raise UserError(
-                    f"--pretrain_choice {args.pretrain_choice}: the checkpoint is of another "
-                    "architecture; configs.yaml and checkpoint must be of one run"
+                    f"--pretrain_choice {args.pretrain_choice}: the checkpoint has another "
+                    "architecture; use the configs.yaml and the checkpoint of the same run"
                 )
         backbone = Backbone(config, image_size, args.stride_size, half)
     else:
@@ -108,9 +113,10 @@ def build_model(
     """The model that the options describe, on the CPU.
 
     Args:
-        loss_names: checked names (`losses.parse_loss_names`).
+        loss_names: checked names (`losses.registry.parse_loss_names`).
         num_classes: training identities.
         weights: see `build_backbone`.
+        processes: see `AEAFIRM`.
     """
     torch.manual_seed(args.seed)
     attributes = any(LOSSES[name].attributes for name in loss_names)
@@ -133,39 +139,50 @@ def build_training_model(
     num_classes: int,
     processes: Processes = SINGLE_PROCESS,
 ) -> AEAFIRM:
-    """`build_model`, with what only training needs: checkpointed gradients, compiled encoders."""
+    """`build_model` with what only training needs: gradient checkpointing, compiled encoders.
+
+    Raises UserError for a ResNet with `--accum_steps` or several processes.
+    """
     model = build_model(args, loss_names, num_classes, processes=processes)
     if model.base_model.config.is_resnet and (args.accum_steps > 1 or processes.size > 1):
         flag = "--accum_steps" if args.accum_steps > 1 else "torchrun with several processes"
         raise UserError(
-            f"{flag}: a ResNet normalises by the statistics of what is encoded together, so "
-            "parts would not give the numbers of the whole batch"
+            f"{flag}: a ResNet normalises by the statistics of the images of one encoder call, so "
+            "parts would not give the features of the complete batch"
         )
     if args.grad_checkpointing:
-        model.base_model.checkpoint_gradients()
+        model.base_model.enable_grad_checkpointing()
     if args.compile:
         model.base_model.compile_encoders()
     return model
 
 
 def check_batch_norm(model: AEAFIRM, args: EasyDict, images: int) -> None:
-    """Raise UserError if the smallest batch of a training, of so many images, leaves a ResNet's
-    last layers a single value of each channel: it has no variance to normalise by."""
+    """Raise UserError if the smallest batch of the training is too small for a ResNet.
+
+    Its last layers need two values of each channel, because one value has no variance.
+
+    Args:
+        images: images of that batch.
+    """
     rows, columns = model.base_model.grid
     if model.base_model.config.is_resnet and images * rows * columns == 1:
         height, width = args.img_size
         raise UserError(
-            f"--batch_size {args.batch_size}: an epoch's last batch is a single image, of which a "
-            f"ResNet has a map of 1x1 at --img_size {height} {width}, and batch normalisation "
-            "needs two values; give another batch size, or larger images"
+            f"--batch_size {args.batch_size}: an epoch's last batch is a single image, for which a "
+            f"ResNet has a 1x1 feature map at --img_size {height} {width}, but batch normalisation "
+            "needs two values; use another batch size, or larger images"
         )
 
 
 def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: str) -> AEAFIRM:
-    """The model of a checkpoint: backbone, and FIRM's head if it was trained.
+    """The model of a checkpoint: the backbone, and FIRM's head if the checkpoint has it.
 
-    The architecture is read off the weights, so no pretrained file is needed. Raises UserError if
+    The weights' shapes give the architecture, so no pretrained file is needed. Raises UserError if
     the weights do not fit the options, or are not finite.
+
+    Args:
+        where: the checkpoint's path, for messages.
     """
     weights = checkpoint["model"]
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
@@ -173,20 +190,20 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
     names = [name for name in args.loss_names.split("+") if name in heads]
     if not clip:
         raise UserError(
-            f"{where}: no weights named {PREFIX}*; is this a checkpoint of this family?"
+            f"{where}: no weights named {PREFIX}*; use a checkpoint of this project or of IRRA"
         )
     model = build_model(args, names, num_classes=0, weights=clip)
     check_input(model.base_model, checkpoint, where)
-    wanted = model.state_dict()
-    for name, value in wanted.items():
+    expected = model.state_dict()
+    for name, value in expected.items():
         if name not in weights:
             raise UserError(f"{where}: {name} is missing")
         if weights[name].shape != value.shape:
             raise UserError(
-                f"{where}: {name} has the shape {tuple(weights[name].shape)}, the options of the "
-                f"run make it {tuple(value.shape)}; configs.yaml and checkpoint must be of one run"
+                f"{where}: {name} has the shape {tuple(weights[name].shape)}, but the options need "
+                f"{tuple(value.shape)}; use the configs.yaml and the checkpoint of the same run"
             )
-    weights = {name: weights[name] for name in wanted}
+    weights = {name: weights[name] for name in expected}
     refuse_nonfinite(weights, where)
     model.load_state_dict(weights)
     if "assumed" in checkpoint:
@@ -195,46 +212,50 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
 
 
 def check_input(backbone: Backbone, checkpoint: dict[str, Any], where: str) -> None:
-    """Raises UserError if a checkpoint says that it is of another image size or stride."""
-    its = recorded_input(checkpoint)
-    if its and its != backbone.input:
+    """Raise UserError if a checkpoint records another image size or stride than the backbone's."""
+    recorded = recorded_input(checkpoint)
+    if recorded and recorded != backbone.input:
         raise UserError(
-            f"{where}: is of images of {described(its)}, the options say "
-            f"{described(backbone.input)}; configs.yaml and checkpoint must be of one run "
-            "(--finetune resizes)"
+            f"{where}: trained on images of {format_input(recorded)}, the options say "
+            f"{format_input(backbone.input)}; use the configs.yaml and the checkpoint of the same "
+            "run (--finetune resizes)"
         )
 
 
 def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
-    """Load every weight whose name and shape fit (`--finetune`); returns a report to log.
+    """Load every weight whose name and shape fit (`--finetune`), and return a report to log.
 
-    Position embeddings of another image size or stride are resized. Raises UserError if no weight
-    of the backbone fits, or one is not finite.
+    Resizes position embeddings of another image size or stride. Raises UserError if no weight of
+    the backbone fits, or a weight is not finite.
+
+    Args:
+        where: the checkpoint's path, for messages.
     """
-    own, weights, backbone = model.state_dict(), checkpoint["model"], model.base_model
+    initial, weights, backbone = model.state_dict(), checkpoint["model"], model.base_model
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
-    clip, told = fit_positions(clip, backbone.config, backbone.grid, checkpoint, where, same=True)
+    clip, note = resize_positions(
+        clip, backbone.config, backbone.grid, checkpoint, where, prefer_same=True
+    )
     source = {**weights, **{PREFIX + n: v for n, v in clip.items()}}
     resized = [n for n, v in source.items() if v is not weights[n]]
-    fitting = {n: v for n, v in source.items() if n in own and v.shape == own[n].shape}
+    fitting = {n: v for n, v in source.items() if n in initial and v.shape == initial[n].shape}
     if not any(n.startswith(PREFIX) for n in fitting):
         raise UserError(
             f"--finetune {where}: nothing fits: none of its {len(weights)} weights has the name "
-            f"and shape of one of the backbone's (found {', '.join(sorted(weights)[:3])}, ...)"
+            f"and shape of one of the backbone's (it has {', '.join(sorted(weights)[:3])}, ...)"
         )
     refuse_nonfinite(fitting, where)
     model.load_state_dict(fitting, strict=False)
-    other = [n for n in source if n in own and n not in fitting]
     groups = {
         "loaded": [n for n in fitting if n not in resized],
         "resized": [n for n in resized if n in fitting],
-        "skipped, other shape": other,
-        "skipped, unknown here": [n for n in source if n not in own],
-        "left as initialised": [n for n in own if n not in fitting],
+        "skipped, other shape": [n for n in source if n in initial and n not in fitting],
+        "skipped, unknown here": [n for n in source if n not in initial],
+        "left as initialised": [n for n in initial if n not in fitting],
     }
     table = PrettyTable(["finetune", "weights", "such as"])
     table.align = "l"
-    for what, names in groups.items():
-        table.add_row([what, len(names), names[0] if names else ""])
-    notes = [note for note in (checkpoint.get("assumed"), told) if note]
+    for group, names in groups.items():
+        table.add_row([group, len(names), names[0] if names else ""])
+    notes = [note for note in (checkpoint.get("assumed"), note) if note]
     return "\n".join([*notes, where, table.get_string()])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from processor.history import write_epoch
 from utils.distributed import Processes
 from utils.errors import UserError
-from utils.logger import note_in_file
+from utils.logger import log_to_file
 from utils.runs import EVENTS
 
 
@@ -87,8 +87,10 @@ class EpochLog:
 
     def close(self) -> None:
         """Close the bar and the TensorBoard file. A full disk ends the curves, not the run."""
-        self.bar.close()
-        with suppress(OSError):
+        # PyTorch raises the death of a loader process wherever the main process is, so also here.
+        with suppress(RuntimeError):
+            self.bar.close()
+        with suppress(OSError, RuntimeError):
             if self.writer:
                 self.writer.close()
 
@@ -134,10 +136,8 @@ class EpochLog:
             return summary
         lists = self.processes.all_gather_objects(list(self.reported))
         for text in (t for texts in lists for t in texts) if self.processes.is_rank_0 else ():
-            if (
-                text not in self.reported
-            ):  # another process printed it, but only rank 0 has the file
-                note_in_file(f"skipped in epoch {self.epoch + 1}: {text}")
+            if text not in self.reported:  # another rank printed it, without the file
+                log_to_file(f"skipped in epoch {self.epoch + 1}: {text}")
                 self.reported[text] = None
         return f"{summary}  broken images skipped: {skipped}"
 

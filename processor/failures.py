@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,11 +29,13 @@ def explain_failures(
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(memory_advice(args, device, what)) from None
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         message = str(error)
-        # A worker's death raises an error anywhere. While a file is written, it comes wrapped.
+        # A worker's death is noticed anywhere, also while a file is written: then it comes wrapped.
         if "DataLoader worker" in str(error.__context__):
             message = str(error.__context__)
+        elif not isinstance(error, RuntimeError):  # a batch on its way from a worker that died
+            message = _death_of_worker()
         if "can't allocate memory" in message:  # from the CPU's allocator
             raise UserError(memory_advice(args, device, what)) from None
         if re.search(r"shared memory|\bshm\b", message):
@@ -51,6 +54,18 @@ def explain_failures(
             + (f"while it read {', '.join(reading)}" if reading else "before it read an image")
             + ". If it was killed, the machine's memory may have run out: give fewer --num_workers"
         ) from None
+
+
+def _death_of_worker(seconds: float = 2) -> str:
+    """PyTorch's message on a loader process that died, if it notices one in this time."""
+    until = time.monotonic() + seconds
+    try:
+        while time.monotonic() < until:
+            torch._C._error_if_any_worker_fails()  # what PyTorch calls when a child has ended
+            time.sleep(0.05)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:

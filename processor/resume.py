@@ -18,8 +18,8 @@ from processor.trainer import Trainer
 from utils.checkpoint import (
     UnusableFile,
     digest,
+    earlier_save,
     load_checkpoint,
-    older,
     refuse_nonfinite,
     restore,
     save_checkpoint,
@@ -41,7 +41,7 @@ def read_state(path: str | Path, keep: int = 1) -> SavedState:
     the newest intact one of the `keep` saves. Raises UserError if there is none."""
     warnings: list[str] = []
     for number in range(keep):
-        candidate = older(Path(path), number)
+        candidate = earlier_save(Path(path), number)
         try:
             state = load_checkpoint(candidate)
             refuse_nonfinite(state["model"], candidate)
@@ -57,7 +57,7 @@ def read_state(path: str | Path, keep: int = 1) -> SavedState:
         if warnings:
             warnings.append(f"used instead: {candidate}")
         return SavedState(state, Path(path), candidate, warnings)
-    untried = (older(Path(path), number) for number in itertools.count(keep))
+    untried = (earlier_save(Path(path), number) for number in itertools.count(keep))
     others = [file.name for file in itertools.takewhile(Path.is_file, untried)]
     also = f"; older saves for --resume_ckpt_file: {', '.join(others)}"
     raise UserError(warnings[0] + (also if others else ""))

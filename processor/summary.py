@@ -19,7 +19,7 @@ from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
 from processor.evaluator import Evaluator
-from utils.command_line import typed_again
+from utils.command_line import command_line_only_arguments
 from utils.distributed import Processes
 from utils.metrics import METRICS, Retrieval
 from utils.runs import LAST_EPOCH
@@ -185,7 +185,7 @@ def evaluation_commands(config: Path, checkpoints: Sequence[Path], args: EasyDic
     for path in checkpoints:
         command = ["python", "test.py", "--config_file", str(config)]
         command += [] if path.name == "best.pth" else ["--checkpoint", str(path)]
-        command += typed_again(args)
+        command += command_line_only_arguments(args)
         lines.append(visible(f"evaluate {path.name} with: {shlex.join(command)}"))
     return "\n".join(lines)
 

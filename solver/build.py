@@ -1,9 +1,11 @@
-"""Optimizer and schedule.
+"""Optimizer and learning rate schedule.
 
-Per parameter, in this order: a name with `cross` has lr_factor times lr; a name with `bias` has
-bias_lr_factor times lr and its own weight decay; a name with `classifier` or `mlm_head` has
-lr_factor times lr. Parameters of equal settings share one group, so that an update is a few fused
-launches instead of one per parameter.
+The name of a parameter decides its settings. If two rules set the same value, the later one wins:
+- `cross` in the name: lr * lr_factor;
+- `bias`: lr * bias_lr_factor, and weight_decay_bias as the weight decay;
+- `classifier` or `mlm_head`: lr * lr_factor.
+Parameters with equal settings share one group, so an update is a few fused kernel launches instead
+of one launch per parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.optim import Optimizer
 
 
 def settings_of(name: str, args: EasyDict) -> tuple[float, float]:
-    """Learning rate and weight decay of the parameter of this name."""
+    """Learning rate and weight decay of the parameter with this name."""
     lr, weight_decay = args.lr, args.weight_decay
     if "cross" in name:
         lr = args.lr * args.lr_factor
@@ -34,7 +36,7 @@ def settings_of(name: str, args: EasyDict) -> tuple[float, float]:
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], args: EasyDict
 ) -> Optimizer:
-    """Adam, AdamW or SGD over the merged groups."""
+    """Adam, AdamW or SGD, with one group for each combination of learning rate and weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
@@ -43,13 +45,13 @@ def build_optimizer(
         {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}
         for (lr, decay), members in groups.items()
     ]
-    # The fused kernels take no half-precision weights on the CPU; torch then chooses by itself.
+    # Fused kernels take no half-precision weights on the CPU; with None, torch chooses a kernel.
     fused = all(p.dtype == torch.float32 for g in params for p in g["params"]) or None
     if args.optimizer == "SGD":
         optimizer = torch.optim.SGD(params, args.lr, momentum=args.momentum, fused=fused)
         if args.momentum:
-            # What a first step makes of nothing; there from the start, since the fused kernel
-            # leaves it unset where that step is skipped.
+            # Equal to what the first step would create. If that step is skipped, the fused kernel
+            # would leave the buffer uninitialised.
             for parameter in (p for group in params for p in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
@@ -61,31 +63,39 @@ def build_optimizer(
 def lr_at(epoch: int, base_lr: float, args: EasyDict) -> float:
     """Learning rate of an epoch, counted from 0.
 
-    Warm-up raises `warmup_factor` to 1 linearly, or holds it (`constant`). After it, with r the
-    share of the remaining epochs that has passed: `cosine` falls to target_lr along half a cosine,
-    `linear` falls to 0, `step` multiplies by gamma at each milestone, `exp` is power^r, and `poly`
-    is power^(1 - r) above target_lr. The last rises: the original computes it so, and its figures
-    are kept.
+    During warm-up, the factor of `base_lr` rises linearly from `warmup_factor` to 1, or stays at
+    `warmup_factor` (`constant`). After warm-up, r is the fraction of the remaining epochs that is
+    done:
+
+    - `cosine` falls to target_lr along half a cosine.
+    - `linear` falls to 0.
+    - `step` multiplies by gamma at each milestone.
+    - `exp` multiplies by power^r.
+    - `poly` multiplies the part above target_lr by power^(1 - r). It rises; this is what the
+      original computes, and it is kept to give the same results.
     """
     if epoch < args.warmup_epochs:
-        share = epoch / args.warmup_epochs if args.warmup_method == "linear" else 0.0
-        return base_lr * (args.warmup_factor * (1 - share) + share)
+        done = epoch / args.warmup_epochs if args.warmup_method == "linear" else 0.0
+        return base_lr * (args.warmup_factor * (1 - done) + done)
     if args.lrscheduler == "step":
         return base_lr * args.gamma ** bisect_right(args.milestones, epoch)
-    passed = (epoch - args.warmup_epochs) / (args.num_epoch - args.warmup_epochs)
+    r = (epoch - args.warmup_epochs) / (args.num_epoch - args.warmup_epochs)
     if args.lrscheduler == "exp":
-        return base_lr * args.power**passed
+        return base_lr * args.power**r
     if args.lrscheduler == "linear":
-        return base_lr * (1 - passed)
+        return base_lr * (1 - r)
     if args.lrscheduler == "poly":
-        factor = args.power ** (1 - passed)
+        factor = args.power ** (1 - r)
     else:
-        factor = (1 + math.cos(math.pi * passed)) / 2
+        factor = (1 + math.cos(math.pi * r)) / 2
     return args.target_lr + (base_lr - args.target_lr) * factor
 
 
 def set_lr(optimizer: Optimizer, epoch: int, args: EasyDict) -> float:
-    """Give every group its learning rate of an epoch, counted from 0. Returns the first group's."""
+    """Set the learning rate of every group for an epoch, counted from 0.
+
+    Returns that of the first group.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr_at(epoch, group["base_lr"], args)
     return optimizer.param_groups[0]["lr"]

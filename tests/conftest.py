@@ -18,7 +18,7 @@ from utils.tables import in_markdown
 TALLY = collections.Counter()
 ATTEMPTS: list[list[str]] = []  # rows of the table of docs/reliability.md
 
-# Where a shell starts the tests in the background, they are told to ignore these.
+# A shell that starts the tests in the background makes them ignore these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -26,15 +26,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="SIGKILLs that a training must survive")
     parser.addoption("--fuzz", type=int, default=100, help="examples of each kind of file")
-    parser.addoption("--attempts", action="store_true", help="print what strangers handed over")
+    parser.addoption("--attempts", action="store_true", help="print the table of attempts")
 
 
 def pytest_terminal_summary(terminalreporter):
     if terminalreporter.config.getoption("attempts"):
-        terminalreporter.write_line("| | what was made | before | now |\n|---|---|---|---|")
+        terminalreporter.write_line("| | what was tried | before | now |\n|---|---|---|---|")
         for row in sorted(ATTEMPTS):
             terminalreporter.write_line(f"| {' | '.join(row)} |")
-        TALLY["attempts of strangers that are refused or do no harm"] = len(ATTEMPTS)
+        TALLY["attempts with untrusted files that are refused or do no harm"] = len(ATTEMPTS)
     for name, count in TALLY.items():
         terminalreporter.write_line(f"{count:6d} {name}")
 
@@ -46,9 +46,9 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    found = getattr(node, "workeroutput", {})
-    TALLY.update(found.get("tally", {}))
-    ATTEMPTS.extend(found.get("attempts", []))
+    output = getattr(node, "workeroutput", {})
+    TALLY.update(output.get("tally", {}))
+    ATTEMPTS.extend(output.get("attempts", []))
 
 
 @pytest.fixture(scope="session")
@@ -59,25 +59,25 @@ def tally():
 
 @pytest.fixture
 def attempt(request, tmp_path):
-    """For a test of what a stranger may hand over: note in the table of attempts, when it holds.
+    """Add a row to the table of attempts if the test passes.
 
-    attempt("2", "train_log.txt links elsewhere", "written through the link", str(error.value))
+    attempt("2", "train_log.txt is a link", "written through the link", error.value)
     """
     rows: list[list[str]] = []
 
-    def note(kind: str, made: str, before: str, now: object) -> None:
+    def add(kind: str, tried: str, before: str, now: object) -> None:
         now = " ".join(str(now).replace(str(tmp_path), "...").split())
         now = now if len(now) <= 300 else f"{now[:300]} ..."
-        rows.append([kind, *map(in_markdown, (made, before, now))])
+        rows.append([kind, *map(in_markdown, (tried, before, now))])
 
-    yield note
+    yield add
     ATTEMPTS.extend(rows)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
-    """Of all test processes together: threads that wait for each other's cores take many times as
-    long. Processes that tests start do the same."""
+    """Use two threads in all test processes together, and in the processes that tests start: threads
+    that wait for each other's cores take many times longer."""
     threads = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -92,7 +92,7 @@ def clip_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mini_root(tmp_path_factory):
-    """Rendered once; tests that change files take `mini_copy`."""
+    """mini-TBAGPR, rendered once. Tests that change files use `mini_copy`."""
     from datasets.mini import render
 
     root = tmp_path_factory.mktemp("data") / "mini"
@@ -102,7 +102,7 @@ def mini_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def like_real(tmp_path_factory):
-    """Rendered with the real data's names and the faults of its splits."""
+    """mini-TBAGPR with the names of the real data and the overlaps of its splits."""
     from datasets.mini import render
 
     root = tmp_path_factory.mktemp("data") / "real"
@@ -117,7 +117,7 @@ def mini_copy(mini_root, tmp_path):
 
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
-    """Rendered in another layout, once each: rendered("CUHK-PEDES")."""
+    """mini-TBAGPR in another layout, rendered once for each: rendered("CUHK-PEDES")."""
     from functools import cache
 
     from datasets.mini import render

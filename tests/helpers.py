@@ -1,4 +1,4 @@
-"""Closed-form weights and inputs of the golden figures, and small things many tests need."""
+"""Closed-form weights and inputs for the golden values, and helpers that many tests need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @cache
 def golden() -> dict:
-    """The figures of the original; see tests/golden/README.md."""
+    """The golden values; see tests/golden/README.md."""
     return json.loads((ROOT / "tests/golden/golden.json").read_text())
 
 
@@ -50,10 +50,10 @@ def golden_clip() -> dict[str, torch.Tensor]:
 
 
 def golden_batch(step: int = 0, two_views: bool = True) -> dict[str, torch.Tensor]:
-    """Batch of a step, with masked captions."""
+    """The batch of a step, with masked captions."""
     saved = golden()["batches"][step]
     ids = torch.tensor(saved["caption_ids"])
-    ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))  # in `mlm` padding takes part
+    ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))  # `mlm` uses the padding too
     masked, labels = ids.clone(), torch.zeros_like(ids)
     labels[:, [2, 4]], masked[:, [2, 4]] = ids[:, [2, 4]], 49405
     batch = {
@@ -72,7 +72,7 @@ def golden_batch(step: int = 0, two_views: bool = True) -> dict[str, torch.Tenso
 
 
 def options(**values):
-    """Resolved options, float32, for images of 96x32 and batches of four, unless given."""
+    """Resolved options; the defaults are float32, images of 96x32 and batches of four."""
     small = {"img_size": [96, 32], "batch_size": 4, "precision": "fp32", "num_workers": 0}
     small["attributes_file"] = str(ROOT / "configs/attributes.yaml")
     return resolve({**small, **values})
@@ -91,6 +91,6 @@ def run(main, monkeypatch, *argv) -> None:
     main()
 
 
-def read(name: str, root, **more):
+def read(name: str, root, **overrides):
     """A data set read by its name."""
-    return read_dataset(options(dataset_name=name, root_dir=str(root), **more))
+    return read_dataset(options(dataset_name=name, root_dir=str(root), **overrides))

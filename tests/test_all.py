@@ -1,6 +1,6 @@
-"""From the command line to the results: one short training, its evaluation, and what may go wrong.
+"""From the command line to the results: short trainings, their evaluation, and mistakes.
 
-A reader may start here: these tests use the project as its users do.
+A good place to start reading: these tests use the project as its users do.
 """
 
 import json
@@ -22,27 +22,27 @@ from utils.metrics import METRICS
 RECIPE = "supkl+queue+match2+dot"
 
 
-def flags(root, out, **more):
+def flags(root, out, **overrides):
     values = {
         "root_dir": root, "output_dir": out, "loss_names": RECIPE, "img_size": (32, 16),
         "batch_size": 6, "test_batch_size": 8, "num_epoch": 3, "warmup_epochs": 1, "lr": 1e-3,
-        "num_workers": 0, "device": "cpu", "precision": "fp32", **SCRATCH, **more,
+        "num_workers": 0, "device": "cpu", "precision": "fp32", **SCRATCH, **overrides,
     }  # fmt: skip
-    words = []
+    argv = []
     for name, value in values.items():
         if value is True:
-            words.append(f"--{name}")
+            argv.append(f"--{name}")
         elif value is not None:
             many = isinstance(value, (tuple, list))
-            words += [f"--{name}", *(map(str, value) if many else [str(value)])]
-    return words
+            argv += [f"--{name}", *(map(str, value) if many else [str(value)])]
+    return argv
 
 
-def train(monkeypatch, root, out, **more):
+def train(monkeypatch, root, out, **overrides):
     """Train and return the run's folder."""
-    run(train_entry.main, monkeypatch, *flags(root, out, **more))
+    run(train_entry.main, monkeypatch, *flags(root, out, **overrides))
     if out is None:  # a resumed run stays in its folder
-        return more["resume_ckpt_file"].parent
+        return overrides["resume_ckpt_file"].parent
     return max(out.glob("*/*/"), key=lambda p: p.stat().st_mtime_ns)
 
 
@@ -82,7 +82,7 @@ def test_evaluation_repeats_the_best_epochs_metrics_on_every_gallery(finished, m
     assert list(galleries) == expected
     stored = load_checkpoint(finished / "best.pth")["best"]
     assert all(galleries["aerial"][name] == stored[name] for name in METRICS)
-    # Every metric is the mean of what stands caption by caption in the archive.
+    # Every metric is the mean over the captions in the archive.
     for name, metrics in galleries.items():
         ranked = read_queries(finished / "test_queries.npz", "test", name)
         means = ranked.percentages()[~ranked.rows_Q3[:, 0].isnan()].mean(dim=0).tolist()
@@ -92,7 +92,7 @@ def test_evaluation_repeats_the_best_epochs_metrics_on_every_gallery(finished, m
     assert all(0 <= row[view] <= 100 for row in accuracy.values() for view in ("aerial", "ground"))
 
 
-def test_intervals_hold_their_metrics_and_are_written_too(finished, monkeypatch, capsys):
+def test_intervals_contain_their_metrics_and_are_saved(finished, monkeypatch, capsys):
     run(test_entry.main, monkeypatch, "--config_file", finished / "configs.yaml", "--bootstrap", 200)  # fmt: skip
     assert (
         "95 % confidence intervals, 200 bootstrap samples of identities" in capsys.readouterr().out
@@ -107,35 +107,37 @@ def test_the_clean_protocol_reports_both_splits(mini_root, tmp_path, monkeypatch
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
     assert "val split, which chose this checkpoint" in shown and ": equal" in shown
-    told = "test split, which had no part in choosing this checkpoint: val shares no image and no known person with it"
-    assert told in shown
+    message = "test split, which had no part in choosing this checkpoint: val shares no image and no known person with it"
+    assert message in shown
     results = json.loads((folder / "test_results.json").read_text())
     assert results["protocol"]["overlap"] == {"images": 0, "people": 0}
     assert results["data"]["fingerprint"].keys() == {"train", "val", "test"}
     assert results["data"]["changed"] == {}
 
 
-def test_a_val_that_is_not_disjoint_from_test_is_told_with_counts(
+def test_a_val_that_is_not_disjoint_from_test_is_reported_with_counts(
     like_real, tmp_path, monkeypatch, capsys
 ):
-    """Half of its images are test's, and so are all of its people."""
+    """Half of its images and all of its people are also in test."""
     folder = train(monkeypatch, like_real, tmp_path, val_dataset="val", num_epoch=1, warmup_epochs=0)  # fmt: skip
-    told = "val shares 8 of its 16 images and 4 of its 4 people with test"
+    overlap = "val shares 8 of its 16 images and 4 of its 4 people with test"
     log = (folder / "train_log.txt").read_text()
     assert (
-        f"best.pth is chosen by R@1 on the val split, which is not disjoint from test: {told}"
+        f"best.pth is chosen by R@1 on the val split, which is not disjoint from test: {overlap}"
         in log
     )
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     shown = capsys.readouterr().out
-    assert f"test split, which had a part in choosing this checkpoint: {told}" in shown
+    assert f"test split, which had a part in choosing this checkpoint: {overlap}" in shown
     assert not re.search("unseen|clean|no part", log + shown)
     protocol = json.loads((folder / "test_results.json").read_text())["protocol"]
     assert protocol["chosen_on"] == "val" and protocol["overlap"] == {"images": 8, "people": 4}
-    assert told in protocol["text"]
+    assert overlap in protocol["text"]
 
 
-def test_the_last_epoch_counts_where_no_split_chooses(mini_root, tmp_path, monkeypatch, capsys):
+def test_best_pth_is_of_the_last_epoch_if_no_split_selects_it(
+    mini_root, tmp_path, monkeypatch, capsys
+):
     folder = train(monkeypatch, mini_root, tmp_path, val_dataset="last", num_epoch=2)
     shown = capsys.readouterr().out
     assert "best.pth is the last epoch's: no split chooses it" in shown
@@ -156,15 +158,15 @@ def test_the_last_epoch_counts_where_no_split_chooses(mini_root, tmp_path, monke
     assert list(results["splits"]) == ["test"]
 
 
-def test_evaluation_tells_what_of_the_data_is_not_as_in_training(
+def test_evaluation_reports_data_that_differs_from_training(
     mini_copy, tmp_path, monkeypatch, capsys
 ):
-    """Held-out people are drawn anew; where none can be, test is evaluated alone."""
+    """Held-out people are sampled again. If that is impossible, only test is evaluated."""
     few = {"num_epoch": 1, "warmup_epochs": 0, "loss_names": "itc"}
     folder = train(monkeypatch, mini_copy, tmp_path / "logs", val_dataset="heldout", **few)
-    words = ["--config_file", folder / "configs.yaml"]
+    argv = ["--config_file", folder / "configs.yaml"]
     moved = mini_copy.rename(tmp_path / "moved")
-    run(test_entry.main, monkeypatch, *words, "--root_dir", moved)
+    run(test_entry.main, monkeypatch, *argv, "--root_dir", moved)
     shown = capsys.readouterr().out
     assert "heldout split, which chose this checkpoint" in shown and ": equal" in shown
     assert "not what it was" not in shown
@@ -172,7 +174,7 @@ def test_evaluation_tells_what_of_the_data_is_not_as_in_training(
         file = moved / source / f"{name}_train.json"
         rows = json.loads(file.read_text())
         file.write_text(json.dumps([row for row in rows if row[0] == 0]))
-    run(test_entry.main, monkeypatch, *words, "--root_dir", moved)
+    run(test_entry.main, monkeypatch, *argv, "--root_dir", moved)
     shown = capsys.readouterr().out
     assert "AG-ReID has 1 training identities of 1 people" in shown
     assert (
@@ -186,7 +188,7 @@ def test_evaluation_tells_what_of_the_data_is_not_as_in_training(
 
 
 def test_both_protocols_are_tracked_in_one_run(mini_root, tmp_path, monkeypatch, capsys):
-    """Heldout chooses best.pth, test best_test.pth; the log has the test figures of both epochs."""
+    """Heldout selects best.pth, test selects best_test.pth; the log has the test metrics of both."""
     folder = train(monkeypatch, mini_root, tmp_path, val_dataset="both", num_epoch=4)
     lines = (folder / "train_log.txt").read_text().splitlines()
     epochs = [dict(re.findall(r"(heldout|test): R@1 ([\d.]+)", x)) for x in lines if "epoch" in x and "test:" in x]  # fmt: skip
@@ -195,7 +197,9 @@ def test_both_protocols_are_tracked_in_one_run(mini_root, tmp_path, monkeypatch,
     for split, file in (("heldout", "best.pth"), ("test", "best_test.pth")):
         scores = [float(e[split]) for e in epochs]
         checkpoint = load_checkpoint(folder / file)
-        assert checkpoint["epoch"] == 1 + scores.index(max(scores))  # the first of equals
+        assert checkpoint["epoch"] == 1 + scores.index(
+            max(scores)
+        )  # the first epoch of the best score
         row = next(x for x in lines if re.search(rf"\| +{split} +\| +test +\|", x))
         assert f" {epochs[checkpoint['epoch'] - 1]['test']} " in row
         run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml", "--checkpoint", folder / file)  # fmt: skip
@@ -214,23 +218,23 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert not torch.equal(weights[0][name], weights[2][name])
 
 
-def test_a_run_goes_on_with_its_own_options_and_with_more_epochs(
+def test_a_run_resumes_with_its_own_options_and_with_more_epochs(
     mini_root, tmp_path, monkeypatch, capsys
 ):
-    """`--resume --resume_ckpt_file RUN/last.pth` is enough; learning rates are the new schedule's."""
+    """`--resume --resume_ckpt_file RUN/last.pth` is enough. The new schedule sets learning rates."""
     folder = train(monkeypatch, mini_root, tmp_path, num_epoch=2)
     run(train_entry.main, monkeypatch, "--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 4)  # fmt: skip
     assert yaml.safe_load((folder / "configs.yaml").read_text())["num_epoch"] == 4
     longer = train(monkeypatch, mini_root, tmp_path / "longer", num_epoch=4)
 
-    def rates(where):
-        log = (where / "train_log.txt").read_text()
+    def rates(folder):
+        log = (folder / "train_log.txt").read_text()
         return re.findall(r"epoch (\d/4)  loss .*lr ([\d.e-]+)", log)
 
     assert rates(folder) == rates(longer)[2:]
 
 
-def test_what_cannot_be_resumed_is_told_and_leaves_nothing(
+def test_what_cannot_be_resumed_is_refused_and_leaves_nothing(
     finished, mini_root, tmp_path, monkeypatch
 ):
     (tmp_path / "junk").mkdir()
@@ -238,7 +242,7 @@ def test_what_cannot_be_resumed_is_told_and_leaves_nothing(
     log = (finished / "train_log.txt").read_text()
     for path, message in (
         (tmp_path / "none/last.pth", "last.pth: no such file"),
-        (tmp_path / "junk/no.pth", "no.pth: no checkpoint: not a file of torch.save"),
+        (tmp_path / "junk/no.pth", "no.pth: not a checkpoint: not a file of torch.save"),
         (finished / "lst.pth", "lst.pth: no such file"),
         (finished / "best.pth", "cannot be resumed, it lacks optimizer, scaler"),
     ):
@@ -251,7 +255,7 @@ def test_what_cannot_be_resumed_is_told_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    "more",
+    "overrides",
     [
         {"loss_names": "supitc+queue+match2+cat", "negatives": "random", "precision": "bf16"},
         {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "img_aug": True},
@@ -261,18 +265,18 @@ def test_what_cannot_be_resumed_is_told_and_leaves_nothing(
         {"loss_names": RECIPE, "precision": "half", "lrscheduler": "step", "optimizer": "AdamW"},
         {"loss_names": "supkl", "precision": "fp16", "num_workers": 1, "log_period": 1},
     ],
-    ids=lambda more: f"{more['loss_names']},{more.get('precision', 'fp32')}",
+    ids=lambda overrides: f"{overrides['loss_names']},{overrides.get('precision', 'fp32')}",
 )
 def test_short_trainings_of_every_kind_run_and_evaluate(
-    more, mini_root, tmp_path, monkeypatch, capsys
+    overrides, mini_root, tmp_path, monkeypatch, capsys
 ):
-    folder = train(monkeypatch, mini_root, tmp_path, **{"num_epoch": 2, **more})
+    folder = train(monkeypatch, mini_root, tmp_path, **{"num_epoch": 2, **overrides})
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     assert re.search(r"training at epoch \d: .*: equal", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
-    ("name", "more"),
+    ("name", "overrides"),
     [
         ("AGSGData", {"loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "views": "a"}),
         ("AGSGData", {"loss_names": "sdm+itc+cmpm"}),
@@ -287,10 +291,10 @@ def test_short_trainings_of_every_kind_run_and_evaluate(
     ids=lambda value: value if isinstance(value, str) else value["loss_names"],
 )  # fmt: skip
 def test_short_trainings_on_every_data_set_run_and_evaluate(
-    name, more, mini_root, rendered, tmp_path, monkeypatch, capsys
+    name, overrides, mini_root, rendered, tmp_path, monkeypatch, capsys
 ):
     root = mini_root if name.startswith(("AG", "G2")) else rendered(name)
-    folder = train(monkeypatch, root, tmp_path, dataset_name=name, num_epoch=2, **more)
+    folder = train(monkeypatch, root, tmp_path, dataset_name=name, num_epoch=2, **overrides)
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml")
     assert re.search(r"training at epoch \d: .*: equal", capsys.readouterr().out)
 
@@ -316,7 +320,7 @@ def test_finetuning_starts_from_weights_of_this_family(
     log = (folder / "train_log.txt").read_text()
     assert f"the run started from {tmp_path / 'mllm4text.pth'}, whose training and" in log
     rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
-    assert f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, QuickGELU" in log
+    assert f"{clip_file}: assumed to be an OpenAI CLIP, with heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1
     assert rows["loaded"] == str(count - 1) and rows["resized"] == "1"
     assert rows["skipped, unknown here"] == "1"
@@ -328,7 +332,7 @@ def test_finetuning_starts_from_weights_of_this_family(
 def test_the_originals_checkpoint_evaluates_as_it_is(
     mini_root, clip_file, tmp_path, monkeypatch, capsys
 ):
-    """Its best.pth (model, optimizer, ...) beside its configs.yaml with tuple tags."""
+    """Its best.pth (model, optimizer, ...) is next to its configs.yaml with tuple tags."""
     from model.backbone import load_backbone
 
     backbone = load_backbone(str(clip_file), (96, 32))
@@ -351,35 +355,35 @@ def test_the_originals_checkpoint_evaluates_as_it_is(
     assert "ignored, unknown here: foo" in shown and "aerial, G2APS-AG" in shown
 
 
-def refused(message, monkeypatch, root, out, **more):
+def assert_refused(message, monkeypatch, root, out, **overrides):
     with pytest.raises(UserError, match=message):
-        train(monkeypatch, root, out, **more)
-    assert not list(out.glob("*/*")), "nothing may be left behind by a run that never started"
+        train(monkeypatch, root, out, **overrides)
+    assert not list(out.glob("*/*")), "a run that never started leaves nothing"
 
 
-def test_mistakes_are_told_before_anything_is_made(mini_root, tmp_path, monkeypatch):
-    def bad(message, root=mini_root, **more):
-        refused(message, monkeypatch, root, tmp_path / "logs", **more)
+def test_mistakes_are_reported_before_a_run_folder_is_made(mini_root, tmp_path, monkeypatch):
+    def check(message, root=mini_root, **overrides):
+        assert_refused(message, monkeypatch, root, tmp_path / "logs", **overrides)
 
-    bad("--root_dir .*nowhere: no such folder", root=tmp_path / "nowhere")
-    bad("unknown loss 'supkI'. Did you mean 'supkl'", loss_names="supkI+queue")
-    bad("'queue' needs supkl or supitc", loss_names="sdm+queue")
-    bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2")
-    bad("'match2' needs exactly one of dot, cat", loss_names="supkl+match2+dot+cat")
-    bad("needs attribute labels; AGData comes without", dataset_name="AGData")
-    bad("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
-    bad(
+    check("--root_dir .*nowhere: no such folder", root=tmp_path / "nowhere")
+    check("unknown loss 'supkI'. Did you mean 'supkl'", loss_names="supkI+queue")
+    check("'queue' needs supkl or supitc", loss_names="sdm+queue")
+    check("'match2' needs exactly one of dot, cat", loss_names="supkl+match2")
+    check("'match2' needs exactly one of dot, cat", loss_names="supkl+match2+dot+cat")
+    check("needs attribute labels; AGData has none", dataset_name="AGData")
+    check("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
+    check(
         "nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml"
     )
-    bad("none.pth: no such file", finetune=tmp_path / "none.pth")
+    check("none.pth: no such file", finetune=tmp_path / "none.pth")
     if not torch.cuda.is_available():
-        bad("--device cuda: torch finds no usable GPU here", device="cuda")
+        check("--device cuda: torch finds no usable GPU here", device="cuda")
 
 
 def test_a_finetuning_file_of_which_nothing_fits_is_refused(mini_root, tmp_path, monkeypatch):
     torch.save({"model": {"backbone.weight": torch.ones(3)}}, tmp_path / "x.pth")
-    refused("nothing fits: none of its 1 weights", monkeypatch, mini_root, tmp_path / "logs",
-            finetune=tmp_path / "x.pth")  # fmt: skip
+    assert_refused("nothing fits: none of its 1 weights", monkeypatch, mini_root, tmp_path / "logs",
+                   finetune=tmp_path / "x.pth")  # fmt: skip
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -391,10 +395,10 @@ def test_a_truncated_image_stops_the_run_with_its_file_and_entry(
     row = json.loads((mini_copy / "AG-ReID/agtext_train.json").read_text())[5]
     path = mini_copy / "AG-ReID" / "/".join(row[2])
     path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(SystemExit) as leave:
+    with pytest.raises(SystemExit) as stopped:
         run_main(lambda: train(monkeypatch, mini_copy, tmp_path / "logs", num_workers=workers))
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert leave.value.code == 2
+    assert stopped.value.code == 2
     assert message.startswith(
         f"error: {path} (AG-ReID/agtext_train.json, sample 5): the image cannot"
     )
@@ -408,12 +412,14 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path, monkeypatc
     config = yaml.safe_load((finished / "configs.yaml").read_text())
     config["img_size"] = [64, 32]
     (tmp_path / "configs.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="of images of 32x16 at stride 16, the options say 64x32"):
+    with pytest.raises(
+        UserError, match="trained on images of 32x16 at stride 16, the options say 64x32"
+    ):
         evaluate(monkeypatch, tmp_path / "configs.yaml", finished / "best.pth")
-    silent = load_checkpoint(finished / "best.pth")
-    del silent["input"]  # as other code's, which do not say it
-    torch.save(silent, tmp_path / "best.pth")
-    with pytest.raises(UserError, match="positional_embedding has the shape .*must be of one run"):
+    state = load_checkpoint(finished / "best.pth")
+    del state["input"]  # as in checkpoints of other code
+    torch.save(state, tmp_path / "best.pth")
+    with pytest.raises(UserError, match="positional_embedding has the shape .*of the same run"):
         evaluate(monkeypatch, tmp_path / "configs.yaml", tmp_path / "best.pth")
 
 

@@ -1,4 +1,4 @@
-"""The documents are true where a machine can tell: links, anchors, options, paths, length."""
+"""What a machine can check in the documents: links, anchors, options, paths, length."""
 
 import re
 from functools import cache
@@ -11,10 +11,10 @@ from utils.options import OPTIONS
 
 PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-# Its examples name options and files that its reader adds; a test of its own runs them.
-OF_THIS_PROJECT = [page for page in PAGES if page.name != "extending.md"]
+# extending.md names options and files that its reader adds; test_extending.py runs its examples.
+CHECKED_PAGES = [page for page in PAGES if page.name != "extending.md"]
 # Options of torchrun.
-FOREIGN = {"standalone", "nnodes", "nproc_per_node", "rdzv_id", "rdzv_backend", "rdzv_endpoint",
+TORCHRUN = {"standalone", "nnodes", "nproc_per_node", "rdzv_id", "rdzv_backend", "rdzv_endpoint",
            "signals_to_handle"}  # fmt: skip
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FLAG = re.compile(r"(?<![\w-])--(?:no-)?([A-Za-z]\w+)(?![\w-])")
@@ -24,7 +24,7 @@ PATH = re.compile(
 )
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-by_own_page = pytest.mark.parametrize("page", OF_THIS_PROJECT, ids=lambda page: page.name)
+by_checked_page = pytest.mark.parametrize("page", CHECKED_PAGES, ids=lambda page: page.name)
 
 
 @cache
@@ -39,8 +39,10 @@ def known_flags() -> set[str]:
     """Options of train.py, and those that other programs define in their own code."""
     programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), ROOT / "utils/command_line.py",
                 ROOT / "datasets/mini/__main__.py", ROOT / "tests/conftest.py"]  # fmt: skip
-    own = re.compile(r"\(\s*\"--(\w+)\"")
-    return {*OPTIONS, *FOREIGN, "help"}.union(*(own.findall(p.read_text()) for p in programs))
+    definition = re.compile(r"\(\s*\"--(\w+)\"")
+    return {*OPTIONS, *TORCHRUN, "help"}.union(
+        *(definition.findall(p.read_text()) for p in programs)
+    )
 
 
 def test_the_readme_has_fewer_than_200_lines():
@@ -57,21 +59,23 @@ def test_every_relative_link_leads_to_a_file_and_an_anchor_that_exist(page):
             assert not anchor or anchor in anchors(file), target
 
 
-@by_own_page
+@by_checked_page
 def test_every_option_in_a_document_exists(page):
-    # The rows of what was attempted quote messages, also of options that are refused.
+    # The table of attempts quotes messages about options that do not exist.
     lines = [line for line in page.read_text().splitlines() if not re.match(r"\| \d \|", line)]
-    assert {*FLAG.findall("\n".join(lines))} <= known_flags() | {"test"}  # the original's
+    assert {*FLAG.findall("\n".join(lines))} <= known_flags() | {
+        "test"
+    }  # an option of the original code
 
 
-@by_own_page
+@by_checked_page
 def test_a_training_command_in_a_document_has_only_options_of_train_py(page):
     for line in "\n".join(FENCED.findall(page.read_text())).splitlines():
         if command := re.search(r"(?:\btrain\.py|\btrain\.slurm) (.*)", line.split("  #")[0]):
             assert {*FLAG.findall(command[1])} <= {*OPTIONS, "config_file"}, line
 
 
-@by_own_page
+@by_checked_page
 def test_every_file_of_the_repository_in_a_code_block_exists(page):
     for block in FENCED.findall(page.read_text()):
         for path in PATH.findall(block):
@@ -83,6 +87,6 @@ def test_every_file_of_the_repository_in_a_code_block_exists(page):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/resuming.md"])
 def test_a_document_that_the_checks_read_has_commands(page):
-    """So that a change of form cannot make the checks pass over everything."""
+    """Otherwise a change of layout could make the checks skip everything."""
     text = "\n".join(FENCED.findall((ROOT / page).read_text()))
     assert "python train.py" in text and FLAG.search(text)

@@ -1,4 +1,4 @@
-"""The directions of imports (`make lint`): what pyproject.toml says of them holds for all packages."""
+"""Imports point one way (`make lint`): the contracts in pyproject.toml cover all packages."""
 
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def test_every_package_has_its_place_among_the_layers_and_is_installed():
+def test_every_package_is_in_a_layer_and_is_installed():
     packages = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
     layers = " | ".join(CONFIG["contracts"][0]["layers"]).split(" | ")
     assert packages == sorted(CONFIG["root_packages"]) == sorted(layers)
@@ -32,8 +32,8 @@ def test_every_package_has_its_place_among_the_layers_and_is_installed():
 
 
 def test_imports_keep_their_directions():
-    found = lint(ROOT)
-    assert found.returncode == 0, found.stdout
+    result = lint(ROOT)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_imports_keep_their_directions():
         ("processor/state.py", "import processor.resume", "No cycles are allowed in processor"),
     ],
 )
-def test_an_import_in_another_direction_is_found(file, line, message, tmp_path):
+def test_an_import_in_another_direction_is_an_error(file, line, message, tmp_path):
     for package in CONFIG["root_packages"]:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=lambda folder, names: [n for n in names if not (n.endswith(".py") or Path(folder, n).is_dir())])  # fmt: skip
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with (tmp_path / file).open("a") as added:
-        added.write(f"\n{line}\n")
-    found = lint(tmp_path)
-    assert found.returncode == 1 and message in found.stdout, found.stdout
+    with (tmp_path / file).open("a") as source:
+        source.write(f"\n{line}\n")
+    result = lint(tmp_path)
+    assert result.returncode == 1 and message in result.stdout, result.stdout

@@ -1,4 +1,4 @@
-"""What is installed: one version of each package on every Python. `make resolve` asks a registry."""
+"""Each package has one version on every Python. `make resolve` also asks the package index."""
 
 import runpy
 
@@ -17,8 +17,8 @@ def test_every_package_has_one_pin_on_every_python(python):
         for name in ("requirements.txt", "requirements-dev.txt")
         for line in (ROOT / name).read_text().splitlines()
     ]
-    all_of = [Requirement(line) for line in lines if line and not line.startswith("-r")]
-    here = {"python_version": python, "python_full_version": f"{python}.0"}
-    found = [r for r in all_of if r.marker is None or r.marker.evaluate(here)]
-    assert sorted(r.name for r in found) == sorted({r.name for r in all_of})
-    assert all([s.operator for s in r.specifier] == ["=="] for r in found)
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("-r")]
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    pins = [r for r in requirements if r.marker is None or r.marker.evaluate(environment)]
+    assert sorted(r.name for r in pins) == sorted({r.name for r in requirements})
+    assert all([s.operator for s in r.specifier] == ["=="] for r in pins)

@@ -1,5 +1,5 @@
-"""Commands beside training and evaluation: `python tools/NAME.py --help`.
+"""Commands around training and evaluation: `python tools/NAME.py --help`.
 
-Each puts the project's folder first on the path: it is started as a file, and even where the
-project is installed (`pip install -e .`), another package named `datasets` would win otherwise.
+Each command is started as a file, so it puts the project's folder first on the path. Otherwise
+another package named `datasets` would come first, even if this project is installed.
 """

@@ -1,7 +1,8 @@
-"""What a report draws, as SVG: every scalar of TensorBoard by epoch, and recall against rank.
+"""Draws a report's charts as SVG: every scalar of TensorBoard by epoch, and recall against rank.
 
-Matplotlib without pyplot, hence without state. It is handed numbers alone: names are others' text,
-in which it would take "$" for the start of a formula, and stand in the page around the drawing.
+Uses Matplotlib without pyplot, because pyplot keeps global state. Matplotlib receives only numbers.
+The page shows names around the drawing: they are untrusted text, in which Matplotlib would read "$"
+as the start of a formula.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from matplotlib.ticker import MaxNLocator
 from processor.queries import read_queries
 from tools._report_runs import Points, Run
 
-MOST, MARKED = 500, 40  # points of a line that are drawn; up to which each gets a marker
-INK = "#010203"  # Matplotlib knows no currentColor; this stands for it
+MOST = 500  # points that are drawn of a line
+MARKED = 40  # with at most so many points, each gets a marker
+INK = "#010203"  # a placeholder for currentColor, which Matplotlib does not know
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "svg.fonttype": "none", "lines.markersize": 4,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "grid.color": INK,
@@ -31,17 +33,18 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing. `svg` is empty if no value is finite; `told` says the lines in words."""
+    """One drawing. `svg` is empty if no value is finite; `summary` describes the lines in words."""
 
     title: str
     svg: Markup
-    told: str
+    summary: str
     notes: list[str]
 
 
 def training(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """A chart of each scalar with all runs in it, by what stands before the tag's "/" ("loss",
-    "val"), the rest last. One axis of epochs: runs of different lengths lie under each other."""
+    """A chart of each scalar with all runs in it, by the part of its tag before "/" ("loss",
+    "val"); tags without "/" come last. All charts share one axis of epochs, whatever the lengths
+    of the runs."""
     epochs = [x for run in runs for points in run.scalars.values() for x, _ in points]
     groups: dict[str, list[Chart]] = {}
     for tag in dict.fromkeys(tag for run in runs for tag in run.scalars):
@@ -54,22 +57,22 @@ def training(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 def recall(runs: Sequence[Run], most: int = 50) -> list[Chart]:
     """Share of captions with a match among the first k images, by gallery, on common axes."""
-    found: dict[str, list[tuple[Run, Points]]] = {}
+    by_gallery: dict[str, list[tuple[Run, Points]]] = {}
     for gallery in runs[0].results["splits"]["test"]["galleries"]:
         for run in runs:
             if gallery in run.results["splits"]["test"]["galleries"]:
                 ranked = read_queries(run.folder / "test_queries.npz", "test", gallery)
                 first = ranked.rows_Q3[:, 0]
                 first = first[~first.isnan()]
-                share: Points = [
+                curve: Points = [
                     (k, 100 * (first <= k).double().mean().item()) for k in range(1, most + 1)
                 ]
-                found.setdefault(gallery, []).append((run, share))
-    values = [y for lines in found.values() for _, share in lines for _, y in share]
+                by_gallery.setdefault(gallery, []).append((run, curve))
+    values = [y for lines in by_gallery.values() for _, curve in lines for _, y in curve]
     low = min(filter(math.isfinite, values), default=0)
     return [
         chart(f"{gallery}, %", lines, "images looked at", (1, most), (low, 100))
-        for gallery, lines in found.items()
+        for gallery, lines in by_gallery.items()
     ]
 
 
@@ -80,25 +83,26 @@ def chart(
     x: tuple[float, float],
     y: tuple[float, float] | None = None,
 ) -> Chart:
-    """The runs' lines; `x` and `y` are the ends of the axes, `y` by default that of the values."""
-    told, notes = [], []
+    """A chart of the runs' lines. `x` and `y` are the ends of the axes; `y` is by default the range
+    of the values."""
+    summary, notes = [], []
     for run, points in lines:
         finite = [value for _, value in points if math.isfinite(value)]
         if finite:
-            told.append(
+            summary.append(
                 f"{run.name}: {finite[-1]:.4g} in the end, {min(finite):.4g} to {max(finite):.4g}"
             )
-        if unfit := len(points) - len(finite):
-            notes.append(f"{run.name}: {unfit} of {len(points)} points are not finite")
+        if gaps := len(points) - len(finite):
+            notes.append(f"{run.name}: {gaps} of {len(points)} points are not finite")
     svg = ""
-    if told:
+    if summary:
         with style.context(["default", {**STYLE, "svg.hashsalt": ascii(title)}]):
-            held = io.StringIO()
-            unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            buffer = io.StringIO()
+            no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             drawn = figure([(run.colour, points) for run, points in lines], xlabel, x, y)
-            drawn.savefig(held, format="svg", transparent=True, metadata=unsaid)
-        svg = _inline(held.getvalue())
-    return Chart(title, Markup(svg), "; ".join(told), notes)
+            drawn.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+        svg = _inline(buffer.getvalue())
+    return Chart(title, Markup(svg), "; ".join(summary), notes)
 
 
 def figure(
@@ -107,8 +111,11 @@ def figure(
     x: tuple[float, float],
     y: tuple[float, float] | None,
 ) -> Figure:
-    """Lines of (colour, points). What is not finite leaves a gap, and what stands alone between
-    gaps has a marker. The axes lie in the same place in every figure."""
+    """A figure of lines (colour, points).
+
+    A value that is not finite leaves a gap. A single point between gaps gets a marker, because it
+    would be invisible otherwise. The axes are in the same place in every figure.
+    """
     drawn = Figure(figsize=(4.4, 2.7))
     axes = drawn.add_axes((0.14, 0.18, 0.84, 0.74))
     for colour, points in lines:
@@ -135,8 +142,11 @@ def figure(
 
 
 def thinned(points: Points) -> Points:
-    """At most `MOST` points: the first and last, and of every stretch of a longer line the lowest,
-    the highest and one that is not finite, so that peaks and gaps stay."""
+    """At most `MOST` points of a line, chosen so that peaks and gaps stay.
+
+    These are the first and the last, and for each stretch the lowest, the highest and one that is
+    not finite.
+    """
     if len(points) <= MOST:
         return points
     kept, stretches = {0, len(points) - 1}, (MOST - 2) // 3
@@ -150,8 +160,11 @@ def thinned(points: Points) -> Points:
 
 
 def _inline(svg: str) -> str:
-    """A file of Matplotlib's as part of a page: as wide as there is room, in the colour of its
-    text, without a style sheet, which would hold for the page, or names that other charts have."""
+    """Matplotlib's file as part of a page: as wide as the space, in the page's text colour.
+
+    Its style sheet is removed, because it would style the page too; so are ids, because other
+    charts have the same.
+    """
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<style.*?</style>|(?<=<g) id=\"[^\"]*\"", "", svg, flags=re.DOTALL)
     svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\" height=\"[^\"]*\"", r"\1", svg, count=1)

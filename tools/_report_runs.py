@@ -1,4 +1,4 @@
-"""What a report reads: the metrics of evaluated runs, and the curves of their training."""
+"""Reads what a report shows: the metrics of evaluated runs, and the curves of their training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from utils.errors import UserError
 from utils.metrics import METRICS
 from utils.runs import EVENTS
 
-DIGITS = len(EVENTS.format(0)) - 1  # of the number at the end of a file of curves
+DIGITS = len(EVENTS.format(0)) - 1  # of the number at the end of an event file's name
 Points = list[tuple[float, float]]
 
 
 @dataclass
 class Run:
-    """What a run's folder says."""
+    """The content of a run's folder."""
 
     folder: Path
     name: str
@@ -30,7 +30,7 @@ class Run:
 
 
 def read_run(folder: Path, colour: str) -> Run:
-    """Raises UserError if the folder is no evaluated run."""
+    """A run by its folder. Raises UserError if the folder is no evaluated run."""
     path = folder / "test_results.json"
     results = read_results(path, folder / "test_queries.npz")
     check_metrics(results, path)
@@ -43,12 +43,12 @@ def percentages(gallery: dict[str, Any]) -> list[float]:
 
 
 def read_scalars(folder: Path) -> dict[str, Points]:
-    """(epoch, value) of every curve that TensorBoard has of a run, by epoch.
+    """(epoch, value) of every curve in a run's event files, ordered by epoch.
 
-    A run that went on has a file of each start. TensorBoard orders them by the clock, which may
-    have been put back; here by the number at the end of their names, which the trainer counts up.
-    From the first epoch of a file on, what older ones say does not count; files of older versions
-    have no number, and of theirs all epochs count.
+    A resumed run has one file per start. TensorBoard orders them by the clock, which may have been
+    set back. Here the order is that of the number at the end of their names, which the trainer
+    counts up. A file replaces all epochs of older files from its own first epoch on. Files of older
+    versions have no number; they replace only the epochs that they contain. Raises UserError.
     """
     files = []
     for path in sorted(folder.glob("events.out.tfevents.*")):
@@ -59,21 +59,21 @@ def read_scalars(folder: Path) -> dict[str, Points]:
         )
         try:
             events.Reload()
-            found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-        except Exception as error:  # what reads a stranger's file may raise anything
-            raise UserError(f"{path}: no events of TensorBoard: {error}") from None
-        first = min((event.step for curve in found.values() for event in curve), default=math.inf)
+            scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        except Exception as error:  # the parser may raise anything on a corrupted file
+            raise UserError(f"{path}: not readable as events of TensorBoard: {error}") from None
+        first = min((event.step for curve in scalars.values() for event in curve), default=math.inf)
         ending = path.suffix.removeprefix(".")
         number = int(ending) if ending.isdecimal() and len(ending) == DIGITS else 0
-        files.append((number, first, found))
+        files.append((number, first, scalars))
     files.sort(key=lambda file: file[0])
     older = [file for file in files if not file[0]]
-    # A run begins with its first epoch. If another's file has the earlier time, a clock went back.
+    # The oldest file starts at the lowest epoch. If another one does, the clock was set back.
     if any(first < older[0][1] for _, first, _ in older):
         files.sort(key=lambda file: (file[0], 0 if file[0] else file[1]))
     curves: dict[str, dict[int, float]] = {}
-    for number, first, found in files:
-        for tag in (*curves, *found):
+    for number, first, scalars in files:
+        for tag in (*curves, *scalars):
             before = {s: v for s, v in curves.get(tag, {}).items() if s < first or not number}
-            curves[tag] = before | {e.step: e.value for e in found.get(tag, ())}
+            curves[tag] = before | {e.step: e.value for e in scalars.get(tag, ())}
     return {tag: sorted(points.items()) for tag, points in curves.items()}

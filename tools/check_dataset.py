@@ -1,10 +1,10 @@
-"""Read a whole data set, every image and caption, and say what is wrong with it.
+"""Read a complete data set, every image and caption, and report what is wrong with it.
 
     python tools/check_dataset.py --dataset_name AGDataAttr --root_dir path_to_dataset/TBAGPR
 
-Exit status: 0 if it can be trained on and evaluated honestly, 1 if not (an image cannot be read,
-a picture or an identity is in two splits), 2 if it cannot be read at all. What may be as it should
-be, but deserves a look, is a warning; with --strict warnings fail too.
+Exit status: 0 if it is fit for training and a fair evaluation, 1 if not (an image cannot be read,
+a picture or an identity is in two splits), 2 if the data set cannot be read. A finding that may be
+intended is a warning; with --strict, warnings fail too.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Part:
 
 @dataclass
 class Report:
-    """What was found: (fails, title, examples)."""
+    """The findings: (fails, title, examples)."""
 
     findings: list[tuple[bool, str, list[str]]] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class Report:
         return any(fails or strict for fails, _, _ in self.findings)
 
     def __str__(self) -> str:
-        """Several lines, of which what the data set's files say makes none by itself."""
+        """Lines of text, in which text from the data set's files is escaped: it adds no line."""
         lines = []
         for fails, title, examples in self.findings:
             lines.append(f"{'FAIL' if fails else 'warning'}: {visible(title)}: {len(examples)}")
@@ -88,24 +88,24 @@ class Report:
 
 
 def parts_of(data: Data) -> dict[str, Part]:
-    """Train, val and test in one form."""
+    """Train, val and test, by name."""
     samples = data.train
     images: dict[str, list[Image]] = {view: [] for view in data.views}
     for sample in samples:
         for view, image in zip(data.views, sample.images, strict=True):
             images[view].append(image)
-    images = {view: list(dict.fromkeys(found)) for view, found in images.items()}
+    images = {view: list(dict.fromkeys(of_view)) for view, of_view in images.items()}
     parts = {
         "train": Part(
             [Caption(s.caption, s.pid, s.entry) for s in samples],
-            [image for found in images.values() for image in found],
+            [image for of_view in images.values() for image in of_view],
             {s.pid for s in samples},
-            {view: len(found) for view, found in images.items()},
+            {view: len(of_view) for view, of_view in images.items()},
         )
     }
     for name, split in data.splits.items():
-        found = zip(split.captions, split.caption_pids, strict=True)
-        captions = [Caption(t, p, f"{name}, caption {i}") for i, (t, p) in enumerate(found)]
+        pairs = zip(split.captions, split.caption_pids, strict=True)
+        captions = [Caption(t, p, f"{name}, caption {i}") for i, (t, p) in enumerate(pairs)]
         views = {view: gallery.images for view, gallery in split.galleries.items()}
         parts[name] = Part(
             captions,
@@ -116,8 +116,8 @@ def parts_of(data: Data) -> dict[str, Part]:
     return parts
 
 
-class _Looked(Dataset[tuple[str, int]]):
-    """Reads an image whole: (problem or "", shorter side)."""
+class _ImageCheck(Dataset[tuple[str, int]]):
+    """Decodes each image: (problem or "", shorter side in pixels)."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -134,9 +134,9 @@ class _Looked(Dataset[tuple[str, int]]):
 
 
 def check_images(parts: dict[str, Part], smallest: int, workers: int, report: Report) -> None:
-    """Every file: readable, and not tiny."""
+    """Report files that cannot be read, and tiny images."""
     paths = list(dict.fromkeys(image.path for part in parts.values() for image in part.images))
-    loader = DataLoader(_Looked(paths), 64, num_workers=workers, collate_fn=list)
+    loader = DataLoader(_ImageCheck(paths), 64, num_workers=workers, collate_fn=list)
     broken, tiny = [], []
     bar = tqdm(total=len(paths), desc="images", unit="image", disable=None)
     with bar:
@@ -155,20 +155,22 @@ def check_images(parts: dict[str, Part], smallest: int, workers: int, report: Re
 
 
 def check_overlap(data: Data, report: Report) -> None:
-    """No picture and no identity in two splits. A person with an identity in each is a warning:
-    AG-ReID counts a person anew in every session."""
+    """Report pictures, identities and people in two splits.
+
+    People are a warning, because AG-ReID gives a person a new identity in every session.
+    """
     for one, other in combinations(("train", *data.splits), 2):
-        found, both = overlap(data, one, other), f"in both {one} and {other}"
+        measured, both = overlap(data, one, other), f"in both {one} and {other}"
         fix = "; choose by --val_dataset heldout" if one == "val" else ""
-        report.add(True, f"pictures {both}{fix}", found.shared_images)
+        report.add(True, f"pictures {both}{fix}", measured.shared_images)
         common = sorted({*data.ids.get(one, ())} & {*data.ids.get(other, ())}, key=str)
         report.add(True, f"identities {both}", map(str, common))
-        people = [name for name in found.shared_people if name.startswith("person")]
+        people = [name for name in measured.shared_people if name.startswith("person")]
         report.add(False, f"people {both}, by their number in AG-ReID's file names{fix}", people)
 
 
 def check_identities(data: Data, report: Report) -> None:
-    """Captions and images of an evaluation split match up."""
+    """Report identities of an evaluation split that have only captions or only images."""
     for name, split in data.splits.items():
         missing = sorted(set(split.caption_pids) - set(split.image_pids))
         report.add(False, f"{name}: identities with captions but no image", map(str, missing))
@@ -177,7 +179,7 @@ def check_identities(data: Data, report: Report) -> None:
 
 
 def check_captions(parts: dict[str, Part], report: Report) -> None:
-    """Length in tokens, the same text for two people, text that describes nobody."""
+    """Report captions that are too long, describe no person, or belong to two identities."""
     long, odd = [], []
     owners: dict[str, dict[tuple[str, int], str]] = defaultdict(dict)
     for name, part in parts.items():
@@ -189,18 +191,18 @@ def check_captions(parts: dict[str, Part], report: Report) -> None:
             if reason:
                 odd.append(f"{caption.where}: {reason}: {caption.text:.80}")
             owners[" ".join(caption.text.lower().split())][name, caption.pid] = caption.where
-    report.add(False, "captions over 77 tokens, which lose their end", long)
+    report.add(False, "captions over 77 tokens, which are truncated", long)
     report.add(False, "captions that hardly describe a person", odd)
     shared = [
-        f"{text:.60} ({', '.join(list(found.values())[:3])})"
-        for text, found in owners.items()
-        if len(found) > 1
+        f"{text:.60} ({', '.join(list(entries.values())[:3])})"
+        for text, entries in owners.items()
+        if len(entries) > 1
     ]
-    report.add(False, "captions that stand for more than one identity", shared)
+    report.add(False, "captions with more than one identity", shared)
 
 
 def suspicious(text: str) -> str:
-    """Why a caption looks like no English description, or nothing."""
+    """Why a caption does not look like an English description, or ""."""
     code = CODE.search(text)
     if code:
         return f"'{code.group()}' looks like code"
@@ -215,8 +217,15 @@ def suspicious(text: str) -> str:
 def overview(parts: dict[str, Part]) -> str:
     """Counts per split."""
     views = list(parts["train"].views)
-    shown = [f"{view.removesuffix('image').strip()} images".strip() for view in views]
-    head = ["split", "identities", *shown, "captions", "captions per identity", "words per caption"]
+    images = [f"{view.removesuffix('image').strip()} images".strip() for view in views]
+    head = [
+        "split",
+        "identities",
+        *images,
+        "captions",
+        "captions per identity",
+        "words per caption",
+    ]
     table = PrettyTable(head)
     table.align = "r"
     table.align["split"] = "l"
@@ -230,7 +239,10 @@ def overview(parts: dict[str, Part]) -> str:
 
 
 def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report) -> str:
-    """Share of images per class of each attribute; a class that training lacks is a warning."""
+    """A table of the share of images per class of each attribute, in percent.
+
+    Reports classes that no training image has.
+    """
     table = PrettyTable(["attribute", "class", *(f"{name}, %" for name in parts)])
     table.align = "r"
     table.align["attribute"] = table.align["class"] = "l"
@@ -271,10 +283,10 @@ def main() -> None:
         say(f"\n{label_balance(data, parts, args.attributes_file, report)}")
     if not data.ids:
         say(
-            "\nIdentities are numbered per split here, so that one in two splits is found by its "
-            "pictures alone, and by the names of AG-ReID's."
+            "\nIdentities are numbered per split here. So a person in two splits is found only by "
+            "equal pictures, and by AG-ReID's file names."
         )
-    report.add(False, "oddities in the files", data.warnings)
+    report.add(False, "unusual entries in the files", data.warnings)
     check_images(parts, args.min_side, min(args.num_workers, cores()), report)
     check_overlap(data, report)
     check_identities(data, report)

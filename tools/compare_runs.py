@@ -1,17 +1,18 @@
-"""Is one run better than another, or is it chance? Paired, over the captions of a test set.
+"""Compare runs caption by caption: is one side better, or is the difference chance?
 
     python tools/compare_runs.py logs/AGDataAttr/<run a> logs/AGDataAttr/<run b>
     python tools/compare_runs.py --a <seed 1 of a> <seed 2 of a> --b <seed 1 of b> <seed 2 of b>
 
-Needs what test.py writes: test_queries.npz, or best_test_queries.npz of a run that has both
-protocols (`--protocol paper`, or the file itself in place of the run's folder). First come the
-options, data, epochs and protocol in which the runs differ; other captions, identities or galleries
-are refused. Then each metric of both sides (means over their seeds) and the difference b - a, with
+Reads the results of test.py: test_queries.npz, or best_test_queries.npz of a run with both
+protocols (`--protocol paper`, or the file in place of the run's folder). Prints the options, data,
+epochs and protocol in which the runs differ, and refuses runs with other captions, identities or
+galleries. Then prints each metric of both sides (means over their seeds) and the difference b - a,
+with
 
-- a 95 % interval (bootstrap). It covers other people, and where a side has several seeds also other
-  seeds of it; with one seed of each it says nothing about other seeds.
-- a two-sided p-value (paired permutation over identities). It covers other people alone: it asks
-  whether just these seeds differ, never whether others would.
+- a 95 % interval (bootstrap). It covers other people. It covers other seeds too if a side has
+  several seeds. With one seed per side it says nothing about other seeds.
+- a two-sided p-value (paired permutation over identities). It covers only other people: it tests
+  whether exactly these seeds differ, not whether other seeds would.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from utils.tables import console
 from utils.text import visible
 from utils.uncertainty import bootstrap_difference, permutation_p
 
-# Options that make another experiment. Of seeds a side may have several.
-SHOWN = [
+# Options that make another experiment. `seed` is not one: a side may have several seeds.
+COMPARED = [
     name
     for name in OPTIONS
     if name not in (*MAY_DIFFER, *SAME_RESULTS, "seed") or name in ("finetune", "attributes_file")
@@ -56,34 +57,34 @@ UNKNOWN = "unknown"
 
 @dataclass
 class Run:
-    """What an evaluated run says of itself; options and results are empty where it does not."""
+    """An evaluated run; options and results are empty if their files are missing."""
 
     path: Path
     ranked: Ranked
     options: dict[str, Any]
     results: dict[str, Any]
 
-    def said(self, *keys: str) -> Any:
+    def result(self, *keys: str) -> Any:
         """An entry of the results, or "unknown"."""
-        found: Any = self.results
+        value: Any = self.results
         for key in keys:
-            found = found.get(key, UNKNOWN) if isinstance(found, dict) else UNKNOWN
-        return found
+            value = value.get(key, UNKNOWN) if isinstance(value, dict) else UNKNOWN
+        return value
 
     @property
     def seed(self) -> Any:
         return self.options.get("seed", UNKNOWN)
 
     def facts(self) -> dict[str, str]:
-        """What may differ, by name."""
-        splits = self.said("data", "fingerprint")
+        """What may differ between runs, by name."""
+        splits = self.result("data", "fingerprint")
         splits = splits if isinstance(splits, dict) else {}
         return {
-            **{f"--{name}": str(self.options.get(name, UNKNOWN)) for name in SHOWN if self.options},
-            "data": str(self.said("data", "name")),
-            **{f"data, {split}": str(found)[:12] for split, found in splits.items()},
-            "epoch evaluated": str(self.said("epoch")),
-            "epoch chosen on": str(self.said("protocol", "chosen_on")),
+            **{f"--{n}": str(self.options.get(n, UNKNOWN)) for n in COMPARED if self.options},
+            "data": str(self.result("data", "name")),
+            **{f"data, {split}": str(value)[:12] for split, value in splits.items()},
+            "epoch evaluated": str(self.result("epoch")),
+            "epoch chosen on": str(self.result("protocol", "chosen_on")),
         }
 
 
@@ -97,13 +98,13 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
         checkpoint = "best.pth"
         if protocol:
             kind = options.get("val_dataset", UNKNOWN)
-            found = CHECKPOINTS.get(kind, {}) if isinstance(kind, str) else {}
-            if protocol not in found:
+            by_protocol = CHECKPOINTS.get(kind, {}) if isinstance(kind, str) else {}
+            if protocol not in by_protocol:
                 raise UserError(
                     f"{path}: no checkpoint of --protocol {protocol}; the run's --val_dataset is "
-                    f"{kind}, which has: {', '.join(found) or UNKNOWN}"
+                    f"{kind}, which has: {', '.join(by_protocol) or UNKNOWN}"
                 )
-            checkpoint = found[protocol]
+            checkpoint = by_protocol[protocol]
         archive = path / f"{stem(checkpoint)}_queries.npz"
         if not os.path.lexists(archive):
             raise UserError(
@@ -112,9 +113,9 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
             )
     ranked = read_queries(archive, split, gallery)
     results = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
-    known = results.suffix == ".json" and os.path.lexists(results)
-    run = Run(path, ranked, options, read_results(results, archive) if known else {})
-    images = run.said("splits", split, "galleries", gallery, "gallery")
+    exists = results.suffix == ".json" and os.path.lexists(results)
+    run = Run(path, ranked, options, read_results(results, archive) if exists else {})
+    images = run.result("splits", split, "galleries", gallery, "gallery")
     if not ranked.gallery and isinstance(images, int):  # an archive of an older version
         run.ranked = Ranked(ranked.rows_Q3, ranked.pids_Q, images)
     return run
@@ -123,7 +124,7 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
 def check_same(one: Run, other: Run, split: str) -> None:
     """Raises UserError unless two runs ranked the same gallery for the same captions."""
     a, b = one.ranked, other.ranked
-    prints = [run.said("data", "fingerprint", split) for run in (one, other)]
+    fingerprints = [run.result("data", "fingerprint", split) for run in (one, other)]
     if len(a.pids_Q) != len(b.pids_Q):
         differ = f"other captions: {len(a.pids_Q)} and {len(b.pids_Q)}"
     elif not torch.equal(a.pids_Q, b.pids_Q):
@@ -132,35 +133,34 @@ def check_same(one: Run, other: Run, split: str) -> None:
         differ = f"other galleries: {a.gallery} and {b.gallery} images"
     elif not torch.equal(a.rows_Q3.isnan(), b.rows_Q3.isnan()):
         differ = "other galleries: a caption has a match in one and none in the other"
-    elif UNKNOWN not in prints and prints[0] != prints[1]:
-        differ = (
-            f"other captions or images (fingerprints {str(prints[0])[:12]}, {str(prints[1])[:12]})"
-        )
+    elif UNKNOWN not in fingerprints and fingerprints[0] != fingerprints[1]:
+        a_print, b_print = (str(fingerprint)[:12] for fingerprint in fingerprints)
+        differ = f"other captions or images (fingerprints {a_print}, {b_print})"
     else:
         return
     raise UserError(f"{one.path} and {other.path} cannot be compared: {split} has {differ}")
 
 
 def differences(sides: dict[str, list[Run]]) -> str:
-    """A table of what is not the same in all runs."""
+    """A table of the facts that are not the same in all runs."""
     rows = []
     facts = {side: [run.facts() for run in runs] for side, runs in sides.items()}
-    for name in dict.fromkeys(name for found in facts.values() for one in found for name in one):
-        cells = {side: distinct(one.get(name) for one in found) for side, found in facts.items()}
+    for name in dict.fromkeys(name for runs in facts.values() for one in runs for name in one):
+        cells = {side: distinct(one.get(name) for one in runs) for side, runs in facts.items()}
         if len({value for values in cells.values() for value in values}) > 1:
             rows.append([name, *(", ".join(values) for values in cells.values())])
     if not rows:
-        return "of what is known of the runs nothing differs"
+        return "nothing known differs between the runs"
     return console(["what differs", *sides], rows, left=1 + len(sides))
 
 
 def distinct(values: Iterable[str | None]) -> list[str]:
-    """Those that are known to somebody, once each, in order."""
+    """Each value that is not None, once, in order."""
     return list(dict.fromkeys(value for value in values if value is not None))
 
 
 def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
-    """What a reader of the metrics must know."""
+    """Reasons to distrust the comparison, one per line."""
     lines = []
     for side, runs in sides.items():
         facts = [run.facts() for run in runs]
@@ -175,14 +175,14 @@ def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
             )
         seeds = [run.seed for run in runs if run.seed != UNKNOWN]
         if len(set(map(str, seeds))) < len(seeds):
-            lines.append(f"{side}: a seed more than once, and a repeat says little of other seeds")
-        if any(run.said("protocol", "chosen_on") == split for run in runs):
-            lines.append(f"{side}: {split} itself chose the epoch; its metrics flatter")
-        if any(run.said("protocol", "chosen_on") == UNKNOWN for run in runs):
+            lines.append(f"{side}: a seed occurs twice; a repeat says little about other seeds")
+        if any(run.result("protocol", "chosen_on") == split for run in runs):
+            lines.append(f"{side}: {split} itself chose the epoch; its metrics are optimistic")
+        if any(run.result("protocol", "chosen_on") == UNKNOWN for run in runs):
             lines.append(f"{side}: what chose the epoch is unknown (results of an older version)")
         for run in runs:
-            chooser = run.said("protocol", "chosen_on")
-            counts = [run.said("protocol", "overlap", kind) for kind in ("images", "people")]
+            chooser = run.result("protocol", "chosen_on")
+            counts = [run.result("protocol", "overlap", kind) for kind in ("images", "people")]
             if any(isinstance(count, int) and count for count in counts):
                 lines.append(
                     f"{side}: {counts[0]} images and {counts[1]} people of {chooser}, which chose "
@@ -191,20 +191,20 @@ def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
             if not run.options:
                 lines.append(f"{side}: the options of {run.path} are unknown ({CONFIG} is missing)")
     every = [run for runs in sides.values() for run in runs]
-    if len({str(run.said("protocol", "chosen_on")) for run in every} - {UNKNOWN}) > 1:
-        lines.append("the epochs were not chosen alike, which is a part of the difference")
-    if any(run.said("data", "fingerprint", split) == UNKNOWN for run in every):
+    if len({str(run.result("protocol", "chosen_on")) for run in every} - {UNKNOWN}) > 1:
+        lines.append("the epochs were chosen in different ways, which adds to the difference")
+    if any(run.result("data", "fingerprint", split) == UNKNOWN for run in every):
         lines.append(
-            f"that captions and images of {split} are the same was checked by their number and "
-            "identities alone (results of older versions)"
+            f"captions and images of {split} were compared only by their number and identities "
+            "(results of older versions)"
         )
     return lines
 
 
 def compare(
-    sides: dict[str, list[Path]], split: str, gallery: str, draws: int, protocol: str = ""
+    sides: dict[str, list[Path]], split: str, gallery: str, resamples: int, protocol: str = ""
 ) -> str:
-    """The report. Raises UserError unless all runs ranked the same."""
+    """The report. Raises UserError unless all runs ranked the same gallery and captions."""
     for name, paths in sides.items():
         if len({path.resolve() for path in paths}) < len(paths):
             raise UserError(f"--{name}: a run is given twice")
@@ -219,15 +219,15 @@ def compare(
     a_RQM, b_RQM = (
         torch.stack([run.ranked.percentages() for run in side]) for side in runs.values()
     )
-    low, high = bootstrap_difference(a_RQM, b_RQM, pids_Q, draws).tolist()
-    p = permutation_p(b_RQM.mean(dim=0) - a_RQM.mean(dim=0), pids_Q, draws).tolist()
+    low, high = bootstrap_difference(a_RQM, b_RQM, pids_Q, resamples).tolist()
+    p = permutation_p(b_RQM.mean(dim=0) - a_RQM.mean(dim=0), pids_Q, resamples).tolist()
     covered = "people and seeds" if max(len(a_RQM), len(b_RQM)) > 1 else "people"
     rows = []
     for i, metric in enumerate(METRICS):
         values = [[run.ranked.summary().metrics[metric] for run in side] for side in runs.values()]
         one, two = map(statistics.mean, values)
         rows.append(
-            [metric, *map(shown, values), f"{two - one:+.2f}",
+            [metric, *map(mean_and_deviation, values), f"{two - one:+.2f}",
              f"{low[i]:+.2f} to {high[i]:+.2f}", f"{p[i]:.4f}"]
         )  # fmt: skip
     lines = [
@@ -238,20 +238,20 @@ def compare(
         differences(runs),
         visible(f"{split}, gallery {gallery}: ")
         + f"{len(pids_Q)} captions of {len(pids_Q.unique())} identities, "
-        f"{images}{draws} draws",
+        f"{images}{resamples} resamples",
         console(["metric", "a", "b", "b - a", f"95 % ({covered})", "p (people)"], rows, left=0),
         *map(visible, warnings(runs, split)),
     ]
     for name, side in runs.items():
         if len(side) == 1:
-            lines.append(f"{name}: one seed, so nothing here says how others of it would do")
+            lines.append(f"{name}: one seed, so this says nothing about other seeds")
     return "\n".join(lines)
 
 
-def shown(values: list[float]) -> str:
-    """Mean, and from two values on the standard deviation."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def mean_and_deviation(values: list[float]) -> str:
+    """The mean; with two or more values, also the standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def main() -> None:
@@ -264,26 +264,27 @@ def main() -> None:
             nargs="+",
             type=path_option,
             metavar="RUN",
-            help=f"runs of {side}, a seed each",
+            help=f"runs of side {side}, one per seed",
         )
     add("--split", default="test", help="as test.py names it (default: test)")
     add("--gallery", default="aerial", help="as test.py names it (default: aerial)")
     add(
         "--protocol",
         default="",
-        choices=sorted({name for found in CHECKPOINTS.values() for name in found}),
-        help="whose checkpoint, for runs with both (default: best.pth, whatever chose it)",
+        choices=sorted({name for checkpoints in CHECKPOINTS.values() for name in checkpoints}),
+        help="which checkpoint, for runs with both protocols (default: best.pth)",
     )
-    add("--draws", type=int, default=10_000, help="of bootstrap and permutation (default: 10000)")
+    add("--resamples", type=int, default=10_000, metavar="INT",
+        help="of bootstrap and permutation (default: 10000)")  # fmt: skip
     args = parser.parse_args()
-    if args.draws < 1:
-        raise UserError(f"--draws {args.draws}: must be 1 or more")
+    if args.resamples < 1:
+        raise UserError(f"--resamples {args.resamples}: must be 1 or more")
     if len(args.runs) == 2 and not (args.a or args.b):
         args.a, args.b = ([path] for path in args.runs)
     elif args.runs or not (args.a and args.b):
         raise UserError("give two runs, or --a RUN [RUN ...] --b RUN [RUN ...]")
     sides = {"a": args.a, "b": args.b}
-    say(compare(sides, args.split, args.gallery, args.draws, args.protocol))
+    say(compare(sides, args.split, args.gallery, args.resamples, args.protocol))
 
 
 if __name__ == "__main__":

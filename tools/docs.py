@@ -1,9 +1,9 @@
-"""Write the parts of the documents that follow from the code.
+"""Write the parts of the documents that are made from the code.
 
     make docs        # or: python tools/docs.py
 
-docs/options.md is written whole; the tables of losses, of data sets and of files, and the picture
-of the packages, wherever README.md or a page of docs/ has them: each is known by its first line.
+This writes all of docs/options.md. In README.md and the pages of docs/ it replaces the tables of
+losses, data sets and files, and the picture of the packages, wherever their first line occurs.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ PACKAGES = ("processor", "datasets", "model", "solver", "tools", "utils")  # in 
 
 
 def documents() -> dict[Path, str]:
-    """The text of every document, by its path, as it should be."""
+    """The text that every document should have, by its path."""
     parts = [losses_table(), datasets_table(), files_table(), picture()]
-    found = {option_docs.PAGE: option_docs.page()}
+    pages = {option_docs.PAGE: option_docs.page()}
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        if path not in found:
+        if path not in pages:
             text = path.read_text(encoding="utf-8")
             for part in parts:
                 text = with_part(text, part)
-            found[path] = text
-    return found
+            pages[path] = text
+    return pages
 
 
 def with_part(text: str, part: str) -> str:
-    """A document with a part, which is a table or a code block, in place of the older one with the
-    same first line. Without one it stays as it is."""
+    """A document whose table or code block with the same first line is replaced by `part`. Without
+    one it stays as it is."""
     head, *_, last = part.split("\n")
     rest = r"(.*\n)*?```\n" if last == "```" else r"(\|.*\n)*"
     return re.sub(f"^{re.escape(head)}\n{rest}", lambda _: f"{part}\n", text, flags=re.MULTILINE)
@@ -67,20 +67,21 @@ def files_table() -> str:
 def picture() -> str:
     """The packages and what they import, as a Mermaid diagram.
 
-    An arrow that follows from others is left out: who imports A, which imports B, may import B too.
+    An arrow that follows from others is left out: if A imports B, and B imports C, then A may
+    import C too.
     """
     imported = {"entry": set().union(*(imports(ROOT / name) for name in ENTRY_POINTS))}
     for package in PACKAGES:
         files = (ROOT / package).rglob("*.py")
         imported[package] = set().union(*map(imports, files)) - {package}
 
-    def reached(package: str) -> set[str]:
-        return imported[package].union(*map(reached, imported[package]))
+    def reachable(package: str) -> set[str]:
+        return imported[package].union(*map(reachable, imported[package]))
 
     lines = ["```mermaid", "flowchart TD", f'    entry["{"<br>".join(ENTRY_POINTS)}"]']
     for name, direct in imported.items():
-        beyond = set().union(*(reached(other) for other in direct))
-        lines += [f"    {name} --> {other}" for other in PACKAGES if other in direct - beyond]
+        indirect = set().union(*(reachable(other) for other in direct))
+        lines += [f"    {name} --> {other}" for other in PACKAGES if other in direct - indirect]
     return "\n".join([*lines, "```"])
 
 
@@ -96,7 +97,7 @@ def imports(path: Path) -> set[str]:
 
 
 def source_files() -> Iterator[Path]:
-    """All modules of the packages; those of a folder before those of the folders in it."""
+    """All modules of the packages; a folder's files come before those of its subfolders."""
     for package in PACKAGES:
         folders = sorted(path.parent for path in (ROOT / package).rglob("__init__.py"))
         for folder in folders:

@@ -3,10 +3,10 @@
     python tools/export.py --config_file logs/AGDataAttr/<run>/configs.yaml --output exported
 
 `exported/` receives best.pth (`model` with `base_model.*` and the heads, `epoch`) and configs.yaml
-as that code writes it, tuple tags and all. Its train.py takes the file for --finetune, its test.py
-takes the folder; so does test.py here. That code builds its model from a CLIP's weights before it
-loads the checkpoint: unless those are OpenAI's by name, clip.pt has them. What it cannot express is
-told.
+in the format of that code, with tuple tags. Its train.py takes best.pth for --finetune. Its test.py
+takes the folder, and so does test.py here. That code builds its model from CLIP weights before it
+loads the checkpoint. If these are not OpenAI's by name, clip.pt contains them. Notes list what that
+code cannot express.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from utils.logger import say
 from utils.options import MAY_DIFFER, OPTIONS, SCRATCH_ONLY
 from utils.text import visible
 
-# What the family's models are made of; the rest of ours (AEA's queue) it keeps outside the model.
+# The weights in a model of that family. It keeps the rest (AEA's queue) outside the model.
 FAMILY = re.compile(
     r"base_model\.|atr_matching_head\.|classifier\.|cross_attn\.|cross_modal_transformer\."
     r"|ln_pre_[ti]\.|ln_post\.|mlm_head\.(dense|ln|fc)\."
 )
-# The family's flags; others would mean nothing there.
+# The options that the family's code has.
 FAMILY_OPTIONS = (
     "name", "output_dir", "log_period", "eval_period", "val_dataset", "resume_ckpt_file",
     "pretrain_choice", "temperature", "img_aug", "cmt_depth", "masked_token_rate",
@@ -52,7 +52,7 @@ FAMILY_OPTIONS = (
     "dataset_name", "sampler", "num_instance", "root_dir", "batch_size", "test_batch_size",
     "num_workers",
 )  # fmt: skip
-# Those that it has in another way, or that change no metric.
+# Options that it has in another form, or that change no metric.
 ELSEWHERE = {
     "img_size", "milestones", "stride_size", "seed", "precision", "compile", "grad_checkpointing",
     "accum_steps", *SCRATCH_ONLY, *MAY_DIFFER,
@@ -60,7 +60,7 @@ ELSEWHERE = {
 DATASETS = {
     "AGDataAttr", "AGData", "AGSGData", "AGTBPR", "CUHK-PEDES", "ICFG-PEDES", "RSTPReid"
 }  # fmt: skip
-CLASSES = 11003  # of the original's classifier, whatever the data set
+CLASSES = 11003  # of the original's classifier, for every data set
 
 
 class _TupleDumper(yaml.SafeDumper):
@@ -85,12 +85,12 @@ def main() -> None:
             "--half", action="store_true", default=False, help="write half-precision weights"
         )
 
-    args, path, told = parse_test_options(None, __doc__.split("\n")[0], extra)
+    args, path, notes = parse_test_options(None, __doc__.split("\n")[0], extra)
     checkpoint = load_checkpoint(path)
-    # Building it checks that the checkpoint is whole.
+    # Building the model checks that the checkpoint is complete.
     backbone = build_evaluation_model(args, checkpoint, str(path)).base_model
     config, folder = backbone.config, Path(args.output)
-    notes = told + differences(args, config)
+    notes += differences(args, config)
     check_openai(config, f"{path}: {args.pretrain_choice}")
     kept = {name: v for name, v in checkpoint["model"].items() if FAMILY.match(name)}
     rows = len(kept.get("classifier.weight", range(CLASSES)))
@@ -98,7 +98,7 @@ def main() -> None:
         kept = {name: v for name, v in kept.items() if not name.startswith("classifier.")}
         notes.append(
             f"the classifier of {rows} identities is left out: the original's has {CLASSES} for "
-            "every data set, and test.py does without"
+            "every data set, and test.py needs none"
         )
     if args.half:
         kept = {n: v.half() if v.is_floating_point() else v for n, v in kept.items()}
@@ -122,23 +122,23 @@ def main() -> None:
         save_checkpoint(folder / "clip.pt", {**clip, "input": backbone.input})
         options["pretrain_choice"] = str((folder / "clip.pt").resolve())
         notes.append(
-            f"pretrain_choice is {options['pretrain_choice']}, the backbone's weights, which the "
-            "original builds its model from; change it in configs.yaml if you move the folder"
+            f"pretrain_choice is {options['pretrain_choice']}, the weights from which the original "
+            "builds its model; change it in configs.yaml if you move the folder"
         )
-    # The original reads the weights alone; test.py here also what chose them.
+    # The original reads only the weights; test.py here also reads what chose the epoch.
     epoch, best = epoch_and_best(checkpoint)
-    said = {"epoch": epoch or 0} | ({"best": best} if best else {})
-    content = {"model": kept, "input": backbone.input, **said}
+    chosen = {"epoch": epoch or 0} | ({"best": best} if best else {})
+    content = {"model": kept, "input": backbone.input, **chosen}
     save_checkpoint(folder / "best.pth", content)
     text = yaml.dump(options, Dumper=_TupleDumper, sort_keys=False)
     write_atomically(folder / "configs.yaml", lambda file: file.write(text.encode()))
-    say(f"wrote {len(kept)} weights to {folder / 'best.pth'}, options to configs.yaml beside it")
+    say(f"wrote {len(kept)} weights to {folder / 'best.pth'}, options to configs.yaml next to it")
     for note in notes:
         say(visible(note))
 
 
 def check_openai(config: BackboneConfig, what: str) -> None:
-    """Raises UserError for an architecture that code of this family cannot build."""
+    """Raise UserError for an architecture that code of this family cannot build."""
     heads = config.text_width // 64
     names = ("head_width", "quick_gelu", "image_mean", "image_std", "mlp_ratio")
     if (config.text_heads or heads) != heads or any(
@@ -146,28 +146,28 @@ def check_openai(config: BackboneConfig, what: str) -> None:
     ):
         raise UserError(
             f"{what} has another activation, other heads or another image mean and std than "
-            "OpenAI's CLIP, which is all that code of this family can build"
+            "OpenAI's CLIP; code of this family can build no other"
         )
 
 
 def differences(args: EasyDict, config: BackboneConfig) -> list[str]:
-    """What the original cannot do as this run does, in words."""
-    told = []
+    """Notes on what the original does not do as this run does."""
+    notes = []
     if args.text_length < config.context_length:
-        told.append(
-            f"text_length is {config.context_length}, since the original always encodes so many "
-            "columns. Features stay the same, but for captions that "
+        notes.append(
+            f"text_length is {config.context_length}, because the original always encodes so many "
+            "columns. Features stay the same, except for captions that "
             f"--text_length {args.text_length} cuts short"
         )
     if args.dataset_name not in DATASETS:
-        told.append(f"the original has no data set {args.dataset_name}")
+        notes.append(f"the original has no data set {args.dataset_name}")
     if config.is_resnet and args.pretrain_choice not in OPENAI_MODELS:
-        told.append("the original builds a ResNet only from OpenAI's weights, by their name")
+        notes.append("the original builds a ResNet only from OpenAI's weights, given by name")
     names = set(OPTIONS) - set(FAMILY_OPTIONS) - ELSEWHERE
     other = [f"--{n} {v}" for n, v in args.items() if n in names and v != OPTIONS[n].default]
     if args.val_dataset not in ("test", "val"):
         other.append(f"--val_dataset {args.val_dataset}")
-    return told + ([f"the original has no {', '.join(other)}"] if other else [])
+    return notes + ([f"the original has no {', '.join(other)}"] if other else [])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""One or several runs as one HTML file that needs nothing else: curves, tables, ranked pictures.
+"""Write runs as one HTML file without external links: curves, tables, ranked pictures.
 
     python tools/report.py logs/AGDataAttr/<run> [more runs] --output report.html
 
-Runs must have been evaluated (test.py). For each: its metrics, curves of losses and metrics, recall
-against rank, FIRM's accuracy per attribute, all options, and for each gallery of the test split
-sheets of captions with their ten best images, hits framed green and misses red: the worst failures
-and random ones. --root_dir says where the data set lies if it has moved.
+Evaluate the runs first (test.py). The page shows for each run its metrics, curves of losses and
+metrics, recall against rank, FIRM's accuracy per attribute, and all options. For each gallery of
+the test split it shows captions with their ten best images, hits framed green and misses red: the
+worst failures and random captions. If the data set has moved, give its folder with --root_dir.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from utils.options import OPTIONS
 from utils.runs import CONFIG
 from utils.text import visible
 
-# Each stands out from white and from the dark of a page (contrast of 3 and more).
+# Each has a contrast of 3 or more with a white page and with a dark one.
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 THUMBNAIL = 120  # pixels high
 
@@ -55,7 +55,7 @@ class Picture(NamedTuple):
 
     path: str
     hit: bool
-    told: str
+    label: str
 
 
 class Sheet(NamedTuple):
@@ -68,8 +68,11 @@ class Sheet(NamedTuple):
 def encode(
     run: Run, given: argparse.Namespace
 ) -> tuple[str, Split, Tensor, dict[str, tuple[Tensor, list[Image], list[int]]]]:
-    """The run's model on the test split: where the data is, the split, its captions' features
-    [C, D], and by gallery the images' features [G, D], the images and their identities."""
+    """Encode the test split with the run's model.
+
+    Returns the data set's folder, the split, its captions' features [C, D], and for each gallery
+    the images' features [G, D], the images and their identities.
+    """
     trained = load_run(
         run.folder,
         device=given.device,
@@ -83,56 +86,56 @@ def encode(
         for view, gallery in evaluator.views.items()
     }
     if len(views) > 1:
-        every, images, pids = zip(*views.values(), strict=True)
-        views[" + ".join(views)] = (torch.cat(every), sum(images, []), sum(pids, []))
+        image_GD, images, pids = zip(*views.values(), strict=True)
+        views[" + ".join(views)] = (torch.cat(image_GD), sum(images, []), sum(pids, []))
     return trained.args.root_dir, evaluator.split, features.captions, views
 
 
 @torch.no_grad()
 def sheets(run: Run, given: argparse.Namespace) -> list[Sheet]:
-    """For each view: captions with their ten best images, the worst failures and random ones."""
+    """Two sheets per gallery, of the worst failures and of random captions. Raises UserError."""
     root_dir, split, caption_CD, views = encode(run, given)
-    found = []
+    made = []
     for name, (image_GD, images, pids) in views.items():
         if name not in run.results["splits"]["test"]["galleries"]:
-            continue  # no caption has a match there
+            continue  # no caption has a match in this gallery
         ranked = read_queries(run.folder / "test_queries.npz", "test", name)
         if ranked.pids_Q.tolist() != split.caption_pids or ranked.gallery not in (0, len(images)):
             raise UserError(
                 f"{run.folder}: {name} has other captions or images in test_queries.npz than in "
-                f"{root_dir}; evaluate the run again (test.py), or give its own --root_dir"
+                f"{root_dir}; evaluate the run again (test.py), or give the --root_dir of its data"
             )
         first = ranked.rows_Q3[:, 0].nan_to_num(0)
         worst = first.argsort(descending=True)[: given.queries].tolist()
         order = torch.randperm(len(first), generator=torch.Generator().manual_seed(0)).tolist()
         for kind, chosen in (("worst", worst), ("random", order[: given.queries])):
             captions = []
-            # Only those that are shown are compared: memory grows with them, not with the test set.
+            # Only shown captions are compared, so that memory does not grow with the test set.
             best_CK = best_images(caption_CD[chosen], image_GD)
             for q, *best_K in zip(chosen, *best_CK, strict=True):
                 rank = f"first match at rank {int(first[q])}" if first[q] else "no match in gallery"
-                shown = []
+                best = []
                 for k, (similarity, g) in enumerate(zip(*best_K, strict=True), 1):
                     hit = pids[g] == split.caption_pids[q]
-                    told = f"{'hit' if hit else 'miss'}, identity {pids[g]}"
-                    told = f"rank {k}: {told}, similarity {similarity:.3f}"
-                    shown.append(Picture(images[g].path, hit, told))
-                captions.append((split.captions[q], f"{rank} of {len(images)}", shown))
-            found.append(Sheet(f"{name}: {len(captions)} {kind} captions", captions))
-    return found
+                    label = f"{'hit' if hit else 'miss'}, identity {pids[g]}"
+                    label = f"rank {k}: {label}, similarity {similarity:.3f}"
+                    best.append(Picture(images[g].path, hit, label))
+                captions.append((split.captions[q], f"{rank} of {len(images)}", best))
+            made.append(Sheet(f"{name}: {len(captions)} {kind} captions", captions))
+    return made
 
 
 def best_images(
     caption_CD: Tensor, image_GD: Tensor, most: int = 10
 ) -> tuple[list[list[float]], list[list[int]]]:
-    """Of every caption the cosines of its best images, best first, and their positions."""
+    """For each caption, the cosines and the positions of its best images, best first."""
     similarity_CG = F.normalize(caption_CD, dim=1) @ F.normalize(image_GD, dim=1).T
-    found = similarity_CG.topk(min(most, len(image_GD)), dim=1)
-    return found.values.tolist(), found.indices.tolist()
+    best = similarity_CG.topk(min(most, len(image_GD)), dim=1)
+    return best.values.tolist(), best.indices.tolist()
 
 
 def thumbnail(path: str) -> tuple[int, str]:
-    """The width at a height of `THUMBNAIL`, and a small JPEG as a data address."""
+    """A small JPEG: its width at a height of `THUMBNAIL`, and a data URL."""
     image = read_image(path)
     image.thumbnail((THUMBNAIL * 2, THUMBNAIL))
     buffer = io.BytesIO()
@@ -145,16 +148,16 @@ def thumbnail(path: str) -> tuple[int, str]:
 
 
 def metrics(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row of each run on each split and gallery, the runs under each other; "best" says of each
-    value whether no other run has a better one there."""
+    """A row per split, gallery and run, in this order; "best" marks the values that no other run
+    exceeds on that split and gallery."""
     places: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         for split, content in run.results["splits"].items():
-            for gallery, found in content["galleries"].items():
+            for gallery, values in content["galleries"].items():
                 row = {
                     "run": run.name, "epoch": run.results.get("epoch"), "split": split,
-                    "gallery": gallery, "captions": found["queries"], "images": found["gallery"],
-                    "values": [f"{value:.2f}" for value in percentages(found)],
+                    "gallery": gallery, "captions": values["queries"], "images": values["gallery"],
+                    "values": [f"{value:.2f}" for value in percentages(values)],
                 }  # fmt: skip
                 places.setdefault((split, gallery), []).append(row)
     for rows in places.values():
@@ -167,27 +170,27 @@ def metrics(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def options_table(run: Run) -> list[tuple[str, object, str]]:
-    """Every option, its value, and whether it is not the default."""
+    """Every option, its value, and "changed" unless that is the default."""
     args, _ = options_of_run(run.folder / CONFIG, {})
     values = [(name, args[name], option.default) for name, option in OPTIONS.items()]
     return [(name, value, "changed" if value != default else "") for name, value, default in values]
 
 
 def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
-    """The whole page. All that is not written in the template is escaped there, with control
-    characters and halves of characters shown by their numbers.
+    """The page. The template escapes all inserted text, and shows control characters and unpaired
+    surrogates by their numbers.
 
-    Raises UserError if a package that only this needs is not installed.
+    Raises UserError if jinja2 or Matplotlib is not installed.
     """
-    try:  # Matplotlib takes a second to load, which nobody waits for in vain
+    try:  # Matplotlib takes a second to load, so `--help` and errors come before it
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
         from tools import _report_charts as charts
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; pip install -r requirements.txt") from None
     recall, training = charts.recall(runs), charts.training(runs)
-    shown = [sheets(run, given) if given.queries else [] for run in runs]
-    every = [sheet for of_run in shown for sheet in of_run]
+    by_run = [sheets(run, given) if given.queries else [] for run in runs]
+    every = [sheet for of_run in by_run for sheet in of_run]
     paths = sorted({picture.path for s in every for *_, best in s.captions for picture in best})
     thumbnails = {path: thumbnail(path) for path in paths}
     longest = max((len(points) for run in runs for points in run.scalars.values()), default=0)
@@ -204,9 +207,9 @@ def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
         training=training,
         thinned=charts.MOST if longest > charts.MOST else 0,
         options=[options_table(run) for run in runs],
-        sheets=shown,
+        sheets=by_run,
         thumbnails=thumbnails,
-        # Each picture is there once, however often it is shown and in however many files it is.
+        # The page holds each picture once, even if several files have it or several sheets show it.
         numbers={thumb: n for n, thumb in enumerate(dict.fromkeys(thumbnails.values()))},
         height=THUMBNAIL,
     )

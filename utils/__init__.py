@@ -1,13 +1,14 @@
 """Options, files, logs, processes and metrics, for all other packages.
 
-Every entry point imports it first, since it settles what must be settled before torch is loaded:
+Every entry point imports this package first, because torch must be loaded after these steps:
 
-- Which systems this runs on: told in a line, in place of an ImportError from some module below.
-- How threads wait. Those of a CPU's matrix products wait for each other many times a step, by
-  default in a busy loop that takes the cores from whoever has work: beside other work a run then
-  takes many times as long. Passive waiting costs some 13 % alone (docs/performance.md). The
-  OpenMP library reads this once, while torch loads it; processes that are started inherit it.
-- A name for a user whom the machine does not know, as in containers: torch asks for one.
+- Unsupported systems get one line in place of an ImportError.
+- OpenMP is set to wait passively. The threads of a CPU's matrix products wait for each other many
+  times a step, by default in a busy loop that takes the cores from other programs: on a busy
+  machine a run then takes many times as long. On an idle machine passive waiting costs about 13 %
+  (docs/performance.md). OpenMP reads the setting once, while torch loads it; child processes
+  inherit it.
+- A user that the machine does not know, as in containers, gets a name, because torch asks for one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from __future__ import annotations
 import os
 import sys
 
-# Any of these says how to wait: OpenMP's own variable, GNU's, and Intel's and LLVM's.
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+# A user who sets one of these keeps that setting: OpenMP's variable, GNU's, Intel's and LLVM's.
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 try:
     import fcntl  # noqa: F401
@@ -27,7 +28,7 @@ except ImportError as error:
           "WSL)", file=sys.stderr)  # fmt: skip
     sys.exit(2)
 
-if not any(name in os.environ for name in WAITING):
+if not any(name in os.environ for name in WAIT_VARIABLES):
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):

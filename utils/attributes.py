@@ -18,7 +18,7 @@ TOO_LONG = f"has more than {READ} characters, or a word of more than {WORD}"
 
 @dataclass(frozen=True)
 class Attribute:
-    """A name and, in label order, the classes with their sentences."""
+    """The name of an attribute, its classes in the order of the labels, and their sentences."""
 
     name: str
     classes: tuple[str, ...]
@@ -28,13 +28,13 @@ class Attribute:
 def read_attributes(path: str | Path) -> list[Attribute]:
     """Read `configs/attributes.yaml`. Raises UserError naming the entry that is wrong.
 
-    A relative path that is not there is looked for in the project's own folder, so that commands
-    work from anywhere.
+    If a relative path does not exist, it is tried in the project's folder, so that commands work
+    from any folder.
     """
-    own = Path(__file__).parent.parent / path
+    shipped = Path(__file__).parent.parent / path
     try:
-        found = path if Path(path).exists() or not own.exists() else own
-        entries = load_yaml(read_file(found))
+        use_shipped = shipped.exists() and not Path(path).exists()
+        entries = load_yaml(read_file(shipped if use_shipped else path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -52,18 +52,18 @@ def read_attributes(path: str | Path) -> list[Attribute]:
         if not isinstance(classes, dict) or len(classes) < 2:
             raise UserError(f"{where}: needs two classes or more")
         if len(set(map(str, classes))) < len(classes):
-            raise UserError(f"{where}: two classes of one name, {', '.join(map(repr, classes))}")
-        owners: dict[str, object] = {}
+            raise UserError(f"{where}: two classes have one name: {', '.join(map(repr, classes))}")
+        class_of: dict[str, object] = {}
         for name, sentences in classes.items():
             if not isinstance(sentences, list) or not sentences:
                 raise UserError(f"{where}: class {name} has no sentences")
             for sentence in sentences:
-                if wrong := fault(sentence) or (TOO_LONG if is_cut(sentence) else ""):
-                    raise UserError(f"{where}: class {name}: the sentence {wrong}")
-                if owners.setdefault(sentence, name) != name:
+                if problem := fault(sentence) or (TOO_LONG if is_cut(sentence) else ""):
+                    raise UserError(f"{where}: class {name}: the sentence {problem}")
+                if class_of.setdefault(sentence, name) != name:
                     raise UserError(
-                        f"{where}: classes {owners[sentence]} and {name} have the same sentence "
-                        f"'{sentence:.60}'; it can speak for one of them"
+                        f"{where}: classes {class_of[sentence]} and {name} have the same sentence "
+                        f"'{sentence:.60}'; keep it in one of them"
                     )
         if entry["attribute"] in {a.name for a in attributes}:
             raise UserError(f"{where}: an attribute before it has the same name")
@@ -80,19 +80,20 @@ def read_attributes(path: str | Path) -> list[Attribute]:
 def check_labels(
     attributes: Sequence[Attribute], classes: Mapping[str, int], data: str, path: str | Path
 ) -> None:
-    """Raise UserError unless a data set's labels are those that the file has sentences for.
+    """Raise UserError unless the file has sentences for a data set's labels, in the same order.
 
     Args:
         classes: number of classes by attribute, in the order of the labels.
         data: name of the data set.
+        path: the file of `attributes`, for the message.
     """
-    described = {a.name: len(a.classes) for a in attributes}
-    if list(described.items()) != list(classes.items()):
+    with_sentences = {a.name: len(a.classes) for a in attributes}
+    if list(with_sentences.items()) != list(classes.items()):
         raise UserError(
-            f"{path}: has sentences for {_shown(described)}; the labels of {data} are "
-            f"{_shown(classes)} (--attributes_file)"
+            f"{path}: has sentences for {_listed(with_sentences)}; the labels of {data} are "
+            f"{_listed(classes)} (--attributes_file)"
         )
 
 
-def _shown(classes: Mapping[str, int]) -> str:
+def _listed(classes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count} classes)" for name, count in classes.items())

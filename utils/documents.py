@@ -1,5 +1,6 @@
-"""JSON and YAML as data. A key that stands twice is an error: readers commonly take the last one in
-silence. A byte-order mark in front is passed over; UTF-16 is read as well."""
+"""Read JSON and YAML. A duplicate key is an error, of which common readers silently take the last.
+
+A byte-order mark at the start is skipped; UTF-16 is read too."""
 
 from __future__ import annotations
 
@@ -9,29 +10,36 @@ from typing import Any
 
 import yaml
 
-LARGEST_YAML = 2**18  # bytes; the files of options here have some hundreds
-LONGEST_NUMBER = 40  # characters; YAML's 0x... and 1:59:59 may be longer than can be computed
-MOST_MERGED = 1000  # keys that come by <<
+MAX_YAML = 2**18  # bytes; files of options have some hundreds
+MAX_NUMBER = 40  # characters; a long 0x... or 1:59:59 of YAML would take hours to convert
+MAX_MERGED = 1000  # keys that << copies
 
 
 def load_json(content: bytes) -> Any:
-    """Raises ValueError or RecursionError."""
+    """The value of a JSON document. Raises ValueError or RecursionError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r:.60} stands twice in {found!r:.200}; keep one")
-        return found
+            raise ValueError(f"the key {twice!r:.60} appears twice in {mapping!r:.200}; keep one")
+        return mapping
 
     return json.loads(content, object_pairs_hook=unique)
 
 
-class Loader(yaml.SafeLoader):
-    """Safe YAML that also reads `!!python/tuple`, which IRRA-family configs.yaml files carry."""
+def load_yaml(content: bytes) -> Any:
+    """The value of a YAML document. Raises yaml.YAMLError, ValueError or RecursionError."""
+    if len(content) > MAX_YAML:
+        raise ValueError(f"{len(content)} bytes; the limit is {MAX_YAML}")
+    return yaml.load(content, Loader=Loader)
 
-    merged = 0
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML that also reads `!!python/tuple`, as in configs.yaml of IRRA and its relatives."""
+
+    merged = 0  # keys that << has copied
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[Any, int] = {}
@@ -40,24 +48,23 @@ class Loader(yaml.SafeLoader):
                 continue
             name, line = self.construct_object(key), key.start_mark.line + 1
             if not isinstance(name, Hashable):
-                continue  # refused below
+                continue  # `super` refuses it
             if name in lines:
-                place = f"lines {lines[name]} and {line}"
-                raise yaml.YAMLError(f"the key {name!r:.60} stands twice ({place}); keep one")
+                both = f"lines {lines[name]} and {line}"
+                raise yaml.YAMLError(f"the key {name!r:.60} appears twice ({both}); keep one")
             lines[name] = line
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """PyYAML copies what `<<` names into its place; of merges of merges each copy may be twice
-        the one before."""
+        """Limit the keys that `<<` copies: with nested merges their number may double each time."""
         for key, value in node.value:
             for source in _mappings(value) if _is_merge(key) else ():
                 self.merged += len(source.value)
-                if self.merged > MOST_MERGED or any(_is_merge(key) for key, _ in source.value):
+                if self.merged > MAX_MERGED or any(_is_merge(key) for key, _ in source.value):
                     line = key.start_mark.line + 1
                     raise yaml.YAMLError(
-                        f"line {line}: << names a mapping that has << itself, or "
-                        f"brings more than {MOST_MERGED} keys; write them out"
+                        f"line {line}: << merges a mapping that has << itself, or more than "
+                        f"{MAX_MERGED} keys; write them out"
                     )
         super().flatten_mapping(node)
 
@@ -67,16 +74,20 @@ def _is_merge(key: yaml.Node) -> bool:
 
 
 def _mappings(node: yaml.Node) -> list[yaml.MappingNode]:
-    """What a `<<` names: one mapping, or a list of them."""
-    found = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    return [one for one in found if isinstance(one, yaml.MappingNode)]
+    """The mappings that `<<` merges: its value is one mapping, or a list of them."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    return [each for each in nodes if isinstance(each, yaml.MappingNode)]
 
 
 def _number(kind: str) -> Callable[[Loader, Any], Any]:
+    """PyYAML's constructor of `int` or `float`, with a limit on the length."""
+
     def construct(loader: Loader, node: yaml.Node) -> Any:
-        if len(node.value) > LONGEST_NUMBER:
+        if len(node.value) > MAX_NUMBER:
             line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: a number of {len(node.value)} characters")
+            raise yaml.YAMLError(
+                f"line {line}: a number of {len(node.value)} characters; the limit is {MAX_NUMBER}"
+            )
         return getattr(yaml.SafeLoader, f"construct_yaml_{kind}")(loader, node)
 
     return construct
@@ -89,10 +100,3 @@ def _tuple(loader: Loader, node: yaml.SequenceNode) -> list[Any]:
 Loader.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
 for kind in ("int", "float"):
     Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _number(kind))
-
-
-def load_yaml(content: bytes) -> Any:
-    """Raises yaml.YAMLError, ValueError or RecursionError."""
-    if len(content) > LARGEST_YAML:
-        raise ValueError(f"{len(content)} bytes; such a file has {LARGEST_YAML} at most")
-    return yaml.load(content, Loader=Loader)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: it finishes its step, saves, and leaves with a status."""
+"""Signals that stop a run: it finishes its step, saves, and exits with a status."""
 
 from __future__ import annotations
 
@@ -12,77 +12,79 @@ from typing import Any
 
 from utils.errors import StoppedBySignal, rank
 
-WATCH_SECONDS = 5
-# What schedulers, people, and terminals that close send.
+WATCH_SECONDS = 5  # between a worker's checks whether its training still runs
+# Schedulers, users and closing terminals send these.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 
 
-def leave_at_once() -> None:
-    """Outside of a training there is nothing to save: signals that ask to leave end the program
-    with the status of one that may be started again."""
+def exit_on_signals() -> None:
+    """Before training there is nothing to save: `SIGNALS` end the program at once, with the status
+    after which a scheduler may requeue it."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedBySignal(f"{signal.Signals(number).name}: stopped; there was nothing to save")
 
     for number in SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, leave)
+            signal.signal(number, stop)
 
 
 class StopRequest:
-    """While entered, `SIGNALS` are noted, but for those that the process is to ignore (nohup).
+    """A context in which `SIGNALS` do not end the process: `name` becomes the name of the signal.
 
-    `name` is then the signal's. A second Ctrl-C raises KeyboardInterrupt at once.
+    Signals that the process ignores (nohup) stay ignored. A second Ctrl-C raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heeded}
+        active = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._note) for number in active}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.name and rank() == 0:
-            with suppress(OSError):  # not print, which may have been what it interrupted
+            with suppress(OSError):  # print may be what the signal interrupted; it is not reentrant
                 os.write(2, b"\nfinishing this step, then saving; Ctrl-C leaves at once\n")
         self.name = self.name or signal.Signals(number).name
 
 
-def serve_training(training: int, _: int) -> None:
-    """For a loader's process: signals to the whole job are the training's to answer, whose process
-    id is given. A worker ends at the training's own SIGTERM, or when the training is gone.
+def init_worker_signals(training: int, _: int) -> None:
+    """Set up signals in a loader process; `training` is the process id of its training.
 
-    Where a worker was not forked and libraries have started threads in it, or on other systems than
-    Linux, SIGTERM from anyone ends it: the sender can be told only if no other thread may take it.
+    A scheduler signals all processes of a job, but only the training should react. A worker ends at
+    SIGTERM from its training, or when the training has ended.
+
+    The sender of SIGTERM is known only if no other thread can receive it. So any SIGTERM ends a
+    worker on other systems than Linux, and if libraries have started threads in it.
     """
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
     tasks = "/proc/self/task"
-    alone = os.path.isdir(tasks) and len(os.listdir(tasks)) == 1
-    if alone:
+    single_thread = os.path.isdir(tasks) and len(os.listdir(tasks)) == 1
+    if single_thread:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def obey() -> None:
+    def watch() -> None:
         while True:
-            if alone:
+            if single_thread:
                 received = signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)
                 if received is not None and received.si_pid == training:
                     os._exit(0)
             else:
                 time.sleep(WATCH_SECONDS)
             try:
-                os.kill(training, 0)  # asks whether it is there
+                os.kill(training, 0)  # signal 0 only checks that the process exists
             except ProcessLookupError:
                 os._exit(0)
 
-    threading.Thread(target=obey, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What is said: lines on the console, above progress bars, and in the run's log if there is one."""
+"""Lines on the console, above progress bars, and in the run's log file if there is one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tqdm import tqdm
 from utils.text import visible
 
 LOGGER_NAME = "aea_firm"
-LAST_WORDS = logging.CRITICAL
+FINAL_MESSAGE = logging.CRITICAL  # level of a message that every rank may write to the log file
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a text at once, on stdout if no `file` is given; control characters but line breaks are
-    shown by their numbers.
+    """Print a text and flush, to stdout unless `file` is given.
 
-    A console that is gone or full gets no more lines, and ends no run.
+    Control characters are escaped, line breaks are not. If the console is closed or its disk is
+    full, later lines are dropped and the run continues.
     """
     file = file or sys.stdout
     try:
@@ -29,9 +29,9 @@ def say(text: str, file: TextIO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def note_in_file(message: str) -> None:
-    """Add a line to the run's log, which the console has in another way."""
+def log_to_file(message: str) -> None:
+    """Add a line to the run's log file, but not to the console, which shows it in another way."""
     logger = logging.getLogger(LOGGER_NAME)
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
-            handler.handle(logger.makeRecord(LOGGER_NAME, LAST_WORDS, "", 0, message, (), None))
+            handler.handle(logger.makeRecord(LOGGER_NAME, FINAL_MESSAGE, "", 0, message, (), None))

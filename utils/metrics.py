@@ -1,15 +1,16 @@
 """Retrieval metrics: R@k, mAP and mINP, exact, without a loop over queries.
 
-Shapes: Q queries, G gallery items, M the most matches that any query of a chunk has.
+Shapes: Q queries, G gallery items, D features, M the largest number of matches of a query in a
+chunk, X matches of all queries in a chunk.
 
-What is counted
-- A match is a gallery item of the query's identity; its rank counts from 1.
-- Ties: similarities within TIE of each other count as equal, and of equals the matches are ranked
-  last. So a picture that is there twice has one rank wherever it stands, and a model that gives
-  every item the same score gets the worst metrics. (Without TIE they would not: kernels round a
-  row's last bits by its position in a batch.)
-- A query whose identity the gallery lacks has no rank; it is left out of every mean and counted
-  in `Retrieval.unmatched`.
+Definitions
+- A match is a gallery item of the query's identity. Ranks count from 1.
+- Ties: similarities that differ by at most TIE count as equal, and a match is ranked after equal
+  items of other identities. So the position of a duplicate image does not matter, and a model that
+  gives every item the same score gets the worst metrics. (TIE is needed because the rounding of a
+  similarity depends on its position in a batch.)
+- A query without a match in the gallery has no rank. It is left out of all means and counted in
+  `Retrieval.unmatched`.
 """
 
 from __future__ import annotations
@@ -22,35 +23,35 @@ from torch import Tensor
 from utils.devices import at_least_float32
 from utils.errors import UserError
 
-CHUNK_BYTES = 256 * 2**20  # similarities that are held at a time
+CHUNK_BYTES = 256 * 2**20  # similarities in memory at the same time
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
-TIE = 1e-6  # some ten times what float32 rounds a cosine by, and far below what separates people
-CACHED = 2**18  # comparisons that a processor's cache holds, a byte each
-COUNTED = 64  # matches per query up to which counting is faster than sorting
+TIE = 1e-6  # ten times the rounding error of a float32 cosine; people differ by far more
+CACHED = 2**18  # comparisons, of a byte each, that fit into a processor's cache
+COUNTED = 64  # up to this number of matches per query, counting is faster than sorting
 
 
 @dataclass(frozen=True)
 class Retrieval:
     """Means over queries."""
 
-    metrics: dict[str, float]  # those of METRICS, in percent
-    queries: int  # queries with at least one match
-    unmatched: int  # queries without any
-    gallery: int
+    metrics: dict[str, float]  # by the names in METRICS, in percent
+    queries: int  # number of queries with a match
+    unmatched: int  # number of queries without a match
+    gallery: int  # number of items
 
     def results(self) -> dict[str, float]:
-        """All of it by name, as test_results.json has it."""
+        """Metrics and counts by name, as in test_results.json."""
         counts = {"queries": self.queries, "unmatched": self.unmatched, "gallery": self.gallery}
         return {**self.metrics, **counts}
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """What a ranking gave each query: `query_metrics`' rows [Q, 3], identities [Q], gallery."""
+    """The result of a ranking for each query."""
 
-    rows_Q3: Tensor
+    rows_Q3: Tensor  # the result of `query_metrics`
     pids_Q: Tensor
-    gallery: int
+    gallery: int  # number of items
 
     def summary(self) -> Retrieval:
         """Means over the queries with a match. Raises UserError if there is none."""
@@ -72,9 +73,9 @@ def rank(
 ) -> Ranked:
     """Rank the gallery for every query by cosine similarity, on the features' device.
 
-    Features need no normalisation. Queries go `chunk` at a time; left out, so many that their
-    similarities fill CHUNK_BYTES, which bounds the memory at any size of the gallery. Raises
-    UserError for features that are not finite, and ValueError for shapes that do not fit.
+    Features need no normalisation. `chunk` queries are ranked at a time. By default their
+    similarities fill CHUNK_BYTES, which limits the memory for a gallery of any size. Raises
+    UserError for features that are not finite, and ValueError for shapes that do not match.
     """
     for name, features, pids in (
         ("query", query_QD, query_pids_Q),
@@ -110,18 +111,18 @@ def retrieval(
     gallery_pids_G: Tensor,
     chunk: int | None = None,
 ) -> Retrieval:
-    """`rank`, then the means. Raises UserError where no query has a match."""
+    """`rank`, then the means. Raises UserError if no query has a match."""
     return rank(query_QD, gallery_GD, query_pids_Q, gallery_pids_G, chunk).summary()
 
 
 def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor) -> Tensor:
-    """First match's rank, average precision and inverse negative penalty of each query.
+    """Rank of the first match, average precision and inverse negative penalty of each query.
 
-    Returns [Q, 3] float64: rank of the first match (counted from 1), AP in [0, 1], INP in [0, 1];
-    a row of NaN where the gallery has no match. AP is the mean over matches of precision at their
+    Returns [Q, 3] float64: rank of the first match, AP in [0, 1], INP in [0, 1], or a row of NaN
+    for a query without a match. AP is the mean over matches of precision at their
     rank; INP is the number of matches divided by the rank of the last one (Ye et al., TPAMI 2021).
     """
-    # Matches are found among sorted identities: comparing all pairs would cost as much as ranking.
+    # Sorting the identities finds the matches; comparing all pairs would take as long as ranking.
     order_G = gallery_pids_G.argsort()
     sorted_G = gallery_pids_G[order_G]
     start_Q = torch.searchsorted(sorted_G, query_pids_Q)
@@ -129,7 +130,7 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     most = int(count_Q.max()) if count_Q.numel() else 0
     if most == 0:
         return torch.full((len(query_pids_Q), 3), torch.nan, dtype=torch.float64)
-    # Similarities of a query's matches, best first; -inf fills the columns of those with fewer.
+    # Similarities of each query's matches, best first; -inf fills rows with fewer matches.
     row_X = torch.arange(len(count_Q), device=count_Q.device).repeat_interleave(count_Q)
     nth_X = torch.arange(len(row_X), device=row_X.device) - (count_Q.cumsum(0) - count_Q)[row_X]
     match_QM = similarity_QG.new_full((len(count_Q), most), -torch.inf)
@@ -148,31 +149,12 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     return rows_Q3.cpu()
 
 
-def _not_below(similarity_QG: Tensor, least_QM: Tensor) -> Tensor:
-    """How many of a query's similarities are at least each of the M given, [Q, M].
-
-    Ranks of the matches are all that the metrics need. Counting takes one pass over the
-    similarities per match; sorting them takes as long as some COUNTED passes.
-    """
-    if least_QM.shape[1] > COUNTED:
-        ascending_QG = similarity_QG.sort(dim=1).values
-        return similarity_QG.shape[1] - torch.searchsorted(ascending_QG, least_QM)
-    # On a CPU so many queries at a time that the comparisons stay in its cache: four times as fast.
-    rows = len(similarity_QG) if similarity_QG.is_cuda else max(1, CACHED // similarity_QG.shape[1])
-    count_QM = torch.empty_like(least_QM, dtype=torch.int32)
-    for i in range(0, len(similarity_QG), rows):
-        for m, least_Q in enumerate(least_QM[i : i + rows].unbind(1)):
-            not_below_QG = similarity_QG[i : i + rows] >= least_Q[:, None]
-            count_QM[i : i + rows, m] = not_below_QG.sum(dim=1, dtype=torch.int32)
-    return count_QM
-
-
 def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
-    """Means over the queries that have a match, in percent."""
+    """Means over the queries with a match, in percent. Raises UserError if there is none."""
     first, ap, inp = rows_Q3[~rows_Q3[:, 0].isnan()].unbind(1)
     if not len(first):
         raise UserError(
-            "no query has a match in the gallery: captions and images share no identity"
+            "no query has a match in the gallery: captions and images have no identity in common"
         )
 
     def percent(values: Tensor) -> float:
@@ -188,3 +170,22 @@ def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
         unmatched=len(rows_Q3) - len(first),
         gallery=gallery,
     )
+
+
+def _not_below(similarity_QG: Tensor, least_QM: Tensor) -> Tensor:
+    """For each threshold in `least_QM`, how many similarities of the query reach it, [Q, M].
+
+    The metrics need only the ranks of the matches. Counting takes one pass over the similarities
+    per match; sorting takes as long as about COUNTED passes.
+    """
+    if least_QM.shape[1] > COUNTED:
+        ascending_QG = similarity_QG.sort(dim=1).values
+        return similarity_QG.shape[1] - torch.searchsorted(ascending_QG, least_QM)
+    # On a CPU the comparisons of a block of queries fit into the cache: this is four times as fast.
+    rows = len(similarity_QG) if similarity_QG.is_cuda else max(1, CACHED // similarity_QG.shape[1])
+    count_QM = torch.empty_like(least_QM, dtype=torch.int32)
+    for i in range(0, len(similarity_QG), rows):
+        for m, least_Q in enumerate(least_QM[i : i + rows].unbind(1)):
+            not_below_QG = similarity_QG[i : i + rows] >= least_Q[:, None]
+            count_QM[i : i + rows, m] = not_below_QG.sum(dim=1, dtype=torch.int32)
+    return count_QM

@@ -37,7 +37,7 @@ def page() -> str:
 
 
 def values(option: Option) -> str:
-    """The values that an option allows, such as "2 integers, at least 16"."""
+    """The allowed values of an option, such as "2 integers, at least 16"."""
     if option.choices:
         return ", ".join(map(in_code, option.choices))
     kind = TYPES[option.type]
@@ -49,7 +49,7 @@ def values(option: Option) -> str:
 
 
 def default(option: Option) -> str:
-    """The default as it would be typed; empty where the help describes it."""
+    """The default as on a command line; empty if the help text describes it."""
     if isinstance(option.default, list):
         return " ".join(map(str, option.default))
     if option.type is bool:
@@ -58,4 +58,5 @@ def default(option: Option) -> str:
 
 
 def in_code(text: str) -> str:
+    """The text in backticks, unless it is empty."""
     return f"`{text}`" if text else ""

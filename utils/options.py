@@ -5,9 +5,9 @@ To add an option, add one row to a group of the table:
     Option("my_weight", float, 1.0, ge=0, help="weight of the loss mine"),
 
 Nothing else is needed: the command line, --help, presets, configs.yaml and the check of the value
-follow from the row, and code reads `args.my_weight`. Then `make docs` writes docs/options.md anew.
-utils/option_type.py explains the fields of a row (`ge`, `choices`, `may_differ`, ...). A rule about
-two options is a check in `resolve`, utils/config.py.
+follow from the row, and code reads `args.my_weight`. Then run `make docs` to update
+docs/options.md. utils/option_type.py explains the fields of a row (`ge`, `choices`, `may_differ`,
+...). A rule about two options is a check in `resolve`, utils/config.py.
 """
 
 from __future__ import annotations
@@ -185,8 +185,7 @@ GROUPS: dict[str, list[Option]] = {
 # fmt: on
 OPTIONS: dict[str, Option] = {o.name: o for group in GROUPS.values() for o in group}
 SCRATCH_ONLY = tuple(o.name for o in GROUPS[SCRATCH])
-# Options that may differ between two runs of the same experiment: they say where files are, which
-# machine computes, what is logged and saved.
+# Options that may differ between two runs of the same experiment: paths, devices, logging, saving.
 MAY_DIFFER = tuple(o.name for o in OPTIONS.values() if o.may_differ)
-# Options that change memory or speed, and results by rounding only.
+# Options that change memory or speed; results change only by rounding.
 SAME_RESULTS = tuple(o.name for o in OPTIONS.values() if o.same_results)

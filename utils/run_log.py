@@ -1,4 +1,4 @@
-"""One log: the console and the run's train_log.txt say the same; progress bars stay below it."""
+"""The run's log: the same lines on the console, above progress bars, and in train_log.txt."""
 
 from __future__ import annotations
 
@@ -8,19 +8,41 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from utils.files import append
-from utils.logger import LAST_WORDS, LOGGER_NAME, say
-from utils.text import Lines, visible
+from utils.logger import FINAL_MESSAGE, LOGGER_NAME, say
+from utils.text import Multiline, visible
 
 
-class _Plain(logging.Formatter):
-    """Of a message one line, whatever stands in it, unless it is `Lines`."""
+def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
+    """Set up the project's logger: lines on the console, and with the time in `log_file`.
+
+    Ranks above 0 log only warnings, and only to the console. Raises UserError if `log_file` cannot
+    be opened, or is a link.
+    """
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
+    logger.propagate = False
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    console = _Console()
+    console.setFormatter(_Formatter(f"rank {rank}: %(message)s" if rank else None))
+    logger.addHandler(console)
+    if log_file is not None:
+        handler = (_FinalMessageFile if rank else _File)(log_file, delay=bool(rank))
+        handler.setFormatter(_Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+class _Formatter(logging.Formatter):
+    """Escape control characters of a message, and line breaks unless it is `Multiline`."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = visible(record.message, lines=isinstance(record.msg, Lines))
+        record.message = visible(record.message, lines=isinstance(record.msg, Multiline))
         return super().formatMessage(record)
 
 
-class _AboveBars(logging.Handler):
+class _Console(logging.Handler):
     """The console, above progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -28,7 +50,7 @@ class _AboveBars(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """A full disk delays lines of the log, and ends no run."""
+    """The log file. A full disk delays its lines, but does not end the run."""
 
     def _open(self) -> TextIOWrapper:
         return append(Path(self.baseFilename))
@@ -37,31 +59,9 @@ class _File(logging.FileHandler):
         say(f"{self.baseFilename}: {sys.exc_info()[1]}")
 
 
-class _FileForLast(_File):
-    """Of a process that does not write the log, but for its last words."""
+class _FinalMessageFile(_File):
+    """The log file of another process than rank 0, which writes only its final message."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == LAST_WORDS:
+        if record.levelno == FINAL_MESSAGE:
             super().emit(record)
-
-
-def setup_logger(log_file: Path | None = None, rank: int = 0) -> logging.Logger:
-    """The project's logger: plain lines on the console, the same with the time in `log_file`.
-    Raises UserError if that cannot be opened, or is a link.
-
-    Of several processes (`rank`) the others than the first write warnings alone, to the console.
-    """
-    logger = logging.getLogger(LOGGER_NAME)
-    logger.setLevel(logging.WARNING if rank else logging.INFO)
-    logger.propagate = False
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-        handler.close()
-    console = _AboveBars()
-    console.setFormatter(_Plain(f"rank {rank}: %(message)s" if rank else None))
-    logger.addHandler(console)
-    if log_file is not None:
-        handler = (_FileForLast if rank else _File)(log_file, delay=bool(rank))
-        handler.setFormatter(_Plain("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
-    return logger

@@ -1,4 +1,4 @@
-"""Folders of runs: make a new one, find and open the one to resume, compare the options of two."""
+"""Folders of runs: make a new one, find the one to resume, compare the options of two runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from utils.errors import UserError
 from utils.files import lock, remove_unfinished
 
 LAST, CONFIG = "last.pth", "configs.yaml"
-# Behind the name of a file of curves: the number of the start that it is of.
+# Suffix of a TensorBoard file: 1 for a new run, 2 after its first resume, and so on.
 EVENTS = ".{:05d}"
-LAST_EPOCH = "last"  # stands for the split that chose a checkpoint, if none did
+LAST_EPOCH = "last"  # in place of the split that selected a checkpoint, if none did
 
 
 def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
-    """Make `<output_dir>/<dataset_name>/<time>_<name>/`; runs of one second get a number each."""
+    """Make `<output_dir>/<dataset_name>/<time>_<name>/`, with a number if it exists already.
+
+    Raises UserError.
+    """
     parent = Path(output_dir, dataset_name)
     stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
     make(parent)
@@ -39,7 +42,7 @@ def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
                 continue
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: {error.strerror} ({parent})") from None
-    raise UserError(f"--output_dir {output_dir}: no free folder name for {stem}")
+    raise UserError(f"--output_dir {output_dir}: 999 folders {stem} exist; run this again")
 
 
 def make(folder: Path) -> None:
@@ -51,60 +54,66 @@ def make(folder: Path) -> None:
 
 
 def open_run(args: EasyDict, processes: Processes) -> Path:
-    """The folder of the run, which is new or resumed. Rank 0 locks it, and removes files that a
-    killed process left unfinished. Raises UserError if another process works there; with
-    `--resume auto` also if one has begun a run of this name since this process looked for one."""
+    """The folder of a new or resumed run. Rank 0 locks it, and removes temporary files of a killed
+    process.
+
+    Raises UserError if another process uses the folder; with `--resume auto` also if another one
+    has started a run of this name since this process looked for a run to resume.
+    """
     folder = Path(args.resume_ckpt_file).parent if args.resume_ckpt_file else None
-    new = (args.output_dir, args.dataset_name, args.name)
+    path = (args.output_dir, args.dataset_name, args.name)
     if processes.is_rank_0 and folder is None and args.resume == "auto":
         parent = Path(args.output_dir, args.dataset_name)
         make(parent)
-        begins = lock(parent, name=f".{args.name}.lock", wait=True)
-        for other in (f for f in folders(*new[:2]) if is_named(f, args.name)):
-            refuse_if_at_work([other])
-            if os.path.isfile(other / LAST):  # of another user's folder nobody can tell
+        start_lock = lock(parent, name=f".{args.name}.lock", wait=True)
+        for other in (f for f in run_folders(*path[:2]) if is_named(f, args.name)):
+            refuse_if_in_use([other])
+            if os.path.isfile(other / LAST):  # False in an unreadable folder of another user
                 raise UserError(f"{other}: begun by another process meanwhile; run this again")
-        folder = new_run_dir(*new)
+        folder = new_run_dir(*path)
         lock(folder)
-        os.close(begins)
+        os.close(start_lock)
     elif processes.is_rank_0:
-        folder = folder or new_run_dir(*new)
+        folder = folder or new_run_dir(*path)
         lock(folder)
         remove_unfinished(folder)
     return processes.from_rank_0(folder)
 
 
-def refuse_if_at_work(runs: Iterable[Path]) -> None:
-    """Raise UserError if a process is at work in one of these folders."""
+def refuse_if_in_use(runs: Iterable[Path]) -> None:
+    """Raise UserError if another process uses one of these folders."""
     for folder in runs:
         os.close(lock(folder))
 
 
 def is_named(folder: Path, name: str) -> bool:
-    """Whether a run is of that name; if its options cannot be read, by its folder's name."""
+    """Whether a run has this name; if its options cannot be read, its folder's name decides."""
     try:
         return read_preset(folder / CONFIG).get("name") == name
     except UserError:
         return bool(re.fullmatch(rf"\d{{8}}_\d{{6}}_{re.escape(name)}(_\d+)?", folder.name))
 
 
-def folders(output_dir: str, dataset_name: str) -> list[Path]:
-    """Of all runs on a data set ("*": on any), the one that saved last first."""
+def run_folders(output_dir: str, dataset_name: str) -> list[Path]:
+    """Folders of all runs on a data set ("*": on any), the one with the newest checkpoint first.
+
+    Raises UserError if the folder of the runs is not readable.
+    """
 
     def saved(folder: Path) -> int:
         last = folder / LAST
-        return last.stat().st_mtime_ns if os.path.isfile(last) else 0  # not of another user's
+        return last.stat().st_mtime_ns if os.path.isfile(last) else 0  # 0 in an unreadable folder
 
     for place in (output_dir, os.path.join(output_dir, dataset_name)):
         if os.path.isdir(place) and not os.access(place, os.R_OK | os.X_OK):
             raise UserError(f"{place}: {os.strerror(errno.EACCES)} (--output_dir)")
     name = dataset_name if dataset_name == "*" else glob.escape(dataset_name)
-    found = map(Path, glob.glob(os.path.join(glob.escape(output_dir), name, "*")))
-    return sorted((path for path in found if path.is_dir()), key=saved, reverse=True)
+    paths = map(Path, glob.glob(os.path.join(glob.escape(output_dir), name, "*")))
+    return sorted((path for path in paths if path.is_dir()), key=saved, reverse=True)
 
 
 def differences(now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]) -> list[str]:
-    """Options that two runs do not share, as "--lr 1e-4 (was 1e-5)"."""
+    """Options that differ between two runs, as "--lr 1e-4 (was 1e-5)"."""
     return [
         f"--{name} {now[name]} (was {then[name]})"
         for name in now

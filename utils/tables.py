@@ -1,5 +1,5 @@
-"""Tables for the terminal and for papers. Cells may hold what a stranger has written: here is the
-one place that escapes it for each format."""
+"""Tables for the terminal and for papers. Cells may hold untrusted text; only this file escapes it
+for each format."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "[": "{[}", "*": "{*}",  # at the begin of a row they would belong to the \\ before
+    "[": "{[}", "*": "{*}",  # at the start of a row they would be arguments of the \\ before it
 })  # fmt: skip
-DASHES = re.compile("-(?=-)")  # of two LaTeX makes one dash
+DASHES = re.compile("-(?=-)")  # LaTeX joins two hyphens to a dash
 MARKDOWN = re.compile(r"([\\`*\[\]<>|&~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
-NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")  # which no spreadsheet takes for a formula
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")  # a spreadsheet does not read it as a formula
 
 
 def console(head: Sequence[object], rows: Sequence[Sequence[object]], left: int = 1) -> str:
@@ -29,14 +29,14 @@ def console(head: Sequence[object], rows: Sequence[Sequence[object]], left: int 
 
 
 def markdown(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table of Markdown, its first column aligned left."""
+    """A Markdown table; its first column is aligned left."""
     table = _table(head, rows, in_markdown)
     table.set_style(TableStyle.MARKDOWN)
     return table.get_string()
 
 
 def latex(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A tabular of LaTeX, its first column aligned left."""
+    """A LaTeX tabular; its first column is aligned left."""
     return _table(head, rows, in_latex).get_latex_string().replace("\r\n", "\n")
 
 
@@ -48,20 +48,20 @@ def as_csv(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 
 
 def in_markdown(text: object) -> str:
-    """What Markdown and HTML mind with a back-slash before it."""
+    """Escape special characters of Markdown and HTML with a backslash."""
     return MARKDOWN.sub(r"\\\1", visible(text))
 
 
 def in_latex(text: object) -> str:
-    """LaTeX's special characters as what they look like."""
+    """Escape special characters of LaTeX, so that they print as themselves."""
     return DASHES.sub("-{}", visible(text).translate(LATEX))
 
 
 def in_csv(text: object) -> str:
-    """With an apostrophe before what a spreadsheet takes for a formula."""
+    """Put an apostrophe before text that a spreadsheet would read as a formula."""
     shown = visible(text)
-    guarded = shown.lstrip().startswith(("=", "+", "-", "@")) and not NUMBER.fullmatch(shown)
-    return f"'{shown}" if guarded else shown
+    formula = shown.lstrip().startswith(("=", "+", "-", "@")) and not NUMBER.fullmatch(shown)
+    return f"'{shown}" if formula else shown
 
 
 def _table(

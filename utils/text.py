@@ -1,4 +1,4 @@
-"""Text that is not ours: whether a sentence says anything, and how a terminal or log shows it."""
+"""Untrusted text: check sentences, and escape control characters for terminals and logs."""
 
 from __future__ import annotations
 
@@ -9,65 +9,66 @@ from typing import Any
 
 import regex
 
-# Of these characters any that is no space is a token. Others may be repaired away (control
-# characters, "&nbsp;"), or stand for a token that is no word ("<end_of_text>").
+# Each of these characters except the space is a token. The tokenizer's text repair may remove other
+# characters (control characters, "&nbsp;"), or they may form a special token ("<end_of_text>").
 PLAIN = re.compile(r"[ -%'-;=-~]*")
-START = 49406  # the first of CLIP's two special tokens
-LONE = re.compile("[\ud800-\udfff]")
-READ = 4096  # characters; 77 tokens of ordinary captions have about 400, the longest under 1,000
-WORD = 256  # characters; a German compound has 80, and of scripts without spaces 77 tokens fewer
-# What CLIP's tokenizer takes for one word, if it is longer.
+START = 49406  # CLIP's start token; only the end token has a larger id
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+READ = 4096  # characters; 77 tokens of usual captions have about 400, the longest below 1,000
+WORD = 256  # characters; more than a German compound (80) or 77 tokens of a script without spaces
+# A longer word, as CLIP's tokenizer splits words.
 LONG_WORD = regex.compile(rf"\p{{L}}{{{WORD + 1},}}|[^\s\p{{L}}\p{{N}}]{{{WORD + 1},}}")
-UNBROKEN = re.compile(rf"[^ \t\r\n]{{{WORD + 1}}}")  # what may hold one
-# What moves a terminal's cursor, turns its direction, breaks a line, or cannot be written as UTF-8.
+UNBROKEN = re.compile(rf"[^ \t\r\n]{{{WORD + 1}}}")  # may contain a long word
+# Characters that move a terminal's cursor, change the direction of text, break a line, or cannot be
+# encoded as UTF-8.
 HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-class Lines(str):
-    """A message of several lines, which the log keeps: a table, a list. Its line breaks are made
-    here, and what stands in it and comes from elsewhere has gone through `visible`."""
+class Multiline(str):
+    """A log message of several lines, such as a table: the log does not escape its line breaks. The
+    code that makes it passes untrusted text through `visible`."""
 
 
 def visible(text: object, lines: bool = False) -> str:
-    """`text` on one line, for a terminal or a log: control characters, line breaks, marks that turn
-    the direction of writing and halves of characters as `\\x1b`, `\\n`, `\\u202e`.
+    """`text` on one line, for a terminal or a log: control characters, line breaks, direction marks
+    and lone surrogates are escaped as `\\x1b`, `\\n`, `\\u202e`.
 
     Args:
         lines: keep line breaks.
     """
 
-    def shown(found: re.Match[str]) -> str:
-        letter = found.group()
-        return letter if lines and letter == "\n" else letter.encode("unicode_escape").decode()
+    def escape(match: re.Match[str]) -> str:
+        char = match.group()
+        return char if lines and char == "\n" else char.encode("unicode_escape").decode()
 
-    return HIDDEN.sub(shown, str(text))
+    return HIDDEN.sub(escape, str(text))
 
 
 def fault(text: object) -> str:
-    """What is wrong with a sentence, to stand behind "the caption", or nothing."""
+    """What is wrong with a sentence, as a predicate for "the caption ...", or nothing."""
     if text == "":
         return "is empty"
     if not isinstance(text, str):
-        return f"is {text!r:.60}, no text"
+        return f"is {text!r:.60}, not text"
     if has_lone_surrogate(text):
-        return f"{text!r:.60} holds half a character (a lone surrogate); write it anew as UTF-8"
+        return f"{text!r:.60} holds half a character (a lone surrogate); save it as UTF-8"
     return "" if has_words(text) else f"{text!r:.60} has no words"
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether it cannot be written as UTF-8."""
-    return LONE.search(text) is not None
+    """Whether the text has half a character, which UTF-8 cannot encode."""
+    return LONE_SURROGATE.search(text) is not None
 
 
 def has_words(text: str) -> bool:
-    """Whether CLIP's tokenizer finds anything in it between start and end."""
+    """Whether CLIP's tokenizer gives any token between the start and the end token."""
     if PLAIN.fullmatch(text):
-        return bool(text.strip())  # leading spaces are passed over before it is cut
+        return bool(text.strip())  # leading spaces are removed before the text is cut
     return any(token < START for token in tokenizer().encode(text))
 
 
 def is_cut(text: str) -> bool:
-    """Whether `tokenizer` reads less than the whole text."""
+    """Whether `tokenizer` reads only a part of the text."""
     return len(text) > READ or bool(
         UNBROKEN.search(text) and LONG_WORD.search(tokenizer().clean_whole(text))
     )
@@ -75,22 +76,21 @@ def is_cut(text: str) -> bool:
 
 @functools.cache
 def tokenizer() -> Any:
-    """CLIP's, but of a text the first `READ` characters and of a word the first `WORD` are read:
-    its time grows with the square of both, and 77 tokens end long before."""
+    """CLIP's tokenizer, limited to the first `READ` characters of a text and `WORD` of a word: its
+    time grows with the square of both, and 77 tokens need far fewer."""
     import open_clip  # slow to load
 
-    own = copy.copy(open_clip.tokenizer._tokenizer)
-    own.clean_whole, own.cache = own.clean_fn, dict(own.cache)
-    own.clean_fn = lambda text: LONG_WORD.sub(
-        lambda word: word.group()[:WORD], own.clean_whole(_start(text))
+    limited = copy.copy(open_clip.tokenizer._tokenizer)
+    limited.clean_whole, limited.cache = limited.clean_fn, dict(limited.cache)
+    limited.clean_fn = lambda text: LONG_WORD.sub(
+        lambda word: word.group()[:WORD], limited.clean_whole(_start(text))
     )
-    return own
+    return limited
 
 
 def _start(text: str) -> str:
-    """The first `READ` characters that are no leading spaces; if they are not all, up to the last
-    space where there is one: in half of an entity or of a wrongly decoded letter the repair of a
-    whole line may fail."""
+    """The first `READ` characters after leading spaces. A longer text is cut at a space if there is
+    one: half an HTML entity or half a wrongly decoded letter may break the repair of the line."""
     if len(text) <= READ:
         return text
     start = text.lstrip()[:READ]

@@ -1,6 +1,7 @@
-"""mini-TBAGPR: a rendered stand-in for a text-based aerial-ground pedestrian retrieval data set.
+"""mini-TBAGPR: a rendered data set for text-based aerial-ground pedestrian retrieval.
 
-`render` writes a whole data set, `render_people` a few people for the test of a reader.
+It replaces the real data in demonstrations and tests. `render` writes a complete data set,
+`render_people` a few people for the test of a reader.
 """
 
 from .build import Pair, render, render_people

@@ -14,7 +14,7 @@ from .figure import draw_figure
 
 
 def main() -> None:
-    """Render the data set, or draw a figure of people of an existing one."""
+    """Render the data set, or draw a figure with people of an existing one."""
     parser = argparse.ArgumentParser(
         prog="python -m datasets.mini",
         description="Render mini-TBAGPR, a synthetic set of aerial and ground pictures of "
@@ -22,18 +22,18 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--layout", choices=LAYOUTS, default="TBAGPR", help="files as this data set has them")
+    add("--layout", choices=LAYOUTS, default="TBAGPR", help="write the files of this data set")
     add("--out", type=path_option, default=Path("data/mini-LAYOUT"), help="folder of the data set")
     add("--seed", type=int, default=0, help="another seed gives other people")
     add("--train_ids", type=int, default=2400, help="identities to train on, over both sources")
     add("--val_ids", type=int, default=60, help="identities to validate on, over both sources")
     add("--test_ids", type=int, default=60, help="identities to test on, over both sources")
-    add("--val", choices=VALS, default=VALS[0], help="people of its own in val, or as in the real "
-        "TBAGPR test's, with the real file names; give --val_ids and --test_ids alike")  # fmt: skip
+    add("--val", choices=VALS, default=VALS[0], help="val has its own people, or, as in "
+        "TBAGPR, those of test (with its file names; --val_ids must equal --test_ids)")  # fmt: skip
     add("--pairs", type=int, default=2, help="aerial-ground pairs of images per identity")
-    add("--workers", type=int, default=min(8, cores()), help="processes that draw")
-    add("--force", action="store_true", help="replace what is at the folder already")
-    add("--figure", type=path_option, help="only draw a picture of test people of the set at --out")
+    add("--workers", type=int, default=min(8, cores()), help="processes that render")
+    add("--force", action="store_true", help="replace the folder if it exists")
+    add("--figure", type=path_option, help="only draw a PNG with test people of the set in --out")
     args = parser.parse_args()
     args.out = Path(str(args.out).replace("LAYOUT", args.layout))
     if args.figure:

@@ -1,8 +1,8 @@
-"""The body of a person as a small mesh of coloured quadrilaterals, dressed and in mid-step.
+"""The body of a walking, dressed person, as a small mesh of coloured quadrilaterals.
 
 Body axes, in metres: x to the side, y forward, z up, the origin on the ground between the feet.
-A mesh seen by any camera gives ground and aerial pictures that agree with one another, which
-flat drawings of each view would not.
+Because both views are pictures of one mesh, they agree with each other; two flat drawings would
+not.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from .mesh import Mesh, ball, flat_colours, limb, tube
 from .people import COLOURS, GIRTH, HAIR_COLOURS, SKINS, STATURE, Person
 
-# Lower edge of the upper garment, as a fraction of the stature.
+# Lower edge of the upper garment, as a fraction of the person's height.
 _HEM = {
     "t-shirt": 0.475,
     "polo shirt": 0.475,
@@ -27,9 +27,10 @@ _HEM = {
     "coat": 0.27,
     "dress": 0.28,
 }
-# Thickness of the cloth, as a fraction of the stature.
+# Thickness of the cloth, as a fraction of the person's height.
 _THICK = {"down jacket": 0.017, "coat": 0.009, "jacket": 0.008, "hoodie": 0.008, "sweater": 0.005}
-# Half width and half depth of the trunk at fractions of the stature, men and women.
+# Half width and half depth of the trunk (men, women), at heights _TRUNK_Z. All are fractions of the
+# person's height.
 _TRUNK_Z = (0.27, 0.45, 0.50, 0.55, 0.62, 0.70, 0.76, 0.80, 0.825, 0.845, 0.862)
 _TRUNK_W = (
     (0.128, 0.104, 0.097, 0.092, 0.092, 0.106, 0.116, 0.116, 0.094, 0.052, 0.036),
@@ -41,11 +42,33 @@ _TRUNK_D = (
 )
 
 
-class _Tailor:
-    """Builds the mesh of one person; keeps the numbers that several parts share."""
+def body_mesh(
+    person: Person, phase: float, stride: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mesh of a person at one moment of walking.
+
+    phase (radians) is the moment within a walking cycle, stride (radians) how far the legs swing.
+    Returns quads [Q, 4, 3] in metres with the lower sole at z = 0, colours [Q, 3] in 0..255, and
+    bias [Q] in metres (see `Mesh`).
+    """
+    builder = _BodyBuilder(person, phase, stride)
+    sole = builder.legs()
+    for part in (builder.hips, builder.trunk, builder.arms, builder.bag, builder.head_and_hair):
+        part()
+    quads, colours, bias = builder.mesh.stack()
+    rise = np.clip(quads[..., 2] - 0.5 * builder.h, 0, None)
+    stoop = 0.42 if person.age == 2 else 0.06
+    quads[..., 1] += stoop * rise**2 / builder.h
+    quads[..., 2] -= 0.1 * stoop * rise + sole
+    return quads, np.clip(colours, 0, 255), bias
+
+
+class _BodyBuilder:
+    """Builds the mesh of one person, part by part, and keeps the values that the parts share."""
 
     def __init__(self, person: Person, phase: float, stride: float) -> None:
         self.p, self.mesh = person, Mesh()
+        # Height in metres, and relative width.
         self.h = STATURE[person.height] * (0.94 if person.age == 1 else 1.0)
         self.k = GIRTH[person.weight]
         self.skin = np.array(SKINS[person.skin], float)
@@ -58,7 +81,8 @@ class _Tailor:
         self.phase = phase
 
     def trunk_radii(self, z: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Half width and depth of the naked trunk at heights z, as fractions of the stature."""
+        """Half width and half depth of the trunk without clothes, at heights z. All are fractions
+        of the person's height."""
         p = self.p
         width = np.interp(z, _TRUNK_Z, _TRUNK_W[p.gender])
         depth = np.interp(z, _TRUNK_Z, _TRUNK_D[p.gender])
@@ -67,7 +91,8 @@ class _Tailor:
         return width * (1 + (self.k - 1) * below), depth * (1 + (self.k - 1 + belly) * below)
 
     def cloth(self, u: np.ndarray, v: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Colours of a piece of the upper garment: pattern and folds; rows counts quads down."""
+        """Colours of a part of the upper garment, with pattern and folds. u and v are those of
+        `tube`, rows the row number of each quad."""
         p, other = self.p, COLOURS[self.p.pattern_colour]
         colours = flat_colours(u.shape, self.upper)
         if p.pattern == "stripes":
@@ -131,9 +156,9 @@ class _Tailor:
             self.mesh.add(hood, self.upper * 0.86, -0.02)
 
     def hips(self) -> None:
-        """Seat of the trousers, or the skirt."""
+        """The upper part of the trousers, or the skirt."""
         p, h = self.p, self.h
-        if p.lower == "dress" or p.upper == "coat":  # nothing shows, and hidden parts cost time
+        if p.lower == "dress" or p.upper == "coat":  # hidden, so drawing it would only take time
             return
         bottom = 0.29 if p.lower == "skirt" else 0.455
         z = np.linspace(0.60, bottom, 12 if p.lower == "skirt" else 6)
@@ -181,7 +206,7 @@ class _Tailor:
         return sole
 
     def shoe(self, ankle: np.ndarray, pitch: float) -> float:
-        """One shoe under the ankle, the toe turned up by pitch (radians); returns its lowest z."""
+        """One shoe under the ankle, its toe raised by pitch (radians). Returns its lowest z."""
         p, h = self.p, self.h
         size = 1.12 if p.age == 1 else 1.0
         along = np.linspace(-0.035, 0.105, 8) * h * size
@@ -223,7 +248,7 @@ class _Tailor:
             reach = {"none": 0.0, "short": 0.42, "long": 0.97}[p.sleeve]
             sleeve = np.linspace(0, 1, 11) < reach
             radius = (radius * (0.55 + 0.45 * k) + np.where(sleeve, self.thick + 0.004, 0)) * h
-            radius[:2] *= (0.35, 0.9)  # a round shoulder instead of a cut tube
+            radius[:2] *= (0.35, 0.9)  # makes the shoulder round, not the flat end of a tube
             quads, u, v = tube(path, radius, radius, 10)
             rows = np.repeat(np.arange(len(v))[:, None], u.shape[1], 1)
             colours = self.cloth(u, v, rows)
@@ -258,7 +283,8 @@ class _Tailor:
     def box(
         self, centre: ArrayLike, half: Sequence[float], colour: ArrayLike, darker: float = 0.8
     ) -> None:
-        """A soft box with a darker flap; half (x, y, z) as fractions of the stature."""
+        """A soft box with a darker flap. half: half its size (x, y, z), as fractions of the
+        person's height."""
         drop = np.array((1.0, 0.97, 0.6, 0.2, -0.2, -0.6, -0.97, -1.0)) * half[2] * self.h
         girth = np.array((0.02, 0.9, 1.0, 1.0, 1.0, 1.0, 0.9, 0.02)) * self.h
         path = np.asarray(centre) + np.outer(drop, (0.0, 0.0, 1.0))
@@ -366,23 +392,3 @@ class _Tailor:
             band = (v > 0.3) & (v < 0.45)
             self.mesh.add(quads[band], colour * 0.55, -0.05)
         self.mesh.add(brim[0], colour * 0.88, -0.04)
-
-
-def figure(
-    person: Person, phase: float, stride: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mesh of a person at a moment of the walk.
-
-    phase (radians) is where in the step, stride (radians) how far the legs swing. Returns quads
-    [Q, 4, 3] in metres with the lower sole at z = 0, colours [Q, 3] in 0..255, bias [Q] metres.
-    """
-    tailor = _Tailor(person, phase, stride)
-    sole = tailor.legs()
-    for part in (tailor.hips, tailor.trunk, tailor.arms, tailor.bag, tailor.head_and_hair):
-        part()
-    quads, colours, bias = tailor.mesh.stack()
-    rise = np.clip(quads[..., 2] - 0.5 * tailor.h, 0, None)
-    stoop = 0.42 if person.age == 2 else 0.06
-    quads[..., 1] += stoop * rise**2 / tailor.h
-    quads[..., 2] -= 0.1 * stoop * rise + sole
-    return quads, np.clip(colours, 0, 255), bias

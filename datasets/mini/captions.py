@@ -1,7 +1,7 @@
-"""Sentences about a pair of pictures, from a small grammar with synonyms and omissions.
+"""Captions of a pair of pictures, from a small grammar with synonyms and omissions.
 
-A sentence only tells what can be seen in at least one of the two pictures: a print on the chest
-is not told of a person seen from behind twice, nor glasses that no picture shows.
+A caption mentions only what at least one of the two pictures shows. For example, it does not
+mention a print on the chest if both pictures show the person from behind.
 """
 
 import re
@@ -12,8 +12,8 @@ from .people import Person
 from .view import BACK, FRONT, View
 
 SHORTEST, LONGEST = 15, 50  # words of an ordinary caption
-LONG_SHARE = 0.02  # captions beyond the 77 tokens that CLIP's text encoder reads
-LONG_WORDS = (80, 110)
+LONG_SHARE = 0.02  # of captions have over 77 tokens, the limit of CLIP's text encoder
+LONG_WORDS = (80, 110)  # fewest and most words of those
 
 COLOUR_WORDS = {
     "grey": ("grey", "gray"),
@@ -59,22 +59,23 @@ _WEIGHTS = {1: ("slim", "thin", "slender"), 2: ("heavy-set", "stout", "overweigh
 _HEIGHTS = {1: ("tall",), 2: ("short",)}
 
 
-def _article(phrase: str) -> str:
-    return ("an " if phrase[0].lower() in "aeiou" else "a ") + phrase
-
-
-def _listing(parts: list[str]) -> str:
-    """a; a and b; a, b and c."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
-
-
-def _sentence(text: str) -> str:
-    text = re.sub(r"\s+", " ", text).strip().rstrip(",")
-    return text[0].upper() + text[1:] + "."
+def caption(person: Person, views: tuple[View, View], rng: np.random.Generator) -> str:
+    """Describe the person of a pair of views (aerial, ground) in English."""
+    long = rng.random() < LONG_SHARE
+    low, high = LONG_WORDS if long else (SHORTEST, LONGEST)
+    keep = float(rng.uniform(0.6, 1.0))
+    while True:
+        text = (_long if long else _ordinary)(_Speaker(person, views, rng, keep))
+        if low <= len(text.split()) <= high:
+            return text
+        keep = min(1.0, keep + 0.1) if len(text.split()) < low else max(0.0, keep - 0.1)
 
 
 class _Speaker:
-    """Words for one pair of pictures; keep is the probability that a minor detail is told."""
+    """Phrases for one pair of pictures, with random choice among synonyms.
+
+    `keep` scales the probability with which a minor detail is mentioned.
+    """
 
     def __init__(
         self, person: Person, views: tuple[View, View], rng: np.random.Generator, keep: float
@@ -94,7 +95,7 @@ class _Speaker:
         return self.any(*COLOUR_WORDS.get(name, (name,)))
 
     def who(self) -> str:
-        """Noun phrase without article: stature, build, age and gender."""
+        """Noun phrase without article: height, weight, age and gender."""
         p, words = self.p, []
         if p.height and self.chance(0.6 * self.keep + 0.1):
             words.append(self.any(*_HEIGHTS[p.height]))
@@ -104,7 +105,7 @@ class _Speaker:
         return " ".join([*words, noun])
 
     def upper(self) -> str:
-        """The upper garment, with article."""
+        """The upper garment, with its article."""
         p = self.p
         noun, colour = self.any(*UPPER_WORDS[p.upper]), self.colour(p.upper_colour)
         second, after = self.colour(p.pattern_colour), ""
@@ -139,7 +140,7 @@ class _Speaker:
         return _listing(parts + [self.shoes()] * shoes)
 
     def hair(self) -> str:
-        """The hair as after "has", or nothing where a hat hides it."""
+        """The hair, to follow "has"; empty if a hat hides it."""
         p = self.p
         if p.hair == "bald":
             return "" if p.hat != "none" else self.any("a bald head", "almost no hair")
@@ -156,9 +157,9 @@ class _Speaker:
         }[p.hair]
 
     def bag(self) -> str:
-        """The bag as a participle phrase, or nothing."""
+        """The bag as a participle phrase, or an empty text."""
         p, colour = self.p, self.colour(self.p.bag_colour)
-        hidden = all(np.sin(view.yaw) < -0.75 for view in self.views)  # behind the body, twice
+        hidden = all(np.sin(view.yaw) < -0.75 for view in self.views)  # behind the body in both
         if p.bag == "none" or (p.bag == "handbag" and hidden):
             return ""
         if p.bag == "backpack":
@@ -191,7 +192,7 @@ class _Speaker:
         return _article(f"{colour} {self.any('hat', 'wide-brimmed hat', 'sun hat')}")
 
     def worn(self) -> str:
-        """Glasses or a mask as after "wearing", or nothing: ground views of a face show them."""
+        """Glasses or a mask, to follow "wearing"; empty unless the ground view shows the face."""
         if self.ground.angle == BACK:
             return ""
         parts = ["glasses"] * self.p.glasses + [self.any("a face mask", "a mask")] * self.p.mask
@@ -209,14 +210,14 @@ class _Speaker:
         return self.any(*what)
 
     def extras(self) -> list[str]:
-        """Participle phrases on things carried that are told this time, the bag mostly first."""
-        found = []
+        """Participle phrases for the things carried, some left out, mostly the bag first."""
+        phrases = []
         for phrase, likely in ((self.bag(), 0.45 + 0.5 * self.keep), (self.held(), self.keep)):
             if phrase and self.chance(likely):
-                found.append(phrase)
+                phrases.append(phrase)
         if self.chance(0.2):
-            found.reverse()
-        return found
+            phrases.reverse()
+        return phrases
 
     def pose(self) -> str:
         still = self.ground.stride < 0.2
@@ -229,14 +230,8 @@ class _Speaker:
         return f"{verb} sideways to the camera" if still else f"{verb} past the camera"
 
 
-def _clause(he: str, phrases: list[str]) -> str:
-    """Participle and "with" phrases as a clause: he has a bag and is holding a phone."""
-    verbs = [f"has {x[5:]}" if x.startswith("with ") else f"is {x}" for x in phrases]
-    return f"{he} {_listing(verbs)}"
-
-
 def _ordinary(say: _Speaker) -> str:
-    """A caption that tells the facts in one of six orders."""
+    """A caption in one of six sentence forms."""
     keep, form = say.keep, say.rng.integers(6)
     shoes = say.chance(0.3 + 0.5 * keep)
     who, clothes, extras = say.who(), say.clothes(shoes), say.extras()
@@ -291,7 +286,7 @@ def _ordinary(say: _Speaker) -> str:
 
 
 def _long(say: _Speaker) -> str:
-    """A caption that tells everything, then turns to posture, light and place."""
+    """A caption with all details, and then posture, light and place until it is long enough."""
     p, he, his = say.p, say.he, say.his
     him = "her" if p.gender else "him"
     build = ("of medium build", "rather slim", "rather heavy")[p.weight]
@@ -303,33 +298,43 @@ def _long(say: _Speaker) -> str:
     parts += [f"{he} is wearing {say.clothes(True)}"]
     parts += [f"{he} also wears {_listing(head)}"] if head else []
     parts += [_clause(he, extras) if extras else f"{he} does not seem to carry anything"]
-    more = [
+    optional = [
         f"{he} is {build} and {stature[p.height]}",
         f"in the picture from the street {he} is {say.pose()}",
     ]
     if say.ground.dim:
-        more += ["it is dark, so that the colours look dull and small details are hard to make out"]
+        optional += [
+            "it is dark, so that the colours look dull and small details are hard to make out"
+        ]
     else:
-        more += ["the picture is bright, and the colours of the clothes are easy to tell apart"]
+        optional += ["the picture is bright, and the colours of the clothes are easy to tell apart"]
     place = "a city street" if say.ground.source else "the grounds of a university campus"
-    more += [
+    optional += [
         f"the place is {place}",
         f"the other picture shows {him} from high above, as a drone sees {him}, so that {his} head "
         f"and shoulders look large and {his} legs look short",
     ]
-    for i in say.rng.permutation(len(more)):
+    for i in say.rng.permutation(len(optional)):
         if len(" ".join(parts).split()) < LONG_WORDS[0]:
-            parts.append(more[i])
+            parts.append(optional[i])
     return " ".join(_sentence(part) for part in parts)
 
 
-def caption(person: Person, views: tuple[View, View], rng: np.random.Generator) -> str:
-    """Describe the person of a pair of views (aerial, ground) in English."""
-    long = rng.random() < LONG_SHARE
-    low, high = LONG_WORDS if long else (SHORTEST, LONGEST)
-    keep = float(rng.uniform(0.6, 1.0))
-    while True:
-        text = (_long if long else _ordinary)(_Speaker(person, views, rng, keep))
-        if low <= len(text.split()) <= high:
-            return text
-        keep = min(1.0, keep + 0.1) if len(text.split()) < low else max(0.0, keep - 0.1)
+def _clause(he: str, phrases: list[str]) -> str:
+    """Turn participle and "with" phrases into a clause: he has a bag and is holding a phone."""
+    verbs = [f"has {x[5:]}" if x.startswith("with ") else f"is {x}" for x in phrases]
+    return f"{he} {_listing(verbs)}"
+
+
+def _article(phrase: str) -> str:
+    return ("an " if phrase[0].lower() in "aeiou" else "a ") + phrase
+
+
+def _listing(parts: list[str]) -> str:
+    """Join words: "a"; "a and b"; "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+
+
+def _sentence(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).strip().rstrip(",")
+    return text[0].upper() + text[1:] + "."

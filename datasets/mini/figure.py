@@ -1,4 +1,4 @@
-"""A figure for the documentation: people of the test split with their pictures and captions."""
+"""A figure for the documentation: test people with their two pictures and a caption."""
 
 from pathlib import Path
 
@@ -13,35 +13,9 @@ from .view import SOURCES
 _WIDTH, _MARGIN, _TITLE, _GAP, _LINE = 1200, 38, 34, 10, 22  # pixels
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of text that fit into width pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def _entries(root: Path) -> list[tuple[str, Path, Path, str]]:
-    """(source, aerial image, ground image, caption) of test people, sources in turn."""
-    found = []
-    for name in SOURCES:
-        split = read_json(root / name / JSON_NAME[name].format("test"))
-        for i, (pid, aerial, ground) in enumerate(
-            zip(split["image_pids"], split["img_paths"], split["pair_img_paths"], strict=True)
-        ):
-            if split["image_pids"].index(pid) == i:
-                text = split["captions"][split["caption_pids"].index(pid)]
-                images = (root.joinpath(name, *path) for path in (aerial, ground))
-                found.append((name, *images, text))
-    return found
-
-
 def draw_figure(root: Path, out: Path, which: tuple[int, ...] = (18, 10, 71, 90)) -> None:
-    """Write a PNG of the test people with these running numbers in the set at `root`."""
+    """Write a PNG with some test people of the data set in `root`. `which`: their positions in the
+    list of test people."""
     entries = _entries(root)
     entries = [entries[i % len(entries)] for i in which]
     title, text = ImageFont.load_default(size=19), ImageFont.load_default(size=16)
@@ -66,3 +40,30 @@ def draw_figure(root: Path, out: Path, which: tuple[int, ...] = (18, 10, 71, 90)
             draw.text((left, below + _LINE * row), line, font=text, fill=(50, 50, 54))
     out.parent.mkdir(parents=True, exist_ok=True)
     page.save(out, optimize=True)
+
+
+def _entries(root: Path) -> list[tuple[str, Path, Path, str]]:
+    """(source, aerial image, ground image, caption) of each test person, source by source."""
+    entries = []
+    for name in SOURCES:
+        split = read_json(root / name / JSON_NAME[name].format("test"))
+        for i, (pid, aerial, ground) in enumerate(
+            zip(split["image_pids"], split["img_paths"], split["pair_img_paths"], strict=True)
+        ):
+            if split["image_pids"].index(pid) == i:
+                text = split["captions"][split["caption_pids"].index(pid)]
+                images = (root.joinpath(name, *path) for path in (aerial, ground))
+                entries.append((name, *images, text))
+    return entries
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break text into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

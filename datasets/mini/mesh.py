@@ -1,4 +1,4 @@
-"""Meshes of coloured quadrilaterals, and the two shapes that bodies are made of."""
+"""Meshes of coloured quadrilaterals, and the two shapes that a body consists of."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from numpy.typing import ArrayLike
 
 
 class Mesh:
-    """Quadrilaterals with a colour each.
+    """Quadrilaterals, each with a colour.
 
-    quads [Q, 4, 3] metres; colours [Q, 3] in 0..255; bias [Q] metres added to the distance from
-    the camera when sorting, so that a layer on top of another is painted later.
+    quads [Q, 4, 3] in metres; colours [Q, 3] in 0..255; bias [Q] in metres, added to the distance
+    from the camera before sorting, so that an outer layer is painted after the layer below it.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Mesh:
         self._parts.append((quads, colours, np.full(len(quads), bias)))
 
     def stack(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(quads, colours, bias) of all parts together."""
+        """(quads, colours, bias) of all parts."""
         quads, colours, bias = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         return quads, colours, bias
 
@@ -32,12 +32,12 @@ class Mesh:
 def tube(
     path: ArrayLike, across: ArrayLike, along: ArrayLike, sides: int = 10, square: float = 2.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Skin of a bent tube with elliptic rings.
+    """The surface of a bent tube with elliptic rings.
 
-    path [R, 3] ring centres, running downwards or forwards so that quads face outwards; across
-    and along [R] half axes sideways and to the front; square > 2 makes the rings boxier.
-    Returns quads [R-1, sides, 4, 3], u [R-1, sides] the angle around (0 front, pi back) and
-    v [R-1, sides] the fraction of the way along the path.
+    path [R, 3]: centres of the rings, downwards or forwards, so that quads face outwards; across
+    and along [R]: the ring's half axes to the side and to the front; square: 2 for ellipses, more
+    for boxier rings. Returns quads [R-1, sides, 4, 3], u [R-1, sides], the angle around the tube (0
+    front, pi back), and v [R-1, sides], the position along the path, from 0 to 1.
     """
     path = np.asarray(path, float)
     rings = len(path)
@@ -63,19 +63,19 @@ def tube(
 def ball(
     centre: ArrayLike, radii: Sequence[float] | np.ndarray, rings: int = 6, sides: int = 8
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Skin of an ellipsoid; radii (x, y, z) in metres. Returns the same as `tube`."""
+    """The surface of an ellipsoid with radii (x, y, z) in metres. Returns the same as `tube`."""
     polar = np.linspace(0.04, np.pi - 0.04, rings + 1)
     path = np.array(centre) + np.outer(np.cos(polar), (0.0, 0.0, radii[2]))
     return tube(path, radii[0] * np.sin(polar), radii[1] * np.sin(polar), sides)
 
 
 def limb(joints: ArrayLike, radii: Sequence[float], rings: int) -> tuple[np.ndarray, np.ndarray]:
-    """Path [rings, 3] through three joints, and radii [rings] interpolated along it, in metres."""
+    """A path [rings, 3] through three joints, and radii [rings] interpolated along it."""
     at = np.linspace(0, 2, rings)
     path = np.stack([np.interp(at, (0, 1, 2), np.array(joints)[:, i]) for i in range(3)], axis=1)
     return path, np.interp(at, np.linspace(0, 2, len(radii)), radii)
 
 
 def flat_colours(shape: tuple[int, int], base: ArrayLike) -> np.ndarray:
-    """Writable colours [*shape, 3], all of them `base`."""
+    """Colours [*shape, 3], all equal to `base`, to be changed afterwards."""
     return np.broadcast_to(np.asarray(base, float), (*shape, 3)).copy()

@@ -1,11 +1,11 @@
-"""Who a person is: the sampled record of an identity, and the words and colours it is made of."""
+"""A person of mini-TBAGPR: labels, clothes and colours, sampled at random for each identity."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-# RGB, 0..255: far enough apart to be told from one another in a 60-pixel wide, noisy crop.
+# RGB, 0..255, different enough to be distinguished in a noisy crop 60 pixels wide.
 COLOURS = {
     "black": (30, 30, 34),
     "white": (240, 240, 238),
@@ -30,9 +30,10 @@ HAIR_COLOURS = {
 }
 SKINS = ((242, 208, 182), (228, 186, 154), (198, 150, 114), (140, 96, 70))
 STATURE = (1.70, 1.88, 1.53)  # metres, by the label of height: middle, tall, short
-GIRTH = (1.0, 0.83, 1.27)  # width against a middle build, by the label of weight
+GIRTH = (1.0, 0.83, 1.27)  # relative width, by the label of weight: middle, slim, heavy
 
-# Dark and neutral clothes are somewhat more common; colours are spread to tell people apart.
+# Weights for sampling. Dark and neutral clothes are a little more common than others, but not as
+# common as in reality, so that people look different.
 _UPPER_COLOURS = dict(zip(COLOURS, (12, 11, 9, 10, 10, 7, 9, 8, 7, 7, 7, 5, 6), strict=True))
 _LOWER_COLOURS = dict(zip(COLOURS, (15, 10, 10, 8, 10, 9, 8, 5, 5, 5, 4, 8, 9), strict=True))
 _JEANS = {"blue": 45, "navy": 22, "black": 16, "grey": 9, "white": 8}
@@ -65,9 +66,9 @@ _PATTERNED = {
 class Person:
     """One identity.
 
-    gender, age, light, weight and height hold the labels of attrs.json; the rest is what
-    clothes and hair look like. A dress is both garments: upper and lower are "dress" then.
-    Colours are keys of COLOURS, hair_colour one of HAIR_COLOURS, skin an index into SKINS.
+    gender, age, light, weight and height are the labels of attrs.json. The other fields describe
+    clothes, hair and things carried. For a dress, both upper and lower are "dress". Colours are
+    keys of COLOURS, hair_colour is a key of HAIR_COLOURS, skin an index into SKINS.
     """
 
     gender: int
@@ -100,61 +101,20 @@ class Person:
 
     @property
     def look(self) -> tuple[object, ...]:
-        """What has to differ between any two identities of a split."""
+        """A key that is different for any two identities of a split."""
         upper, lower = (self.upper, self.upper_colour), (self.lower, self.lower_colour)
         return upper, lower, self.bag, self.hat, (self.hair, self.hair_colour)
 
 
-def pick(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
-    """One key of `weights`, drawn in proportion to its value."""
-    values = np.fromiter(weights.values(), float)
-    return list(weights)[rng.choice(len(values), p=values / values.sum())]
-
-
-def _hair(rng: np.random.Generator, woman: bool, age: int) -> tuple[str, str]:
-    if woman:
-        style = pick(rng, {"long": 38, "ponytail": 27, "bob": 20, "bun": 10, "short": 5})
-    else:
-        style = "bald" if rng.random() < (0.3 if age == 2 else 0.05) else "short"
-    colours = {"black": 54, "brown": 27, "blond": 13, "red": 6}
-    return style, "grey" if age == 2 else pick(rng, colours)
-
-
-def _garments(rng: np.random.Generator, woman: bool, warm: bool) -> tuple[str, str, str]:
-    """Upper type, sleeve and lower type that go together in the season."""
-    if woman and rng.random() < 0.18:
-        return "dress", pick(rng, {"short": 5, "none": 3} if warm else {"long": 1}), "dress"
-    upper = pick(rng, _WARM_TOPS if warm else _COLD_TOPS)
-    sleeve = "none" if upper == "tank top" else "long"
-    if upper in ("t-shirt", "polo shirt"):
-        sleeve = "long" if upper == "t-shirt" and rng.random() < 0.15 else "short"
-    elif upper == "shirt" and rng.random() < 0.35:
-        sleeve = "short"
-    lowers = {"trousers": 42, "jeans": 36}
-    if warm:
-        lowers["shorts"] = 24
-    if woman:
-        lowers |= {"leggings": 14, "skirt": 26 if upper != "coat" else 0}
-    return upper, sleeve, pick(rng, lowers)
-
-
-def _shoes(rng: np.random.Generator, woman: bool, age: int, warm: bool) -> tuple[str, str]:
-    if age == 1:
-        return "sneakers", pick(rng, _BRIGHT_SNEAKERS)
-    kinds = {"sneakers": 54, "leather shoes": 30, "sandals": 10 * warm, "boots": 16 * (not warm)}
-    kind = pick(rng, kinds)
-    return kind, pick(rng, _SNEAKERS if kind == "sneakers" else _LEATHER)
-
-
 def sample_person(rng: np.random.Generator) -> Person:
-    """Draw an identity; clothes, hair and things carried follow gender, age and season."""
+    """Sample an identity. Clothes, hair and things carried depend on gender, age and season."""
     woman, warm = bool(rng.random() < 0.48), bool(rng.random() < 0.55)
     age = int(rng.choice(3, p=(0.7, 0.17, 0.13)))
     hair, hair_colour = _hair(rng, woman, age)
     upper, sleeve, lower = _garments(rng, woman, warm)
     upper_colour = pick(rng, _UPPER_COLOURS)
     others = {c: w for c, w in _UPPER_COLOURS.items() if c != upper_colour}
-    # A pattern has to be seen: dark on light or light on dark.
+    # A pattern must be visible: dark on light, or light on dark.
     pale = sum(COLOURS[upper_colour]) > 420
     contrast = ("black", "navy", "red", "blue", "green") if pale else ("white", "yellow", "beige")
     contrasting = {c: others[c] for c in contrast if c in others}
@@ -198,3 +158,44 @@ def sample_person(rng: np.random.Generator) -> Person:
         item=pick(rng, items),
         tone=float(rng.uniform(0.9, 1.08)),
     )
+
+
+def _garments(rng: np.random.Generator, woman: bool, warm: bool) -> tuple[str, str, str]:
+    """Upper garment, sleeve and lower garment that suit each other and the season."""
+    if woman and rng.random() < 0.18:
+        return "dress", pick(rng, {"short": 5, "none": 3} if warm else {"long": 1}), "dress"
+    upper = pick(rng, _WARM_TOPS if warm else _COLD_TOPS)
+    sleeve = "none" if upper == "tank top" else "long"
+    if upper in ("t-shirt", "polo shirt"):
+        sleeve = "long" if upper == "t-shirt" and rng.random() < 0.15 else "short"
+    elif upper == "shirt" and rng.random() < 0.35:
+        sleeve = "short"
+    lowers = {"trousers": 42, "jeans": 36}
+    if warm:
+        lowers["shorts"] = 24
+    if woman:
+        lowers |= {"leggings": 14, "skirt": 26 if upper != "coat" else 0}
+    return upper, sleeve, pick(rng, lowers)
+
+
+def _hair(rng: np.random.Generator, woman: bool, age: int) -> tuple[str, str]:
+    if woman:
+        style = pick(rng, {"long": 38, "ponytail": 27, "bob": 20, "bun": 10, "short": 5})
+    else:
+        style = "bald" if rng.random() < (0.3 if age == 2 else 0.05) else "short"
+    colours = {"black": 54, "brown": 27, "blond": 13, "red": 6}
+    return style, "grey" if age == 2 else pick(rng, colours)
+
+
+def _shoes(rng: np.random.Generator, woman: bool, age: int, warm: bool) -> tuple[str, str]:
+    if age == 1:
+        return "sneakers", pick(rng, _BRIGHT_SNEAKERS)
+    kinds = {"sneakers": 54, "leather shoes": 30, "sandals": 10 * warm, "boots": 16 * (not warm)}
+    kind = pick(rng, kinds)
+    return kind, pick(rng, _SNEAKERS if kind == "sneakers" else _LEATHER)
+
+
+def pick(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
+    """A random key of `weights`, with a probability in proportion to its value."""
+    values = np.fromiter(weights.values(), float)
+    return list(weights)[rng.choice(len(values), p=values / values.sum())]

@@ -1,4 +1,4 @@
-"""One picture of one person: camera, background, light and the flaws of the camera."""
+"""One picture of one person: camera, background, light, occlusion, blur and noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
-from .body import figure
+from .body import body_mesh
 from .people import Person, sample_person
 
 SOURCES = ("AG-ReID", "G2APS-AG")
 SIDE, FRONT, BACK = 0, 1, 2  # labels of the angle
-_FINE = 3  # the figure is drawn this many times larger and then averaged down
+_FINE = 3  # antialiasing: the person is drawn this many times larger, then averaged down
 _HEIGHTS = {  # pixels, lowest and highest, by (source, aerial)
     (0, True): (92, 140),
     (0, False): (162, 240),
@@ -21,31 +21,31 @@ _HEIGHTS = {  # pixels, lowest and highest, by (source, aerial)
     (1, False): (204, 280),
 }
 
-Metres: TypeAlias = Any  # Python's floats and NumPy's, which are others for NumPy on Python 3.10
+Metres: TypeAlias = Any  # floats of Python and NumPy; on Python 3.10 NumPy's types differ
 
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is taken. Angles in radians, lengths in metres unless said otherwise."""
+    """How a picture is taken. Angles in radians, lengths in metres unless noted."""
 
     source: int  # index into SOURCES
     aerial: bool
     angle: int  # SIDE, FRONT or BACK
-    yaw: float  # where the person turns; 0 is away from the camera
+    yaw: float  # direction in which the person faces; 0 is away from the camera
     dim: int  # 1 at dusk or night, 0 in daylight
-    phase: float
-    stride: float
+    phase: float  # moment within a walking cycle
+    stride: float  # how far the legs swing
     size: tuple[int, int]  # width and height of the picture, pixels
-    elevation: float  # of the camera over the horizon
-    roll: float
-    span: float  # metres that the height of the picture covers at the person's distance
+    elevation: float  # of the camera above the horizon, seen from the person
+    roll: float  # of the camera
+    span: float  # metres that fit into the height of the picture, at the person's distance
     centre: tuple[float, ...]  # x and y of the person in the picture, as fractions of its size
     occluder: str  # none, pole, bush, person
     seed: int  # of the background and the noise
 
 
 def sample_view(rng: np.random.Generator, person: Person, source: int, aerial: bool) -> View:
-    """Draw how one picture of `person` is taken."""
+    """Sample how a picture of `person` is taken."""
     angle = int(rng.choice(3, p=(0.3, 0.37, 0.33)))
     facing = {FRONT: np.pi, BACK: 0.0, SIDE: rng.choice((-0.5, 0.5)) * np.pi}[angle]
     height = int(rng.integers(*_HEIGHTS[source, aerial], endpoint=True))
@@ -68,6 +68,32 @@ def sample_view(rng: np.random.Generator, person: Person, source: int, aerial: b
         occluder=str(rng.choice(("none", "pole", "bush", "person"), p=(0.88, 0.04, 0.04, 0.04))),
         seed=int(rng.integers(2**31)),
     )
+
+
+def paint(person: Person | None, view: View) -> Image.Image:
+    """An RGB picture of `person` (None: without a person), taken as `view` says."""
+    rng = np.random.default_rng(view.seed)
+    camera = _Camera(view)
+    image = Image.new("RGB", view.size, (150, 150, 150))
+    (_floor if view.aerial else _street)(_Canvas(image, camera), view, rng)
+    image = _mottle(image.filter(ImageFilter.GaussianBlur(0.8)), rng, 0.04)
+    azimuth, rise = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.1)
+    if not view.aerial:  # sun on the camera's side; otherwise people would be silhouettes
+        azimuth = -np.pi / 2 + rng.uniform(-1.1, 1.1)
+    flat = np.cos(rise)
+    sun = np.array((flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(rise)))
+    mesh = None
+    if person is not None:
+        mesh = _placed(person, view.phase, view.stride, view.yaw)
+        image = _shadow(image, camera, mesh[0], sun, view)
+    width, height = view.size
+    image = image.resize((width * _FINE, height * _FINE), Image.Resampling.NEAREST)
+    canvas = _Canvas(image, _Camera(view, _FINE))
+    if mesh is not None:
+        _draw_mesh(canvas, mesh, sun, view.dim)
+    if view.occluder != "none":
+        _occlude(canvas, view, rng, sun)
+    return _develop(image.reduce(_FINE), view, rng)
 
 
 class _Camera:
@@ -95,7 +121,7 @@ class _Camera:
 
 
 class _Canvas:
-    """A picture that takes polygons in world coordinates."""
+    """A picture on which polygons are drawn in world coordinates."""
 
     def __init__(self, image: Image.Image, camera: _Camera) -> None:
         self.image, self.draw, self.camera = image, ImageDraw.Draw(image), camera
@@ -107,13 +133,13 @@ class _Canvas:
     def wall(
         self, x0: Metres, x1: Metres, z0: Metres, z1: Metres, colour: ArrayLike, y: float = 3.0
     ) -> None:
-        """An upright rectangle facing the camera at distance y behind the person."""
+        """A vertical rectangle that faces the camera, at distance y behind the person."""
         self.area([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], colour)
 
     def ground(
         self, x0: Metres, x1: Metres, y0: Metres, y1: Metres, colour: ArrayLike, turn: float = 0.0
     ) -> None:
-        """A rectangle on the ground, turned about the origin by `turn`."""
+        """A rectangle on the ground, rotated around the origin by `turn`."""
         x, y = np.array((x0, x1, x1, x0)), np.array((y0, y0, y1, y1))
         cosine, sine = np.cos(turn), np.sin(turn)
         self.area(np.stack([x * cosine - y * sine, x * sine + y * cosine, 0 * x], axis=1), colour)
@@ -126,7 +152,8 @@ class _Canvas:
         colour: ArrayLike,
         leaves: int = 40,
     ) -> None:
-        """Foliage: overlapping leaves of varying brightness around a point; radius in metres."""
+        """Leaves of a plant: overlapping ellipses of different brightness around a point. radius in
+        metres."""
         (x, y), _ = self.camera(middle)
         scale = radius * self.camera.focal / np.linalg.norm(self.camera.place - middle)
         for _ in range(leaves):
@@ -136,16 +163,8 @@ class _Canvas:
             self.draw.ellipse(box, fill=_ink(np.array(colour) * rng.uniform(0.65, 1.25)))
 
 
-def _ink(colour: ArrayLike) -> tuple[int, ...]:
-    return tuple(int(c) for c in np.clip(colour, 0, 255))
-
-
-def _shade(colour: ArrayLike, rng: np.random.Generator, spread: float = 0.08) -> np.ndarray:
-    return np.array(colour, float) * rng.uniform(1 - spread, 1 + spread)
-
-
 def _street(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
-    """Background of a ground picture: pavement, a facade 3 m behind, things of known height."""
+    """Background of a ground picture: pavement, a facade 3 m behind the person, other objects."""
     city = view.source == 1
     paving = _shade((150, 148, 146) if city else (186, 178, 166), rng)
     canvas.ground(-9, 9, -6, 3.0, paving)
@@ -214,7 +233,7 @@ def _street(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
                 canvas.wall(x - 0.1, x + 0.1, 0, 2.0, (104, 82, 62), 3.6)
             canvas.blob(rng, (x, 3.4, low + rng.uniform(0, 0.9)), 0.9, (72, 112, 62), 30)
     side = rng.choice((-1, 1))
-    if rng.random() < 0.6:  # a bollard or a railing, always 1 m high: a measure for stature
+    if rng.random() < 0.6:  # a bollard or a railing, always 1 m high, to compare the person with
         for x in (0.62, 1.9) if city else np.arange(0.5, 1.6, 0.22):
             canvas.wall(
                 side * x - 0.05 * city,
@@ -229,7 +248,7 @@ def _street(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
 
 
 def _floor(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
-    """Background of an aerial picture: the ground, its lines, and plants at its edges."""
+    """Background of an aerial picture: the ground with its lines, and plants at the edges."""
     turn = rng.uniform(-0.7, 0.7)
     city = view.source == 1
     scenes = ("zebra", "road", "tiles") if city else ("paving", "lawn", "path", "paving")
@@ -269,7 +288,7 @@ def _floor(canvas: _Canvas, view: View, rng: np.random.Generator) -> None:
 
 
 def _mottle(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Uneven dirt and light: smooth brightness noise on two scales."""
+    """Add smooth brightness noise on two scales, like dirt and uneven light."""
     width, height = image.size
     gain = np.ones((height, width))
     for cells in (3, 24):
@@ -282,8 +301,8 @@ def _mottle(image: Image.Image, rng: np.random.Generator, strength: float) -> Im
 def _placed(
     person: Person, phase: float, stride: float, yaw: float, at: Sequence[float] = (0.0, 0.0)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mesh of `figure`, turned by yaw and moved on the ground."""
-    quads, colours, bias = figure(person, phase, stride)
+    """The person's mesh, rotated by yaw and moved to (x, y) on the ground."""
+    quads, colours, bias = body_mesh(person, phase, stride)
     cosine, sine = np.cos(yaw), np.sin(yaw)
     x, y = quads[..., 0].copy(), quads[..., 1].copy()
     quads[..., 0] = x * cosine - y * sine + at[0]
@@ -294,7 +313,7 @@ def _placed(
 def _shadow(
     image: Image.Image, camera: _Camera, quads: np.ndarray, sun: np.ndarray, view: View
 ) -> Image.Image:
-    """Darken the ground where the figure keeps the light off; at dusk only around the feet."""
+    """Darken the ground in the person's shadow. At dusk the shadow is only around the feet."""
     mask = Image.new("L", image.size, 0)
     draw = ImageDraw.Draw(mask)
     if view.dim:
@@ -304,17 +323,17 @@ def _shadow(
         draw.ellipse((x - r, y - flat, x + r, y + flat), fill=70)
     else:
         cast = quads - quads[..., 2:] * (sun / sun[2])
-        pixels, _ = camera(cast[::2])  # blurred: half of the surface is enough
+        pixels, _ = camera(cast[::2])  # half of the surface is enough, because it is blurred
         for corner in pixels.reshape(-1, 8).tolist():
             draw.polygon(corner, fill=120)
     mask = mask.filter(ImageFilter.GaussianBlur(view.size[1] / 130))
     return Image.composite(Image.new("RGB", image.size, (22, 24, 36)), image, mask)
 
 
-def _draw_figure(
+def _draw_mesh(
     canvas: _Canvas, mesh: tuple[np.ndarray, np.ndarray, np.ndarray], sun: np.ndarray, dim: int
 ) -> None:
-    """Paint a mesh from back to front, lit by the sun (unit vector) and the sky."""
+    """Draw a mesh from back to front, lit by the sun (a unit vector towards it) and the sky."""
     quads, colours, bias = mesh
     pixels, depth = canvas.camera(quads)
     first, second = pixels[:, 2] - pixels[:, 0], pixels[:, 3] - pixels[:, 1]
@@ -332,7 +351,7 @@ def _draw_figure(
 
 
 def _occlude(canvas: _Canvas, view: View, rng: np.random.Generator, sun: np.ndarray) -> None:
-    """Something that hides a small part of the person."""
+    """Draw something that hides a small part of the person."""
     side = float(rng.choice((-1, 1)))
     if view.occluder == "pole":
         x = side * rng.uniform(0.2, 0.34)
@@ -346,11 +365,11 @@ def _occlude(canvas: _Canvas, view: View, rng: np.random.Generator, sun: np.ndar
         other = sample_person(rng)
         at = (side * rng.uniform(0.52, 0.62), -0.45)
         mesh = _placed(other, view.phase + 1, 0.2, rng.uniform(0, 6.28), at)
-        _draw_figure(canvas, mesh, sun, view.dim)
+        _draw_mesh(canvas, mesh, sun, view.dim)
 
 
 def _develop(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:
-    """Blur, light, colour cast and noise: what the scene's light and the camera make of it."""
+    """Add the effects of light and camera: blur, brightness, colour cast and noise."""
     blur = (0.75, 0.5) if view.aerial else (0.6, 0.35)
     image = image.filter(ImageFilter.GaussianBlur(blur[view.source] * rng.uniform(0.5, 1.0)))
     pixels: np.ndarray = np.asarray(image, np.float32)
@@ -366,27 +385,9 @@ def _develop(image: Image.Image, view: View, rng: np.random.Generator) -> Image.
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def paint(person: Person | None, view: View) -> Image.Image:
-    """The picture of `person` (or of the empty place, if None) taken as `view` says; RGB."""
-    rng = np.random.default_rng(view.seed)
-    camera = _Camera(view)
-    image = Image.new("RGB", view.size, (150, 150, 150))
-    (_floor if view.aerial else _street)(_Canvas(image, camera), view, rng)
-    image = _mottle(image.filter(ImageFilter.GaussianBlur(0.8)), rng, 0.04)
-    azimuth, rise = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.1)
-    if not view.aerial:  # in front of the person, or every figure would be a silhouette
-        azimuth = -np.pi / 2 + rng.uniform(-1.1, 1.1)
-    flat = np.cos(rise)
-    sun = np.array((flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(rise)))
-    mesh = None
-    if person is not None:
-        mesh = _placed(person, view.phase, view.stride, view.yaw)
-        image = _shadow(image, camera, mesh[0], sun, view)
-    width, height = view.size
-    image = image.resize((width * _FINE, height * _FINE), Image.Resampling.NEAREST)
-    canvas = _Canvas(image, _Camera(view, _FINE))
-    if mesh is not None:
-        _draw_figure(canvas, mesh, sun, view.dim)
-    if view.occluder != "none":
-        _occlude(canvas, view, rng, sun)
-    return _develop(image.reduce(_FINE), view, rng)
+def _shade(colour: ArrayLike, rng: np.random.Generator, spread: float = 0.08) -> np.ndarray:
+    return np.array(colour, float) * rng.uniform(1 - spread, 1 + spread)
+
+
+def _ink(colour: ArrayLike) -> tuple[int, ...]:
+    return tuple(int(c) for c in np.clip(colour, 0, 255))

@@ -1,1 +1,1 @@
-"""The losses, one file a family, and the table of all."""
+"""The losses, one file for each family, and the table of all losses."""

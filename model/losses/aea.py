@@ -1,10 +1,11 @@
 """AEA, adaptive elastic alignment: one distribution over both views, and a queue of past features.
 
-Shapes: B samples, D joint space, K keys = 2B + the queue's slots.
+Shapes: B samples, D joint space, Q slots of the queue, K keys = 2B + Q.
 
-A caption is not forced onto each view separately: its similarities to the batch's aerial images,
-ground images and past aerial images form one softmax, and the target spreads over all keys of its
-identity, with some slack that favours the direct pair. The nearer view may so pull first.
+AEA does not align a caption with each view separately. The caption's similarities to the batch's
+aerial images, ground images and past aerial images form one softmax. The target spreads over all
+keys of the caption's identity, and a slack gives the aerial images more weight. So a caption may
+align first with the view that is nearer to it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.losses.inputs import Inputs, Setting, reduced
+from model.losses.inputs import Inputs, ModuleConfig, apply_reduction
 
 
 def soft_targets(pids_B: Tensor, queue_pids_Q: Tensor | None = None, slack: float = 0.15) -> Tensor:
-    """W [B, K] unscaled: 1 for a key of the anchor's identity, plus slack in the first block.
+    """W [B, K] unscaled: 1 for a key of the anchor's identity, plus `slack` in the first block.
 
-    Keys are the batch's first view, its second view, then the queue; an identity of -1 is an
-    empty slot and matches nobody.
+    The blocks of keys are the batch's first view, its second view, and the queue. An empty slot
+    has the identity -1 and matches no anchor.
     """
     same_BB = (pids_B[:, None] == pids_B[None, :]).float()
     blocks = [same_BB * (1 + slack), same_BB]
@@ -39,8 +40,8 @@ def elastic_kl(
 ) -> Tensor:
     """mean_i sum_j P_ij (log P_ij - log(W_ij + 1e-8)) with W's rows scaled to sum 1 (`supkl`).
 
-    P is the softmax over keys. Keys that do not exist take no part in it. Returns a scalar, or a
-    value for each anchor [B] with `reduction="none"`.
+    P is the softmax over the keys that exist. Returns a scalar, or a value for each anchor [B]
+    with `reduction="none"`.
     """
     if key_exists_K is not None:
         logits_BK = logits_BK.masked_fill(~key_exists_K, -torch.inf)
@@ -49,7 +50,7 @@ def elastic_kl(
     p_BK = log_p_BK.exp()
     if key_exists_K is not None:
         log_p_BK = log_p_BK.masked_fill(~key_exists_K, 0.0)  # their P is 0; 0 * -inf is NaN
-    return reduced((p_BK * (log_p_BK - (targets_BK + 1e-8).log())).sum(dim=1), reduction)
+    return apply_reduction((p_BK * (log_p_BK - (targets_BK + 1e-8).log())).sum(dim=1), reduction)
 
 
 def soft_cross_entropy(
@@ -57,8 +58,8 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Cross-entropy to W with rows of L2 norm 1, anchors to keys and keys to anchors (`supitc`).
 
-    The mean of the two directions, each a mean over its rows. Keys that do not exist take no part.
-    There is no value for each sample: the second direction is a mean over keys.
+    Returns the mean of the two directions, a scalar. Each direction is a mean over its rows: the
+    anchors, or the keys that exist. So it has no value for each sample.
     """
     if key_exists_K is None:
         key_exists_K = torch.ones(logits_BK.shape[1], dtype=torch.bool, device=logits_BK.device)
@@ -94,14 +95,14 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self, text_BD: Tensor, aerial_BD: Tensor, pids_B: Tensor) -> None:
         """Put a batch in front; the oldest entries fall out at the end."""
-        # New buffers, not changed ones: this step's gradient still reads the old.
+        # Not in place: the backward pass of this step still reads the old buffers.
         for name, new in (("text", text_BD), ("aerial", aerial_BD), ("pids", pids_B)):
             old = getattr(self, name)
             setattr(self, name, torch.cat([new.detach().to(old.dtype), old])[: len(old)])
 
 
 def aea_loss(
-    form: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    distribution_loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     text_BD: Tensor,
     aerial_BD: Tensor,
     ground_BD: Tensor,
@@ -110,11 +111,15 @@ def aea_loss(
     queue: FeatureQueue | None = None,
     slack: float = 0.15,
 ) -> Tensor:
-    """AEA: `form` (`elastic_kl` or `soft_cross_entropy`) of text anchors plus of aerial anchors.
+    """AEA: the loss of the text anchors plus the loss of the aerial anchors, a scalar.
 
-    Features must be normalised. Keys of text anchors are the aerial, ground and past aerial
-    features; keys of aerial anchors the text, ground and past text features. The queue is read,
-    not changed.
+    The keys of text anchors are the aerial, ground and past aerial features. The keys of aerial
+    anchors are the text, ground and past text features. Does not change the queue.
+
+    Args:
+        distribution_loss: `elastic_kl` or `soft_cross_entropy`.
+        text_BD, aerial_BD, ground_BD: normalised features.
+        scale: 1 / temperature.
     """
     targets_BK = soft_targets(pids_B, None if queue is None else queue.pids, slack)
     exists_K = None
@@ -125,36 +130,43 @@ def aea_loss(
         text_keys.append(queue.aerial)
         aerial_keys.append(queue.text)
 
-    def of_anchors(anchor_BD: Tensor, keys: list[Tensor]) -> Tensor:
-        # Products side by side, so that the queue is never copied next to the batch's features.
+    def loss_of(anchor_BD: Tensor, keys: list[Tensor]) -> Tensor:
+        # Concatenates the small products, not the keys: that would copy the complete queue.
         logits_BK = scale * torch.cat([anchor_BD @ k.T for k in keys], dim=1)
-        return form(logits_BK, targets_BK, exists_K)
+        return distribution_loss(logits_BK, targets_BK, exists_K)
 
-    return of_anchors(text_BD, text_keys) + of_anchors(aerial_BD, aerial_keys)
+    return loss_of(text_BD, text_keys) + loss_of(aerial_BD, aerial_keys)
 
 
 def supkl(inputs: Inputs) -> Tensor:
-    """AEA by KL divergence, the paper's."""
-    return _of_inputs(elastic_kl, inputs)
+    """AEA with KL divergence, as in the paper."""
+    return _aea_of_inputs(elastic_kl, inputs)
 
 
 def supitc(inputs: Inputs) -> Tensor:
-    """AEA by cross-entropy; half of the sum over the two anchors."""
-    return _of_inputs(soft_cross_entropy, inputs) / 2
+    """AEA with cross-entropy: the mean of the text anchors' loss and the aerial anchors' loss."""
+    return _aea_of_inputs(soft_cross_entropy, inputs) / 2
 
 
-def _of_inputs(form: Callable[..., Tensor], inputs: Inputs) -> Tensor:
-    features = (inputs.unit["text"], inputs.unit["image"], inputs.unit["pair"])
-    queue = inputs.modules.get("queue")
-    return aea_loss(form, *features, inputs.pids_B, inputs.scale, queue, inputs.options.slack)
-
-
-def queue_modules(setting: Setting) -> dict[str, nn.Module]:
+def queue_modules(config: ModuleConfig) -> dict[str, nn.Module]:
     """The queue of `--queue_batches` batches."""
-    size = setting.options.queue_batches * setting.options.batch_size
-    return {"queue": FeatureQueue(size, setting.dim)}
+    size = config.options.queue_batches * config.options.batch_size
+    return {"queue": FeatureQueue(size, config.dim)}
 
 
 def push_to_queue(inputs: Inputs) -> None:
     """Put the step's features into the queue."""
     inputs.modules["queue"].push(inputs.unit["text"], inputs.unit["image"], inputs.pids_B)
+
+
+def _aea_of_inputs(distribution_loss: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    return aea_loss(
+        distribution_loss,
+        inputs.unit["text"],
+        inputs.unit["image"],
+        inputs.unit["pair"],
+        inputs.pids_B,
+        inputs.scale,
+        inputs.modules.get("queue"),
+        inputs.options.slack,
+    )

@@ -1,14 +1,12 @@
-"""What a loss is given: the features of one training step, and what its modules are built from.
+"""What a loss gets: the features of one training step, and what it builds its modules from.
 
 Shapes: B samples of all processes, D joint space, S sentences, A attributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +16,11 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean whose terms belong to one process's samples: all processes' sums over all counts.
+class PartialMean:
+    """One process's part of a mean over all processes, which is the sum of `sum` / sum of `count`.
 
-    What a loss of `Inputs.own` returns. Processes may have different numbers of terms, so a mean
-    of means would be another value.
+    A loss that reads `Inputs.local` returns this. Processes may have different numbers of terms,
+    so a mean of the processes' means would be wrong.
     """
 
     sum: Tensor
@@ -31,26 +29,27 @@ class Mean:
 
 @dataclass
 class Inputs:
-    """What one training step offers to the losses. Features are float32 and unnormalised.
+    """What the losses of one training step read. Features are float32 and unnormalised.
 
-    The first view is the aerial one (or the only one), the pair is the ground one.
+    `image` is the aerial view (or the only view), `pair` is the ground view.
     """
 
     text_BD: Tensor
     image_BD: Tensor
     pair_BD: Tensor | None  # None: one view
     pids_B: Tensor
-    # `attributes` and `pair_attributes` [B, A], where there are any
+    # `attributes` and `pair_attributes` [B, A], if the data set has them
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     sentence_SD: Tensor | None = None  # FIRM's sentences, if a loss needs them
-    # tokens and masked captions of this process's samples alone
-    own: Mapping[str, Tensor] = field(default_factory=dict)
-    modules: Mapping[str, Any] = field(default_factory=dict)  # what the rows' `modules` have built
-    options: EasyDict = field(default_factory=EasyDict)  # all options, by their names
-    # for a loss that samples; saved in checkpoints
+    # tokens and masked captions of this process's samples only
+    local: Mapping[str, Tensor] = field(default_factory=dict)
+    # the losses' modules by their checkpoint names (`registry.Loss.modules`)
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    options: EasyDict = field(default_factory=EasyDict)  # all options by name
+    # for losses that use random numbers; saved in checkpoints
     generator: torch.Generator = field(default_factory=torch.Generator)
     logged: dict[str, Tensor] = field(default_factory=dict)
-    unit: dict[str, Tensor] = field(init=False)  # normalised: `text`, `image` and perhaps `pair`
+    unit: dict[str, Tensor] = field(init=False)  # normalised `text`, `image` and, if any, `pair`
 
     def __post_init__(self) -> None:
         views = {"text": self.text_BD, "image": self.image_BD, "pair": self.pair_BD}
@@ -58,7 +57,7 @@ class Inputs:
 
     @property
     def scale(self) -> float:
-        """1 / temperature, the factor of all similarities."""
+        """1 / temperature: losses multiply similarities by it."""
         return 1 / self.options.temperature
 
     @property
@@ -66,36 +65,43 @@ class Inputs:
         """The image features of each view, [B, D]."""
         return [view for view in (self.image_BD, self.pair_BD) if view is not None]
 
-    def over_pairs(self, loss: Callable[[Tensor, Tensor], Tensor], all_pairs: bool) -> Tensor:
-        """Mean of a loss of two normalised features over the pairs of views.
+    def mean_over_pairs(self, loss: Callable[[Tensor, Tensor], Tensor], all_pairs: bool) -> Tensor:
+        """Mean of `loss(a, b)` over pairs of normalised features [B, D].
 
-        Text-image alone with one view; with two views also text-pair and, if `all_pairs`,
-        image-pair.
+        The pairs are text-image; with two views also text-pair and, if `all_pairs`, image-pair.
         """
-        names = [("text", "image")]
+        pairs = [("text", "image")]
         if self.pair_BD is not None:
-            names += [("text", "pair")] + [("image", "pair")] * all_pairs
-        values = [loss(self.unit[a], self.unit[b]) for a, b in names]
-        return reduce(add, values) / len(values)
+            pairs += [("text", "pair")] + [("image", "pair")] * all_pairs
+        losses = [loss(self.unit[a], self.unit[b]) for a, b in pairs]
+        return add_losses(losses) / len(losses)
 
     def log(self, name: str, value: Tensor) -> None:
-        """Show a scalar beside the losses, in the log and in TensorBoard. It takes no part in the
-        total. Name it after the loss: "match2/accuracy"."""
+        """Show a scalar next to the losses in the log and in TensorBoard.
+
+        It is not part of the total. Name it after the loss: "match2/accuracy".
+        """
         self.logged[name] = value.detach()
 
 
-class Setting(NamedTuple):
-    """What a loss's modules are built from."""
+class ModuleConfig(NamedTuple):
+    """What a loss builds its modules from."""
 
     dim: int  # D
     vocab_size: int
     num_classes: int  # training identities
-    loss_names: tuple[str, ...]  # all that are used
+    loss_names: tuple[str, ...]  # all losses of the run
     options: EasyDict
     sentences: nn.Module | None  # FIRM's `SentenceTable`, if a loss needs it
 
 
-def reduced(values: Tensor, reduction: str) -> Tensor:
+def add_losses(losses: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one loss."""
+    first, *others = losses
+    return sum(others, start=first)  # without `start`, `sum` begins with the integer 0
+
+
+def apply_reduction(values: Tensor, reduction: str) -> Tensor:
     """PyTorch's `reduction` of a loss: "mean", or "none" for a value per sample."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")

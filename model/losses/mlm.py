@@ -1,6 +1,6 @@
-"""IRRA's cross-modal head: masked words are guessed from the image.
+"""IRRA's cross-modal head: it predicts masked words from the image.
 
-Shapes: B samples, L caption tokens, N image tokens, D joint space, T vocabulary.
+Shapes: B samples, L caption tokens, N image tokens, X masked tokens, D joint space, T vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, Transformer
 from torch import Tensor, nn
 
-from model.losses.inputs import Inputs, Mean, Setting
+from model.losses.inputs import Inputs, ModuleConfig, PartialMean
 from utils.devices import at_least_float32
 
 
 def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Module]:
-    """The head's parts under IRRA's names, initialised as there."""
+    """The head's parts by IRRA's names, initialised as in IRRA."""
     heads = max(1, dim // 64)
     transformer = Transformer(dim, depth, heads, act_layer=QuickGELU)
     attention = nn.MultiheadAttention(dim, heads, batch_first=True)
@@ -51,11 +51,11 @@ def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Mod
 def masked_token_logits(
     parts: Mapping[str, nn.Module], text_BLD: Tensor, image_BND: Tensor, at_X: Tensor
 ) -> Tensor:
-    """Vocabulary logits [X, T] of the X masked tokens, which stand at `at_X` of the B * L.
+    """Vocabulary logits [X, T] of the masked tokens, at the positions `at_X` of the B * L tokens.
 
-    Masked caption tokens attend to the image tokens through one cross-attention layer and a
-    transformer (IRRA, sec. 3.2); a dense-QuickGELU-LayerNorm-linear classifier follows, for the
-    masked tokens alone: the others carry no loss.
+    The masked captions' tokens attend to the image tokens through one cross-attention layer and a
+    transformer (IRRA, sec. 3.2). A dense-QuickGELU-LayerNorm-linear classifier follows. It runs on
+    the masked tokens only, because the others have no loss.
     """
     image_BND = parts["ln_pre_i"](image_BND)
     x_BLD = parts["cross_attn"](
@@ -65,17 +65,20 @@ def masked_token_logits(
     return parts["mlm_head"](x_BLD.flatten(0, 1)[at_X])
 
 
-def mlm(inputs: Inputs) -> Mean:
-    """Cross-entropy of the masked words. With two views they attend to the tokens of both images,
-    one sequence after the other, since either may show what the word says."""
-    own = inputs.own
-    logits_XT = masked_token_logits(inputs.modules, own["masked"], own["tokens"], own["masked_at"])
-    labels_X = own["masked_labels"].flatten()[own["masked_at"]]
+def mlm(inputs: Inputs) -> PartialMean:
+    """Cross-entropy of the masked words.
+
+    With two views they attend to the concatenated tokens of both images: either image may show
+    what the word describes.
+    """
+    local, at_X = inputs.local, inputs.local["masked_at"]
+    logits_XT = masked_token_logits(inputs.modules, local["masked"], local["tokens"], at_X)
+    labels_X = local["masked_labels"].flatten()[at_X]
     with torch.autocast(logits_XT.device.type, enabled=False):
         loss_X = F.cross_entropy(at_least_float32(logits_XT), labels_X, reduction="none")
-    return Mean(loss_X.sum(), len(loss_X))
+    return PartialMean(loss_X.sum(), len(loss_X))
 
 
-def mlm_modules(setting: Setting) -> dict[str, nn.Module]:
+def mlm_modules(config: ModuleConfig) -> dict[str, nn.Module]:
     """The cross-modal transformer and the classifier of words."""
-    return cross_modal_parts(setting.dim, setting.options.cmt_depth, setting.vocab_size)
+    return cross_modal_parts(config.dim, config.options.cmt_depth, config.vocab_size)

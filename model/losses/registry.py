@@ -1,7 +1,7 @@
 """The table of losses: what each computes, what it needs, and what `--loss_names` may combine.
 
-To add a loss: one file here with a function of `Inputs`, one row in LOSSES, one test;
-docs/extending.md has examples. Validation, messages and the documentation's table read the rows.
+To add a loss, write one file here with a function of `Inputs`, one row in LOSSES and one test;
+docs/extending.md has examples. Validation, messages and the documentation's table use the rows.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from model.losses import (
     irra,
     mlm,
 )
-from model.losses.inputs import Inputs, Mean, Setting
+from model.losses.inputs import Inputs, ModuleConfig, PartialMean
 from utils.errors import UserError, suggest
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A row of the table. Words that only modify another loss compute nothing themselves."""
+    """A row of the table. Some names only modify another loss; they have no `compute`."""
 
     meaning: str
-    compute: Callable[[Inputs], Tensor | Mean] | None = None
+    compute: Callable[[Inputs], Tensor | PartialMean] | None = None
     pairs: bool = False  # needs an aerial and a ground image per sample
-    attributes: bool = False  # needs attribute labels, and FIRM's sentences encoded
+    attributes: bool = False  # needs attribute labels and the features of FIRM's sentences
     masked: bool = False  # needs masked captions, and the tokens of captions and images
-    autocast: bool = False  # its modules run in the precision of the encoders, else in float32
-    any_of: tuple[str, ...] = ()  # needs at least one of these
-    one_of: tuple[str, ...] = ()  # needs exactly one of these
-    weight: str = ""  # the option that it is multiplied by
-    modules: Callable[[Setting], dict[str, nn.Module]] | None = None  # by their checkpoint names
-    after: Callable[[Inputs], None] | None = None  # called when a step's losses are computed
+    autocast: bool = False  # runs in the precision of the encoders instead of float32
+    any_of: tuple[str, ...] = ()  # needs at least one of these names
+    one_of: tuple[str, ...] = ()  # needs exactly one of these names
+    weight: str = ""  # the option that the loss is multiplied by
+    # builds the loss's modules, by their names in checkpoints
+    modules: Callable[[ModuleConfig], dict[str, nn.Module]] | None = None
+    after: Callable[[Inputs], None] | None = None  # runs after all losses of a step
 
 
 # fmt: off
@@ -65,9 +66,9 @@ LOSSES: dict[str, Loss] = {
 
 
 def parse_loss_names(text: str) -> list[str]:
-    """Split `--loss_names` and check it against the table.
+    """Split `--loss_names` and check the names against the table.
 
-    Raises UserError with the reason for anything that could not work.
+    Raises UserError with the reason if the losses cannot work together.
     """
     names = [name.strip() for name in text.split("+")]
     for name in names:
@@ -77,13 +78,11 @@ def parse_loss_names(text: str) -> list[str]:
                 f"Known: {', '.join(LOSSES)}"
             )
         if names.count(name) > 1:
-            raise UserError(f"--loss_names {text}: '{name}' stands there twice")
+            raise UserError(f"--loss_names {text}: '{name}' is named twice")
     for name in names:
         row = LOSSES[name]
         if row.any_of and not set(row.any_of) & set(names):
-            raise UserError(
-                f"--loss_names {text}: '{name}' needs {' or '.join(row.any_of)} beside it"
-            )
+            raise UserError(f"--loss_names {text}: '{name}' needs {' or '.join(row.any_of)} too")
         if row.one_of and len(set(row.one_of) & set(names)) != 1:
             raise UserError(
                 f"--loss_names {text}: '{name}' needs exactly one of {', '.join(row.one_of)}"
@@ -92,27 +91,28 @@ def parse_loss_names(text: str) -> list[str]:
 
 
 def needs_masked(names: Sequence[str]) -> bool:
-    """Whether one of these losses needs masked captions."""
+    """Whether any of these losses needs masked captions."""
     return any(LOSSES[name].masked for name in names)
 
 
 def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bool) -> None:
-    """Raise UserError with the reason if a loss needs what the data set lacks.
+    """Raise UserError if a loss needs something that the data set does not have.
 
     Args:
-        dataset: its name, for messages.
-        pairs, attributes: whether its samples have both views, and attribute labels.
+        dataset: the data set's name, for messages.
+        pairs: whether its samples have both views.
+        attributes: whether its samples have attribute labels.
     """
-    single = [name for name, row in LOSSES.items() if row.compute and not row.pairs]
+    one_view = [name for name, row in LOSSES.items() if row.compute and not row.pairs]
     for name in names:
         if LOSSES[name].pairs and not pairs:
             raise UserError(
                 f"--loss_names: '{name}' needs an aerial and a ground image per caption; "
-                f"the samples of {dataset} have one image. For one view: {', '.join(single)}"
+                f"the samples of {dataset} have one image. For one view: {', '.join(one_view)}"
             )
         if LOSSES[name].attributes and not attributes:
             raise UserError(
-                f"--loss_names: '{name}' needs attribute labels; {dataset} comes without them here "
+                f"--loss_names: '{name}' needs attribute labels; {dataset} has none "
                 "(AGDataAttr has them, and a custom data set may)"
             )
 

@@ -1,4 +1,4 @@
-"""Files as other systems write them: marks, spellings, rights, keys that stand twice."""
+"""Files as other systems write them: byte order marks, spellings, permissions, repeated keys."""
 
 import json
 import os
@@ -16,12 +16,12 @@ def test_json_is_read_with_and_without_a_byte_order_mark(encoding, tmp_path):
     assert read_json(tmp_path / "a.json") == {"é": ["a"]}
 
 
-def test_a_key_twice_in_one_object_is_refused_with_the_object(tmp_path):
+def test_a_repeated_key_in_one_object_is_refused_with_its_name(tmp_path):
     path = tmp_path / "a.json"
     for text in ('[{"id": 1, "split": "train", "id": 1}]', '{"a": {"id": 1, "id": 2}}'):
         path.write_text(text)
         with pytest.raises(
-            UserError, match=r"a.json: malformed JSON: the key 'id' stands twice in .'id"
+            UserError, match=r"a.json: malformed JSON: the key 'id' appears twice in .'id"
         ):
             read_json(path)
     path.write_text('[{"id": 1}, {"id": 1}]')
@@ -30,34 +30,41 @@ def test_a_key_twice_in_one_object_is_refused_with_the_object(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    composed, apart = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
-    for path in ("a/1.jpg", f"a/{composed}", "über/b/2.jpg", f"apart/{apart}", "back\\slash.jpg"):
+    composed, decomposed = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
+    for path in (
+        "a/1.jpg",
+        f"a/{composed}",
+        "über/b/2.jpg",
+        f"decomposed/{decomposed}",
+        "back\\slash.jpg",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     return tmp_path
 
 
-def test_images_are_found_as_other_systems_spell_their_paths(folder):
+def test_images_are_found_by_the_paths_of_other_systems(folder):
     images = ImageFolder(folder)
-    apart = unicodedata.normalize("NFD", "é")
-    for asked, there in {
+    decomposed = unicodedata.normalize("NFD", "é")
+    for asked, path in {
         "a/1.jpg": "a/1.jpg", "a\\1.jpg": "a/1.jpg", "./a//1.jpg": "a/1.jpg", ".\\a\\1.jpg": "a/1.jpg",
-        f"a/{apart}.jpg": "a/é.jpg", f"a\\{apart}.jpg": "a/é.jpg", "apart/é.jpg": f"apart/{apart}.jpg",
+        f"a/{decomposed}.jpg": "a/é.jpg", f"a\\{decomposed}.jpg": "a/é.jpg",
+        "decomposed/é.jpg": f"decomposed/{decomposed}.jpg",
         unicodedata.normalize("NFD", "über\\b\\2.jpg"): "über/b/2.jpg",
         "back\\slash.jpg": "back\\slash.jpg",
     }.items():  # fmt: skip
-        assert images.find(asked, "x") == str(folder / there)
+        assert images.find(asked, "x") == str(folder / path)
 
 
-def test_an_exact_name_comes_before_one_that_is_spelled_otherwise(folder):
-    apart = unicodedata.normalize("NFD", "é")
-    (folder / f"a/{apart}.jpg").touch()
-    for name in ("é", apart):
+def test_an_exact_name_is_preferred_to_another_spelling(folder):
+    decomposed = unicodedata.normalize("NFD", "é")
+    (folder / f"a/{decomposed}.jpg").touch()
+    for name in ("é", decomposed):
         assert ImageFolder(folder).find(f"a/{name}.jpg", "x") == str(folder / f"a/{name}.jpg")
 
 
 @pytest.mark.parametrize("path", ["a/2.jpg", "a", "", "no/1.jpg", "a/1.jpg/2", "\0", "a/\ud800"])  # fmt: skip
-def test_what_is_not_there_is_missing(path, folder):
+def test_a_missing_image_is_refused(path, folder):
     with pytest.raises(UserError, match="entry 3: image .* is missing in"):
         ImageFolder(folder).find(path, "entry 3")
 
@@ -65,29 +72,29 @@ def test_what_is_not_there_is_missing(path, folder):
 @pytest.mark.parametrize(
     "path", ["../a/1.jpg", "a/../1.jpg", "..\\a\\1.jpg", "a\\..\\..\\x", "/etc/x"]
 )
-def test_no_path_leaves_the_folder(path, folder):
+def test_a_path_that_leaves_the_folder_is_refused(path, folder):
     with pytest.raises(UserError, match="leaves the data set's folder"):
         ImageFolder(folder / "a").find(path, "entry 3")
 
 
-def test_a_folder_that_may_not_be_read_is_not_called_missing(folder, monkeypatch):
+def test_a_folder_without_access_is_not_reported_as_missing(folder, monkeypatch):
     scandir, stat = os.scandir, os.stat
 
-    def closed(call):
-        def refuse(path, *more, **named):
+    def without_access(call):
+        def refuse(path, *args, **kwargs):
             if "a" in os.fspath(path).split("/")[-2:]:
                 raise PermissionError(13, "Permission denied", path)
-            return call(path, *more, **named)
+            return call(path, *args, **kwargs)
 
         return refuse
 
-    monkeypatch.setattr(os, "scandir", closed(scandir))
+    monkeypatch.setattr(os, "scandir", without_access(scandir))
     with pytest.raises(
         UserError, match="entry 3: image a.1.jpg: .*a cannot be read: Permission den"
     ):
         ImageFolder(folder).find("a/1.jpg", "entry 3")
     assert ImageFolder(folder).find("über/b/2.jpg", "x")
-    monkeypatch.setattr(os, "stat", closed(stat))
+    monkeypatch.setattr(os, "stat", without_access(stat))
     with pytest.raises(UserError, match="a/x: Permission denied"):
         exists(folder / "a/x")
     monkeypatch.undo()

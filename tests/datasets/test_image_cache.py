@@ -14,14 +14,14 @@ CPU = torch.device("cpu")
 
 def files(root, size=(96, 32)) -> ImageFiles:
     paths = [s.image.path for s in read("AGData", root).train]
-    return ImageFiles([*paths, paths[0]], size)  # one picture twice
+    return ImageFiles([*paths, paths[0]], size)  # one image twice
 
 
 def all_of(images: ImageFiles) -> torch.Tensor:
     return torch.stack([images[i] for i in range(len(images))])
 
 
-def test_cached_images_equal_those_read_anew_and_are_kept_once(mini_root, tmp_path):
+def test_cached_images_equal_decoded_ones_and_are_stored_once(mini_root, tmp_path):
     plain, cached = files(mini_root), files(mini_root)
     cached.use_cache(tmp_path / "cache")
     assert torch.equal(all_of(plain), all_of(cached))
@@ -29,7 +29,7 @@ def test_cached_images_equal_those_read_anew_and_are_kept_once(mini_root, tmp_pa
     assert np.load(path).shape == (len(cached) - 1, 3, 96, 32)
 
 
-def test_a_cache_is_made_once_and_anew_for_another_size_or_a_changed_file(mini_copy, tmp_path):
+def test_a_cache_is_made_once_and_again_for_another_size_or_a_changed_file(mini_copy, tmp_path):
     files(mini_copy).use_cache(tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*.npy")
     made = path.stat().st_mtime_ns
@@ -51,8 +51,8 @@ def test_a_cache_is_made_once_and_anew_for_another_size_or_a_changed_file(mini_c
 def test_loaders_give_the_same_batches_with_a_cache_and_with_processes(mini_root, tmp_path):
     data = read("AGDataAttr", mini_root)
 
-    def batches(**more):
-        args = options(root_dir=str(mini_root), **more)
+    def batches(**values):
+        args = options(root_dir=str(mini_root), **values)
         train = train_loader(data, args, CPU)
         test = image_loader(data.splits["test"].galleries["aerial"].images, args, CPU)
         return [b["pair_images"] for b in train] + list(test)
@@ -63,7 +63,7 @@ def test_loaders_give_the_same_batches_with_a_cache_and_with_processes(mini_root
         assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
 
 
-def test_a_broken_image_stops_the_cache_and_leaves_no_file(mini_copy, tmp_path):
+def test_a_broken_image_is_an_error_and_leaves_no_cache_file(mini_copy, tmp_path):
     images = files(mini_copy)
     with open(images.paths[2], "wb") as file:
         file.write(b"no image")
@@ -72,7 +72,7 @@ def test_a_broken_image_stops_the_cache_and_leaves_no_file(mini_copy, tmp_path):
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_a_truncated_cache_and_a_folder_that_is_a_file_are_named(mini_root, tmp_path):
+def test_a_truncated_cache_and_a_folder_that_is_a_file_are_refused(mini_root, tmp_path):
     images = files(mini_root)
     images.use_cache(tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*.npy")

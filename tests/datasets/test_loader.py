@@ -14,18 +14,18 @@ from utils.errors import UserError
 CPU = torch.device("cpu")
 
 
-def batches(root, seed=5, **more):
-    more = {"loss_names": "sdm", "seed": seed, **more}
-    args = options(root_dir=str(root), img_aug=True, **more)
+def batches(root, seed=5, **values):
+    values = {"loss_names": "sdm", "seed": seed, **values}
+    args = options(root_dir=str(root), img_aug=True, **values)
     data = read("AGDataAttr", args.root_dir)
     masked = needs_masked(parse_loss_names(args.loss_names))
     return list(train_loader(data, args, CPU, masked=masked)), data
 
 
 def test_a_batch_holds_what_its_samples_hold(mini_root):
-    found, data = batches(mini_root)
-    assert sorted(torch.cat([b["index"] for b in found]).tolist()) == list(range(len(data.train)))
-    for batch in found:
+    loaded, data = batches(mini_root)
+    assert sorted(torch.cat([b["index"] for b in loaded]).tolist()) == list(range(len(data.train)))
+    for batch in loaded:
         for row, index in enumerate(batch["index"].tolist()):
             sample = data.train[index]
             assert batch["pids"][row] == sample.pid
@@ -37,50 +37,49 @@ def test_a_batch_holds_what_its_samples_hold(mini_root):
             assert (ids[length:] == 0).all()
             for view, image in (("", sample.image), ("pair_", sample.pair)):
                 assert torch.equal(batch[f"{view}images"][row], load_image(image.path, (96, 32)))
-        assert (
-            batch["uniform"] != batch["pair_uniform"]
-        ).all()  # views are augmented independently
-        assert (batch["caption_ids"] != 0).any(dim=0).all()  # no column of padding alone
+        # The views are augmented independently.
+        assert (batch["uniform"] != batch["pair_uniform"]).all()
+        assert (batch["caption_ids"] != 0).any(dim=0).all()  # no column has only padding
 
 
-def test_with_mlm_every_loss_sees_the_masked_captions_that_mlm_guesses(mini_root):
-    """As in the original, whose masking works in place: the ids are one tensor, not two."""
-    whole = {int(i): row for b in batches(mini_root)[0] for i, row in zip(b["index"], b["caption_ids"], strict=True)}  # fmt: skip
-    shown, data = batches(mini_root, loss_names="sdm+mlm", MLM=True)
-    for batch in shown:
+def test_with_mlm_every_loss_sees_the_masked_captions_that_mlm_predicts(mini_root):
+    """As in the original code, which masks in place: both use one tensor of ids."""
+    unmasked = {int(i): row for b in batches(mini_root)[0] for i, row in zip(b["index"], b["caption_ids"], strict=True)}  # fmt: skip
+    masked, data = batches(mini_root, loss_names="sdm+mlm", MLM=True)
+    for batch in masked:
         ids, labels = batch["caption_ids"], batch["masked_labels"]
         assert "masked_ids" not in batch and ids.shape == labels.shape == (len(ids), 77)
         assert torch.equal(batch["masked_at"], labels.flatten().nonzero()[:, 0])
         for row, label, index in zip(ids, labels, batch["index"].tolist(), strict=True):
             assert torch.equal(torch.where(label != 0, label, row), tokenize([data.train[index].caption], 77)[0])  # fmt: skip
-    # The same masks, cut to the longest caption, where mlm is not among the losses (the paper's recipe).
+    # Without the loss mlm (the paper's recipe): the same masks, trimmed to the longest caption.
     recipe, _ = batches(mini_root, loss_names="supkl", MLM=True)
-    for batch, with_mlm in zip(recipe, shown, strict=True):
+    for batch, with_mlm in zip(recipe, masked, strict=True):
         length = batch["caption_ids"].shape[1]
         assert (batch["caption_ids"] != 0).any(dim=0).all() and "masked_labels" not in batch
         assert torch.equal(batch["caption_ids"], with_mlm["caption_ids"][:, :length])
-    # --txt_aug none: whole captions for the other losses, the same masks for mlm.
-    apart, _ = batches(mini_root, loss_names="sdm+mlm", MLM=True, txt_aug="none")
-    for batch, with_mlm in zip(apart, shown, strict=True):
+    # --txt_aug none: unmasked captions for the other losses, the same masks for mlm.
+    separate, _ = batches(mini_root, loss_names="sdm+mlm", MLM=True, txt_aug="none")
+    for batch, with_mlm in zip(separate, masked, strict=True):
         assert torch.equal(batch["masked_ids"], with_mlm["caption_ids"])
         for row, index in zip(batch["caption_ids"], batch["index"].tolist(), strict=True):
-            assert torch.equal(row[row != 0], whole[index][whole[index] != 0])
+            assert torch.equal(row[row != 0], unmasked[index][unmasked[index] != 0])
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_differ_by_seed(mini_root):
-    here, _ = batches(mini_root)
-    there, _ = batches(mini_root, num_workers=2)
-    other, _ = batches(mini_root, seed=6)
-    for a, b in zip(here, there, strict=True):
+    loaded, _ = batches(mini_root)
+    by_workers, _ = batches(mini_root, num_workers=2)
+    other_seed, _ = batches(mini_root, seed=6)
+    for a, b in zip(loaded, by_workers, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(here[0]["index"], other[0]["index"])
+    assert not torch.equal(loaded[0]["index"], other_seed[0]["index"])
 
 
-def test_batches_one_ahead_are_the_same_in_the_same_order(mini_root):
-    found, _ = batches(mini_root)
-    ahead = list(on_device(found, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
-    assert len(ahead) == len(found) > 1
-    for batch, moved in zip(found, ahead, strict=True):
+def test_prefetched_batches_are_the_same_in_the_same_order(mini_root):
+    loaded, _ = batches(mini_root)
+    prefetched = list(on_device(loaded, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
+    assert len(prefetched) == len(loaded) > 1
+    for batch, moved in zip(loaded, prefetched, strict=True):
         expected = to_device(batch, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
         assert expected.keys() == moved.keys() and "uniform" not in moved
         assert all(torch.equal(expected[name], moved[name]) for name in moved)
@@ -88,7 +87,7 @@ def test_batches_one_ahead_are_the_same_in_the_same_order(mini_root):
     assert list(on_device([], CPU, (0.5,) * 3, (0.2,) * 3)) == []
 
 
-def test_augmentation_differs_between_epochs_and_leaves_the_global_generator_alone(mini_root):
+def test_augmentation_differs_between_epochs_and_does_not_use_the_global_generator(mini_root):
     args = options(root_dir=str(mini_root), img_aug=True)
     data = read("AGDataAttr", args.root_dir)
     loader = train_loader(data, args, CPU)
@@ -104,7 +103,7 @@ def test_augmentation_differs_between_epochs_and_leaves_the_global_generator_alo
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_random_sampler_visits_all_once_in_new_orders():
+def test_random_sampler_gives_each_sample_once_in_a_new_order_each_epoch():
     sampler = RandomSampler(20, 6, 0)
     assert [len(batch) for batch in sampler] == [6, 6, 6, 2]
     first = [key for batch in sampler for key in batch]
@@ -127,7 +126,7 @@ def test_identity_sampler_fills_batches_with_distinct_identities(counts):
         for start in range(0, len(order), 6):
             batch = collections.Counter(pids[i] for i in order[start : start + 6])
             assert list(batch.values()) == [3, 3]
-    if counts == [4] * 6:  # two groups an identity: all are used, so every sample is seen
+    if counts == [4] * 6:  # two groups per identity, all of them are used: each sample is seen
         assert set(order) == set(range(24)) and len(order) == 36
 
 

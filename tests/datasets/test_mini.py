@@ -1,4 +1,4 @@
-"""The rendered data set: files, keys, labels, captions, and what labels do to pixels."""
+"""The rendered data set: files, keys, labels, captions, and the effect of labels on pixels."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datasets.mini import render, render_people
-from datasets.mini.build import cast, sample_pair
+from datasets.mini.build import sample_pair, sample_people
 from datasets.mini.captions import COLOUR_WORDS, LOWER_WORDS, UPPER_WORDS, caption
 from datasets.mini.people import COLOURS, sample_person
 from datasets.mini.view import FRONT, View, paint, sample_view
@@ -39,15 +39,15 @@ def load(root: Path, source: str, split: str):
 
 def images(root: Path) -> dict[tuple[str, str], list[tuple[list[str], bool]]]:
     """(path, aerial) of every image named in the JSON files, by source and split."""
-    found = {}
+    paths = {}
     for source in NAMES:
         train = load(root, source, "train")
-        found[source, "train"] = [(r[2 + i], i == 0) for r in train for i in (0, 1)]
+        paths[source, "train"] = [(r[2 + i], i == 0) for r in train for i in (0, 1)]
         for split in ("val", "test"):
             data = load(root, source, split)
-            found[source, split] = [(p, True) for p in data["img_paths"]]
-            found[source, split] += [(p, False) for p in data["pair_img_paths"]]
-    return found
+            paths[source, split] = [(p, True) for p in data["img_paths"]]
+            paths[source, split] += [(p, False) for p in data["pair_img_paths"]]
+    return paths
 
 
 def key(source: str, path: list[str]) -> str:
@@ -60,7 +60,7 @@ def attributes(root: Path) -> dict[str, list[int]]:
     return dict(pairs)
 
 
-def test_files_depend_on_seed_and_not_on_workers(root, tmp_path):
+def test_files_depend_on_the_seed_and_not_on_workers(root, tmp_path):
     render(tmp_path / "two", seed=0, workers=2, **SIZES)
     assert files(tmp_path / "two") == files(root)
     render(tmp_path / "other", seed=1, workers=1, **SIZES)
@@ -100,7 +100,7 @@ def test_every_image_exists_and_has_its_attributes_once(root):
     assert len(list(root.rglob("*.jpg"))) == len(keys)
 
 
-def test_label_ranges_and_constancy(root):
+def test_labels_are_in_range_and_four_are_equal_in_both_views(root):
     labels = np.array(list(attributes(root).values()))
     assert labels.min() >= 0 and (labels.max(axis=0) < (2, 3, 2, 3, 3, 3, 2)).all()
     attrs = attributes(root)
@@ -115,14 +115,14 @@ def test_identities_are_disjoint_and_look_different(root):
         val, test = (set(load(root, source, s)["image_pids"]) for s in ("val", "test"))
         assert not (train & val or train & test or val & test)
     for split, count in enumerate((480, 61, 120)):
-        people = cast(0, split, count)
+        people = sample_people(0, split, count)
         assert len({person.look for _, _, person in people}) == count
         assert sum(source == 0 for source, _, _ in people) == (count + 1) // 2
 
 
 def test_splits_can_be_as_in_the_real_data(like_real):
     """G2APS-AG's val is its test; AG-ReID's val shows test's people in other images, and one of
-    them walks in training, too."""
+    them is in training, too."""
     texts = [(like_real / f"G2APS-AG/g2aps_{s}.json").read_text() for s in ("val", "test")]
     assert texts[0] == texts[1]
     val, test = (load(like_real, "AG-ReID", s) for s in ("val", "test"))
@@ -130,8 +130,8 @@ def test_splits_can_be_as_in_the_real_data(like_real):
     names = {s: {file for _, file in x["img_paths"]} for s, x in (("val", val), ("test", test))}
     names["train"] = {row[2][1] for row in load(like_real, "AG-ReID", "train")}
     assert not names["val"] & names["test"]
-    found = {s: {re.fullmatch(r"P(\d{4})T\d{5}A0C0F\d+\.jpg", n)[1] for n in x} for s, x in names.items()}  # fmt: skip
-    assert found["val"] == found["test"] and found["train"] & found["test"] == {"0001"}
+    people = {s: {re.fullmatch(r"P(\d{4})T\d{5}A0C0F\d+\.jpg", n)[1] for n in x} for s, x in names.items()}  # fmt: skip
+    assert people["val"] == people["test"] and people["train"] & people["test"] == {"0001"}
     keys = attributes(like_real)
     for (source, _), entries in images(like_real).items():
         for path, _ in entries:
@@ -140,48 +140,48 @@ def test_splits_can_be_as_in_the_real_data(like_real):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("options", "message"),
     [
         ({"val": "real"}, "val real is none of disjoint, like_real"),
-        ({"val": "like_real", "layout": "custom"}, "is of the layout TBAGPR"),
-        ({"val": "like_real", "val_ids": 3}, "so val_ids is test_ids"),
+        ({"val": "like_real", "layout": "custom"}, "only for the layout TBAGPR"),
+        ({"val": "like_real", "val_ids": 3}, "val_ids must equal test_ids"),
     ],
 )
-def test_a_val_that_cannot_be_rendered_is_refused(more, message, tmp_path):
+def test_a_val_that_cannot_be_rendered_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        render(tmp_path / "set", **{**SIZES, **more})
+        render(tmp_path / "set", **{**SIZES, **options})
     assert not (tmp_path / "set").exists()
 
 
-def test_light_mostly_follows_the_identity():
-    people = cast(0, 0, 400)
+def test_the_light_of_an_image_is_mostly_that_of_its_identity():
+    people = sample_people(0, 0, 400)
     pairs = [(p, sample_pair(0, 0, s, i, 0, p)[0]) for s, i, p in people]
     same = np.mean([view.dim == person.light for person, views in pairs for view in views])
     assert 0.85 < same < 0.95
 
 
 @pytest.fixture(scope="module")
-def spoken() -> list[tuple]:
+def captions() -> list[tuple]:
     """(person, caption) of many pairs."""
-    found = []
+    rows = []
     for i in range(3000):
         rng = np.random.default_rng(i)
         person = sample_person(rng)
         views = tuple(sample_view(rng, person, i % 2, aerial) for aerial in (True, False))
-        found.append((person, caption(person, views, rng)))
-    return found
+        rows.append((person, caption(person, views, rng)))
+    return rows
 
 
-def test_caption_lengths(spoken):
-    words = np.array([len(text.split()) for _, text in spoken])
+def test_captions_have_the_intended_lengths(captions):
+    words = np.array([len(text.split()) for _, text in captions])
     long = words > 50
     assert 0.01 < long.mean() < 0.035
     assert words.min() >= 15 and words[long].min() >= 80 and words.max() <= 110
-    assert len({text for _, text in spoken}) > 0.99 * len(spoken)
+    assert len({text for _, text in captions}) > 0.99 * len(captions)
 
 
-def test_caption_english(spoken):
-    for _, text in spoken:
+def test_captions_are_correct_english(captions):
+    for _, text in captions:
         assert text[0].isupper() and text.endswith(".") and text.isascii()
         assert not re.search(
             r"\b[Aa] (?!univ)[aeiou]|\b[Aa]n [^aeiou]|  |\.\.| ,|,,|[a-z]\. [a-z]", text
@@ -189,19 +189,19 @@ def test_caption_english(spoken):
 
 
 def colours_before(text: str, nouns: tuple[str, ...]) -> str | None:
-    """The words between the article or comma and the garment's noun."""
+    """The words between the article (or comma) and the garment's noun."""
     for noun in sorted(nouns, key=len, reverse=True):
-        found = re.search(
+        match = re.search(
             rf"(?:^|,|\band|\b[Aa]n?|\bpair of|\bwears|\bin)((?: [\w-]+){{1,7}}?) {noun}\b", text
         )
-        if found:
-            return found.group(1)
+        if match:
+            return match.group(1)
     return None
 
 
-def test_captions_name_true_colours(spoken):
+def test_captions_name_the_true_colours(captions):
     named = 0
-    for person, text in spoken:
+    for person, text in captions:
         for nouns, colour in (
             (UPPER_WORDS[person.upper], person.upper_colour),
             (LOWER_WORDS[person.lower], person.lower_colour),
@@ -211,7 +211,7 @@ def test_captions_name_true_colours(spoken):
                 named += 1
                 words = COLOUR_WORDS.get(colour, (colour,))
                 assert any(word in before for word in words), (text, before, colour)
-    assert named > 1.9 * len(spoken)
+    assert named > 1.9 * len(captions)
 
 
 def view_of(**changes) -> View:
@@ -224,7 +224,7 @@ def view_of(**changes) -> View:
 
 
 def silhouette(person, view: View) -> np.ndarray:
-    """Pixels that the person changes in the empty place, their faint cast shadow aside."""
+    """Where the person changes the picture, [H, W] bool, without the faint shadow on the ground."""
     with_person, without = (np.asarray(paint(p, view), int) for p in (person, None))
     return np.abs(with_person - without).max(axis=2) > 60
 
@@ -234,7 +234,7 @@ def people(count: int = 5):
     return [replace(sample_person(np.random.default_rng(i)), **plain) for i in range(count)]
 
 
-def test_dim_is_darker():
+def test_pictures_in_dim_light_are_darker():
     for person in people():
         for aerial in (False, True):
             bright, dim = (
@@ -243,7 +243,7 @@ def test_dim_is_darker():
             assert dim < 0.75 * bright
 
 
-def test_build_and_stature_show():
+def test_weight_and_height_are_visible():
     for person in people():
         area = [silhouette(replace(person, weight=w), view_of()).sum() for w in (1, 0, 2)]
         assert area[0] < area[1] < area[2] and area[2] > 1.2 * area[0]
@@ -255,7 +255,7 @@ def test_build_and_stature_show():
         assert extent[0] < extent[1] < extent[2] and extent[2] > 1.12 * extent[0]
 
 
-def test_clothes_colours_show_in_both_views():
+def test_the_colour_of_clothes_is_visible_in_both_views():
     for colour in ("red", "blue", "green", "yellow"):
         person = replace(people(1)[0], upper="sweater", sleeve="long", pattern="plain",
                          upper_colour=colour, opened=False)  # fmt: skip
@@ -285,23 +285,23 @@ def test_views_differ_in_size_and_shape():
         assert len({tuple(s) for s in sizes[True]}) > 10
 
 
-def test_people_for_the_test_of_a_reader_are_rendered_with_all_that_is_known_of_them(tmp_path):
-    found = render_people(tmp_path, identities=3, pairs=2, seed=1)
-    assert [pair.identity for pair in found] == [0, 0, 1, 1, 2, 2]
+def test_render_people_returns_captions_and_attributes_of_each_pair(tmp_path):
+    pairs = render_people(tmp_path, identities=3, pairs=2, seed=1)
+    assert [pair.identity for pair in pairs] == [0, 0, 1, 1, 2, 2]
     assert sorted(files(tmp_path)) == sorted(
-        p for pair in found for p in (pair.aerial, pair.ground)
+        p for pair in pairs for p in (pair.aerial, pair.ground)
     )
-    for pair in found:
+    for pair in pairs:
         assert Image.open(tmp_path / pair.aerial).height < Image.open(tmp_path / pair.ground).height
         assert (
             len(pair.captions) == 3 and pair.attributes["gender"] == pair.pair_attributes["gender"]
         )
         assert (pair.attributes["altitude"], pair.pair_attributes["altitude"]) == ("above", "level")
-    assert render_people(tmp_path / "again", identities=3, pairs=2, seed=1) == found
-    assert render_people(tmp_path / "other", identities=3, pairs=2, seed=2) != found
+    assert render_people(tmp_path / "again", identities=3, pairs=2, seed=1) == pairs
+    assert render_people(tmp_path / "other", identities=3, pairs=2, seed=2) != pairs
 
 
-def test_complete_set_is_left_alone_and_others_are_not_overwritten(root, tmp_path):
+def test_a_complete_set_is_kept_and_other_folders_are_not_overwritten(root, tmp_path):
     before = {f: f.stat().st_mtime_ns for f in root.rglob("*")}
     assert not render(root, seed=0, workers=1, **SIZES)
     with pytest.raises(FileExistsError, match="remove it"):

@@ -1,4 +1,4 @@
-"""What two splits share, measured."""
+"""Which images and people two splits share."""
 
 import json
 import os
@@ -21,43 +21,42 @@ def test_files_of_the_same_bytes_share_a_number(tmp_path):
     assert same_content([]) == []
 
 
-def test_the_real_datas_val_is_seen_for_what_it_is(like_real):
-    """By source: G2APS-AG's val is its test; AG-ReID's shows the same people, by their numbers."""
-    found = overlap(read("AGDataAttr", like_real), "val")
-    assert (found.images, found.of_images, found.people, found.of_people) == (8, 16, 4, 4)
-    assert str(found) == "val shares 8 of its 16 images and 4 of its 4 people with test"
-    found = overlap(read("AGTBPR", like_real), "val")
-    assert found and found.images == 0 and found.people == found.of_people == 2
-    assert found.shared_people[0] == "person P0001"
-    found = overlap(read("G2APS", like_real), "val")
-    assert found.images == found.of_images == 8 and found.people == 2
-    # Training shows one of them, under another identity.
-    found = overlap(read("AGTBPR", like_real), "train")
-    assert found.images == 0 and found.shared_people == ["person P0001"]
+def test_the_overlap_of_the_real_val_with_test_is_measured(like_real):
+    """G2APS-AG's val is its test; AG-ReID's shows the same people, by the numbers in file names."""
+    shared = overlap(read("AGDataAttr", like_real), "val")
+    assert (shared.images, shared.of_images, shared.people, shared.of_people) == (8, 16, 4, 4)
+    assert str(shared) == "val shares 8 of its 16 images and 4 of its 4 people with test"
+    shared = overlap(read("AGTBPR", like_real), "val")
+    assert shared and shared.images == 0 and shared.people == shared.of_people == 2
+    assert shared.shared_people[0] == "person P0001"
+    shared = overlap(read("G2APS", like_real), "val")
+    assert shared.images == shared.of_images == 8 and shared.people == 2
+    # Training shows one of AG-ReID's people under another identity.
+    shared = overlap(read("AGTBPR", like_real), "train")
+    assert shared.images == 0 and shared.shared_people == ["person P0001"]
     data = read("AGDataAttr", like_real, val_dataset="heldout", heldout=0.4)
-    assert not overlap(data, "heldout")  # enough others to draw
+    assert not overlap(data, "heldout")  # other people are held out first
 
 
-def test_a_picture_under_another_name_is_found(mini_copy):
+def test_an_image_under_another_name_is_shared(mini_copy):
     lists = [json.loads((mini_copy / f"AG-ReID/agtext_{s}.json").read_text()) for s in ("val", "test")]  # fmt: skip
     val, test = ("/".join(x["img_paths"][0]) for x in lists)
     assert not overlap(read("AGDataAttr", mini_copy), "val")
     shutil.copy(mini_copy / "AG-ReID" / test, mini_copy / "AG-ReID" / val)
-    found = overlap(read("AGDataAttr", mini_copy), "val")
-    assert (found.images, found.people) == (1, 1)
-    assert found.shared_images == [f"{mini_copy}/AG-ReID/{val} = {mini_copy}/AG-ReID/{test}"]
-    assert found.shared_people == [f"identity {lists[0]['image_pids'][0]} of val"]
+    shared = overlap(read("AGDataAttr", mini_copy), "val")
+    assert (shared.images, shared.people) == (1, 1)
+    assert shared.shared_images == [f"{mini_copy}/AG-ReID/{val} = {mini_copy}/AG-ReID/{test}"]
+    assert shared.shared_people == [f"identity {lists[0]['image_pids'][0]} of val"]
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_ids_that_mean_the_same_in_every_split_are_people(split, rendered, tmp_path):
     entries = json.loads((rendered("custom") / "dataset.json").read_text())
-    mine = next(e["id"] for e in entries if e["split"] == split)
-    theirs = next(e["id"] for e in entries if e["split"] == "test")
+    ids = [next(e["id"] for e in entries if e["split"] == name) for name in (split, "test")]
     for entry in entries:
-        entry["id"] = "anna" if entry["id"] in (mine, theirs) else entry["id"]
+        entry["id"] = "anna" if entry["id"] in ids else entry["id"]
     for folder in ("aerial", "ground"):
         (tmp_path / folder).symlink_to(rendered("custom") / folder)
     (tmp_path / "dataset.json").write_text(json.dumps(entries))
-    found = overlap(read("custom", tmp_path), split)
-    assert found.images == 0 and found.shared_people == ["id anna"]
+    shared = overlap(read("custom", tmp_path), split)
+    assert shared.images == 0 and shared.shared_people == ["id anna"]

@@ -17,7 +17,7 @@ ATTRIBUTES = read_attributes(ROOT / "configs/attributes.yaml")
 
 
 def edited(source, tmp_path, change, name="custom"):
-    """A folder with the entries changed and the images where they were."""
+    """A folder with changed entries and links to the images."""
     entries = json.loads((source / FILES[name]).read_text())
     changed = change(entries)
     entries = entries if changed is None else changed
@@ -29,15 +29,15 @@ def edited(source, tmp_path, change, name="custom"):
 
 
 @pytest.mark.parametrize("name", ["CUHK-PEDES", "ICFG-PEDES", "RSTPReid"])
-def test_a_benchmark_is_read_whole(name, rendered):
+def test_a_benchmark_is_read_completely(name, rendered):
     root = rendered(name)
     entries = json.loads((root / FILES[name]).read_text())
     data = read(name, root)
     key = "img_path" if name == "RSTPReid" else "file_path"
     first = 1 if name == "CUHK-PEDES" else 0
     train = [(e["id"] - first, c, e[key]) for e in entries if e["split"] == "train" for c in e["captions"]]  # fmt: skip
-    found = [(s.pid, s.caption, s.image.path.split("/imgs/")[1]) for s in data.train]
-    assert found == train and data.num_identities == 8 and len(train) == 32
+    samples = [(s.pid, s.caption, s.image.path.split("/imgs/")[1]) for s in data.train]
+    assert samples == train and data.num_identities == 8 and len(train) == 32
     assert not data.has_pairs and data.views == ("ground",) and data.train[0].pair is None
     assert set(data.splits) == ({"test"} if name == "ICFG-PEDES" else {"val", "test"})
     test = [e for e in entries if e["split"] == "test"]
@@ -51,20 +51,20 @@ def test_a_benchmark_is_read_whole(name, rendered):
     assert split.caption_pids == [numbers[e["id"]] for e in test for _ in e["captions"]]
 
 
-def test_the_folder_that_holds_the_benchmark_may_be_named_too(rendered, tmp_path):
+def test_root_dir_may_be_the_folder_above_a_benchmark(rendered, tmp_path):
     (tmp_path / "RSTPReid").symlink_to(rendered("RSTPReid"))
     assert len(read("RSTPReid", tmp_path).train) == 32
     with pytest.raises(UserError, match="expected CUHK-PEDES/reid_raw.json and CUHK-PEDES/imgs/"):
         read("CUHK-PEDES", tmp_path)
 
 
-def test_a_split_that_is_not_published_is_refused(rendered):
+def test_a_split_that_does_not_exist_is_refused(rendered):
     message = "--val_dataset val: ICFG-PEDES has only test; --val_dataset heldout takes some"
     with pytest.raises(UserError, match=message):
         read("ICFG-PEDES", rendered("ICFG-PEDES"), val_dataset="val")
 
 
-def test_a_data_set_of_ones_own_has_pairs_and_attributes(rendered):
+def test_a_custom_data_set_may_have_pairs_and_attributes(rendered):
     root = rendered("custom")
     data = read("custom", root)
     entry = json.loads((root / "dataset.json").read_text())[0]
@@ -80,7 +80,7 @@ def test_a_data_set_of_ones_own_has_pairs_and_attributes(rendered):
     assert {view: len(g.images) for view, g in galleries.items()} == {"image": 12, "pair image": 12}
 
 
-def test_the_example_in_the_documentation_is_as_the_reader_wants_it(tmp_path):
+def test_the_example_in_the_documentation_can_be_read(tmp_path):
     text = (ROOT / "docs/custom.md").read_text().split("```json")[1].split("```")[0]
     entries = json.loads(text)
     (tmp_path / "dataset.json").write_text(json.dumps([*entries, {**entries[0], "split": "test"}]))
@@ -91,7 +91,7 @@ def test_the_example_in_the_documentation_is_as_the_reader_wants_it(tmp_path):
     assert len(data.train) == 2 and data.ids == {"train": ["anna"], "test": ["anna"]}
 
 
-def test_without_pairs_and_attributes_it_is_a_data_set_of_one_view(rendered, tmp_path):
+def test_a_custom_data_set_without_pairs_and_attributes_has_one_view(rendered, tmp_path):
     def strip(entries):
         for entry in entries:
             for key in ("pair_image", "attributes", "pair_attributes"):
@@ -101,7 +101,7 @@ def test_without_pairs_and_attributes_it_is_a_data_set_of_one_view(rendered, tmp
     assert not data.has_pairs and not data.attribute_classes
 
 
-def put(index, key, value):
+def assign(index, key, value):
     return lambda entries: entries[index].update({key: value})
 
 
@@ -109,90 +109,95 @@ def put(index, key, value):
     ("change", "message"),
     [
         (lambda e: [], "dataset.json: expected a list of images"),
-        (put(2, "split", "dev"), "entry 2: split is 'dev'; it must be train, val, test"),
-        (put(2, "id", 1.5), "entry 2: id must be a whole number or text, got 1.5"),
-        (put(2, "captions", []), "entry 2: captions must be a list of texts"),
-        (put(2, "captions", ["a man", " "]), "entry 2, caption 1: the caption ' ' has no words"),
+        (assign(2, "split", "dev"), "entry 2: split is 'dev'; it must be train, val, test"),
+        (assign(2, "id", 1.5), "entry 2: id must be an integer or text, got 1.5"),
+        (assign(2, "captions", []), "entry 2: captions must be a list of texts"),
+        (assign(2, "captions", ["a man", " "]), "entry 2, caption 1: the caption ' ' has no words"),
         (lambda e: e[-1].update(captions=["&nbsp;"]), "entry .*, caption 0: the caption '&nbsp;' has no"),
-        (put(2, "id", "a\ud800"), "entry 2: id is 'a.ud800', with half a character"),
-        (put(-1, "id", "0"), r"entry \d+: the id 0 is '0', and 0 in dataset.json, entry 0; correct"),
-        (lambda e: [{**x, "id": f"{x['id']}{' ' * (i % 2)}"} for i, x in enumerate(e)], "entry 1: the id 0 is '0 ', and '0' in"),
-        (lambda e: e[2].update(image=e[0]["image"], attributes=e[0]["attributes"]), "entry 2: the identity of .* in train is 1, and 0 in dataset.json, entry 0"),
+        (assign(2, "id", "a\ud800"), "entry 2: id is 'a.ud800', with half a character"),
+        (assign(-1, "id", "0"), r"entry \d+: the id 0 is '0', but 0 in dataset.json, entry 0; correct"),
+        (lambda e: [{**x, "id": f"{x['id']}{' ' * (i % 2)}"} for i, x in enumerate(e)], "entry 1: the id 0 is '0 ', but '0' in"),
+        (lambda e: e[2].update(image=e[0]["image"], attributes=e[0]["attributes"]), "entry 2: the identity of .* in train is 1, but 0 in dataset.json, entry 0"),
         (lambda e: e[1].update(image=e[0]["image"], attributes={**e[0]["attributes"], "gender": "male"}) or e[0]["attributes"].update(gender="female"), "entry 1: the label of .* in dataset.json, entry 0"),
-        (put(2, "image", "aerial/no.jpg"), "entry 2: image aerial/no.jpg is missing in"),
-        (put(2, "image", "../x.jpg"), "entry 2: image path ../x.jpg leaves the data set's folder"),
-        (put(2, "pair_image", 3), "entry 2: pair_image must be a path, got 3"),
-        (put(2, "attributes", {}), "entry 2, attributes: expected an object with gender, age"),
+        (assign(2, "image", "aerial/no.jpg"), "entry 2: image aerial/no.jpg is missing in"),
+        (assign(2, "image", "../x.jpg"), "entry 2: image path ../x.jpg leaves the data set's folder"),
+        (assign(2, "pair_image", 3), "entry 2: pair_image must be a path, got 3"),
+        (assign(2, "attributes", {}), "entry 2, attributes: expected an object with gender, age"),
         (lambda e: e[2]["attributes"].update(age="teen"), "age is 'teen'; it must be one of adult"),
-        (lambda e: e[2].pop("pair_image") and None, "entry 2: pair_image missing .what one entry"),
-        (lambda e: e[0].pop("attributes") and None, "'attributes': what one entry has, all|'pair_attributes': what"),
-        (put(2, "colour", "red"), "entry 2: 'colour': unknown"),
+        (lambda e: e[2].pop("pair_image") and None, "entry 2: pair_image missing .needed in all"),
+        (lambda e: e[0].pop("attributes") and None, "'attributes': needed in all entries or|'pair_attributes': needed"),
+        (assign(2, "colour", "red"), "entry 2: 'colour': unknown"),
         (lambda e: [3, *e], "entry 0: captions, id, image, split missing"),
         (lambda e: [x for x in e if x["split"] != "test"], "no entry has the split 'test'"),
         (lambda e: [x for x in e if x["split"] != "train"], "no entry has the split 'train'"),
         (lambda e: [x if x["split"] != "test" else {**x, "captions": []} for x in e], "no test entry has a caption"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_in_an_entry_is_named(change, message, rendered, tmp_path):
+def test_a_wrong_entry_is_refused_with_its_number(change, message, rendered, tmp_path):
     with pytest.raises(UserError, match=message):
         read("custom", edited(rendered("custom"), tmp_path, change))
 
 
 @pytest.mark.parametrize("name", ["custom", "CUHK-PEDES"])
-def test_what_stands_twice_is_read_with_a_warning_for_each_kind(name, rendered, tmp_path):
+def test_repetitions_are_read_with_a_warning_for_each_kind(name, rendered, tmp_path):
     assert read(name, rendered(name)).warnings == []
 
-    def double(entries):
+    def repeat(entries):
         entries[0]["captions"].append(entries[0]["captions"][0])
         return [*entries, entries[-1]]
 
-    file, warned = FILES[name], read(name, edited(rendered(name), tmp_path, double, name)).warnings
+    file, warnings = (
+        FILES[name],
+        read(name, edited(rendered(name), tmp_path, repeat, name)).warnings,
+    )
     last = len(json.loads((tmp_path / file).read_text())) - 1
-    assert warned == [
-        f"said twice: 1 samples of train ({file}, entry 0 repeats {file}, entry 0)",
-        f"said twice: 1 images of test, which count again ({file}, entry {last} repeats {file}, entry {last - 1})",
-        f"said twice: 2 captions of test, which count again ({file}, entry {last} repeats {file}, entry {last - 1})",
+    assert warnings == [
+        f"repeated: 1 samples of train ({file}, entry 0 repeats {file}, entry 0)",
+        f"repeated: 1 images of test, which count again ({file}, entry {last} repeats {file}, entry {last - 1})",
+        f"repeated: 2 captions of test, which count again ({file}, entry {last} repeats {file}, entry {last - 1})",
     ]  # fmt: skip
 
 
-def test_a_custom_folder_without_its_file_points_to_the_documentation(tmp_path):
+def test_a_custom_folder_without_dataset_json_is_refused_with_a_link_to_the_documentation(tmp_path):
     with pytest.raises(UserError, match=r"expected dataset.json there \(docs/custom.md\)"):
         read("custom", tmp_path)
 
 
 @pytest.mark.parametrize(("views", "aerial", "ground"), [("a", 1, 0), ("g", 0, 1), ("ag", 1, 1)])
-def test_single_images_of_tbagpr_are_samples_of_their_own(views, aerial, ground, mini_root):
+def test_single_images_of_tbagpr_become_samples(views, aerial, ground, mini_root):
     both, data = read("AGData", mini_root), read("AGSGData", mini_root, views=views)
-    pictures = [*[s.image for s in both.train] * aerial, *[s.pair for s in both.train] * ground]
-    assert [s.image for s in data.train] == pictures and not data.has_pairs
+    images = [*[s.image for s in both.train] * aerial, *[s.pair for s in both.train] * ground]
+    assert [s.image for s in data.train] == images and not data.has_pairs
     assert {s.caption for s in data.train} == {s.caption for s in both.train}
-    whole, split = both.splits["test"], data.splits["test"]
+    original, split = both.splits["test"], data.splits["test"]
     (gallery,) = split.galleries.values()
-    one, two = whole.galleries.values()
-    assert gallery.images == [*one.images * aerial, *two.images * ground]
-    assert gallery.pids == [*one.pids * aerial, *two.pids * ground]
-    assert split.captions == whole.captions and len(gallery.sources) == len(gallery.images)
+    first, second = original.galleries.values()
+    assert gallery.images == [*first.images * aerial, *second.images * ground]
+    assert gallery.pids == [*first.pids * aerial, *second.pids * ground]
+    assert split.captions == original.captions and len(gallery.sources) == len(gallery.images)
 
 
-def test_one_source_of_tbagpr_stands_alone(mini_root, mini_copy):
-    whole = read("AGDataAttr", mini_root)
+def test_one_source_of_tbagpr_can_be_read_without_the_other(mini_root, mini_copy):
+    joined = read("AGDataAttr", mini_root)
     for name, source in (("AGTBPR", 0), ("G2APS", 1)):
         data = read(name, mini_root)
-        folder = whole.splits["test"].sources[source]
+        folder = joined.splits["test"].sources[source]
         assert {s.entry.split("/")[0] for s in data.train} == {folder}
         assert {s.pid for s in data.train} == set(range(4)) and data.attribute_classes
-        split = whole.splits["test"]
-        own = [c for c, s in zip(split.captions, split.caption_sources, strict=True) if s == source]
-        assert data.splits["test"].captions == own
+        split = joined.splits["test"]
+        pairs = zip(split.captions, split.caption_sources, strict=True)
+        assert data.splits["test"].captions == [c for c, s in pairs if s == source]
     (mini_copy / "attrs.json").unlink()
     (mini_copy / "G2APS-AG").rename(mini_copy / "elsewhere")
     assert not read("AGTBPR", mini_copy).attribute_classes
 
 
-def test_views_are_for_single_images_alone(mini_root):
-    with pytest.raises(UserError, match="--views a: --dataset_name AGData has its own"):
+def test_the_option_views_is_only_for_single_images(mini_root):
+    with pytest.raises(
+        UserError, match="--views a: only for AGSGData, not for --dataset_name AGData"
+    ):
         read("AGData", mini_root, views="a")
 
 
-def test_the_documentation_holds_the_table_of_data_sets_as_it_is():
+def test_the_table_of_data_sets_in_the_documentation_is_current():
     assert datasets_table() in (ROOT / "docs/data.md").read_text()

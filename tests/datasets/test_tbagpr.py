@@ -43,7 +43,7 @@ def test_sources_are_joined_and_identities_shifted(mini_root):
     )
 
 
-def test_votes_take_the_most_frequent_label_and_of_equals_the_first_met():
+def test_votes_take_the_most_frequent_label_and_in_a_tie_the_first():
     labels = [
         (0, (0, 2, 1, 0, 1, 9, 9)),
         (0, (1, 2, 0, 1, 2, 9, 9)),
@@ -54,13 +54,14 @@ def test_votes_take_the_most_frequent_label_and_of_equals_the_first_met():
     assert vote(labels) == {0: (0, 2, 1, 2, 2), 1: (1, 1, 1, 1, 1)}
 
 
-def test_five_attributes_are_voted_aerial_first_and_two_stay_the_images_own(mini_copy):
-    """Two samples of identity 0: gender 1, 0 (aerial), 0, 1 (ground): a tie, aerial's first wins."""
+def test_five_attributes_are_voted_aerial_first_and_two_are_kept_per_image(mini_copy):
+    """Two samples of identity 0 have the genders 1, 0 (aerial) and 0, 1 (ground). In this tie the
+    first aerial label wins."""
     rows = [r for r in json.loads((mini_copy / TRAIN).read_text()) if r[0] == 0]
     assert len(rows) == 2
     keys = [f"{r[k][0].split('/')[-1]}_{r[k][1][:-4]}" for k in (2, 3) for r in rows]
-    given = dict(zip(keys, ([1, 0, 0, 0, 0, 2, 1], [0, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 2, 2, 0]), strict=True))  # fmt: skip
-    edit(mini_copy, "attrs.json", lambda old: [r for r in old if next(iter(r)) not in given] + [{k: v} for k, v in given.items()])  # fmt: skip
+    labels = dict(zip(keys, ([1, 0, 0, 0, 0, 2, 1], [0, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 2, 2, 0]), strict=True))  # fmt: skip
+    edit(mini_copy, "attrs.json", lambda old: [r for r in old if next(iter(r)) not in labels] + [{k: v} for k, v in labels.items()])  # fmt: skip
     samples = [s for s in read_tbagpr(mini_copy).train if s.pid == 0]
     voted = (1, 1, 0, 0, 0)
     assert [s.image.attributes for s in samples] == [(*voted, 2, 1), (*voted, 0, 1)]
@@ -83,8 +84,8 @@ def drop(key):
 
 def assign(*path, value):
     def change(content):
-        for step in path[:-1]:
-            content = content[step]
+        for key in path[:-1]:
+            content = content[key]
         content[path[-1]] = value
 
     return change
@@ -95,8 +96,8 @@ def assign(*path, value):
     [
         (TRAIN, lambda c: {}, f"{TRAIN}: expected a list of samples"),
         (TRAIN, assign(3, value=[1, 2]), f"{TRAIN}, sample 3: expected .pid, image_id"),
-        (TRAIN, assign(2, 0, value=-1), f"{TRAIN}, sample 2: identity must be a whole number"),
-        (TRAIN, assign(2, 0, value="7"), f"{TRAIN}, sample 2: identity must be a whole number"),
+        (TRAIN, assign(2, 0, value=-1), f"{TRAIN}, sample 2: identity must be an integer"),
+        (TRAIN, assign(2, 0, value="7"), f"{TRAIN}, sample 2: identity must be an integer"),
         (TRAIN, assign(2, 4, value=" \n"), f"{TRAIN}, sample 2: the caption ' .n' has no words"),
         (TRAIN, assign(2, 4, value="&nbsp;"), f"{TRAIN}, sample 2: the caption '&nbsp;' has no words"),
         (VAL, assign("captions", 1, value="&#32;"), f"{VAL}, caption 1: the caption .* has no words"),
@@ -120,26 +121,27 @@ def assign(*path, value):
         ("attrs.json", lambda c: [{"k": [0, 0, 0, 0, 0, 0, True]}], "altitude is True"),
     ],
 )  # fmt: skip
-def test_bad_entries_are_named(file, change, message, mini_copy):
+def test_a_wrong_entry_is_refused_with_its_number(file, change, message, mini_copy):
     edit(mini_copy, file, change)
     with pytest.raises(UserError, match=message):
         read_tbagpr(mini_copy)
 
 
-def test_what_two_entries_contradict_each_other_in_is_refused(mini_copy):
-    """Both entries are named. First the same image of two people, in train and in a gallery."""
-    whole = {name: (mini_copy / name).read_bytes() for name in (TRAIN, TEST, "attrs.json")}
+def test_a_contradiction_between_two_entries_is_refused(mini_copy):
+    """The message names both entries. An image shows two people, in train and in a gallery; then an
+    image has two labels."""
+    originals = {name: (mini_copy / name).read_bytes() for name in (TRAIN, TEST, "attrs.json")}
 
     def refused(file, change, message):
         edit(mini_copy, file, change)
         with pytest.raises(UserError, match=message):
             read_tbagpr(mini_copy)
-        (mini_copy / file).write_bytes(whole[file])
+        (mini_copy / file).write_bytes(originals[file])
 
     refused(TRAIN, lambda c: assign(2, 2, value=c[0][2])(c),
-            f"{TRAIN}, sample 2: the identity of .*jpg in train is 1, and 0 in {TRAIN}, sample 0; corr")  # fmt: skip
+            f"{TRAIN}, sample 2: the identity of .*jpg in train is 1, but 0 in {TRAIN}, sample 0; corr")  # fmt: skip
     refused(TEST, lambda c: assign("pair_img_paths", 2, value=c["pair_img_paths"][0])(c),
-            rf"{TEST}, image 2: the identity of .* in test is \d+, and \d+ in {TEST}, image 0")  # fmt: skip
+            rf"{TEST}, image 2: the identity of .* in test is \d+, but \d+ in {TEST}, image 0")  # fmt: skip
 
     def other_labels(rows):
         ((key, labels),) = rows[3].items()
@@ -148,24 +150,24 @@ def test_what_two_entries_contradict_each_other_in_is_refused(mini_copy):
     refused("attrs.json", other_labels, "attrs.json, entry .*: the label of image .* in .*, entry 3; corr")  # fmt: skip
 
 
-def test_what_stands_twice_is_read_with_a_warning_for_each_kind(mini_copy):
+def test_repetitions_are_read_with_a_warning_for_each_kind(mini_copy):
     assert read_tbagpr(mini_copy).warnings == []
     edit(mini_copy, TRAIN, lambda c: c + [c[0], c[1]])
     edit(mini_copy, "attrs.json", lambda c: c + [c[5]])
 
-    def double(lists):
+    def repeat(lists):
         for name, values in lists.items():
             values.append(values[0 if "image" in name or "img" in name else 1])
 
-    edit(mini_copy, TEST, double)
+    edit(mini_copy, TEST, repeat)
     first, second, third, fourth = read_tbagpr(mini_copy).warnings
-    assert first.startswith("said twice: 1 labels in attrs.json (attrs.json, entry")
-    assert second == f"said twice: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
-    assert third.startswith("said twice: 1 images of test, which count again (AG-ReID")
-    assert fourth.startswith("said twice: 1 captions of test, which count again (AG-ReID")
+    assert first.startswith("repeated: 1 labels in attrs.json (attrs.json, entry")
+    assert second == f"repeated: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
+    assert third.startswith("repeated: 1 images of test, which count again (AG-ReID")
+    assert fourth.startswith("repeated: 1 captions of test, which count again (AG-ReID")
 
 
-def test_an_aerial_image_in_several_pairs_is_as_it_should_be(mini_copy):
+def test_an_aerial_image_in_several_pairs_is_no_repetition(mini_copy):
     def another_pair(lists):
         lists["image_pids"].append(lists["image_pids"][0])
         lists["img_paths"].append(lists["img_paths"][0])
@@ -176,9 +178,12 @@ def test_an_aerial_image_in_several_pairs_is_as_it_should_be(mini_copy):
     assert read_tbagpr(mini_copy).warnings == []
 
 
-def test_back_slashes_and_jpeg_suffixes_find_files_and_labels(mini_copy):
+def test_files_and_labels_are_found_despite_backslashes_and_jpeg_suffixes(mini_copy):
     plain = read_tbagpr(mini_copy)
-    for stem_of in (lambda name: name[:-5], lambda name: name[:-4]):  # as it should be; as original
+    for stem_of in (
+        lambda name: name[:-5],
+        lambda name: name[:-4],
+    ):  # the proper key; the original's
         folder, file = json.loads((mini_copy / TRAIN).read_text())[0][2]
         path = mini_copy / "AG-ReID" / folder / file
         longer = file.removesuffix(".jpg") + ".jpeg"
@@ -194,7 +199,7 @@ def test_back_slashes_and_jpeg_suffixes_find_files_and_labels(mini_copy):
         edit(mini_copy, TRAIN, assign(0, 2, value=[folder, file]))
 
 
-def test_missing_and_malformed_files_are_named(mini_copy, tmp_path):
+def test_missing_and_malformed_files_are_refused_with_their_names(mini_copy, tmp_path):
     with pytest.raises(
         UserError, match="--root_dir .*nowhere: no such folder; it must hold AG-ReID"
     ):
@@ -209,13 +214,13 @@ def test_missing_and_malformed_files_are_named(mini_copy, tmp_path):
         read_tbagpr(mini_copy)
 
 
-def test_a_missing_image_is_found_while_reading(mini_copy):
+def test_a_missing_image_is_refused_while_reading(mini_copy):
     first_image(mini_copy).unlink()
     with pytest.raises(UserError, match=f"{TRAIN}, sample 0: image AG-ReID/.* is missing"):
         read_tbagpr(mini_copy)
 
 
-def test_a_broken_image_names_file_and_entry_when_it_is_read(mini_copy):
+def test_the_error_of_a_broken_image_names_file_and_entry(mini_copy):
     from datasets.transforms import load_image
 
     path = first_image(mini_copy)

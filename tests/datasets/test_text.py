@@ -32,17 +32,17 @@ def test_tokens_equal_the_original(case):
     assert (ids[len(case["ids"]) :] == 0).all()
 
 
-def test_a_long_caption_keeps_its_start_and_the_end_token():
+def test_a_long_caption_keeps_its_beginning_and_the_end_token():
     ids = tokenize(["man " * 200], 20)[0].tolist()
     assert len(ids) == 20 and ids[0] == 49406 and ids[-1] == 49407 and len(set(ids[1:-1])) == 1
 
 
-def test_trimming_cuts_only_padding():
+def test_trimming_removes_only_padding():
     ids = tokenize(["a man", "a man with a bag"], 77)
     assert trim(ids).tolist() == ids[:, :7].tolist() and (ids[:, 7:] == 0).all()
 
 
-def test_masking_chooses_words_alone_at_its_rates():
+def test_masking_chooses_only_words_at_its_rates():
     ids = tokenize(["a woman in a red coat carrying a black backpack"], 77)[0]
     words = (ids > 0) & (ids < MASK_ID)
     counts = collections.Counter()
@@ -60,7 +60,7 @@ def test_masking_chooses_words_alone_at_its_rates():
     assert counts["kept"] / counts["chosen"] == pytest.approx(0.1, abs=0.04)
 
 
-def test_masking_follows_its_rates():
+def test_masking_follows_the_given_rates():
     ids = tokenize(["a woman in a red coat"], 77)[0]
     masked, labels = mask_tokens(ids, torch.Generator().manual_seed(0), 0.0, 1.0)
     assert torch.equal(masked, ids) and (labels != 0).any()
@@ -68,21 +68,21 @@ def test_masking_follows_its_rates():
     assert (masked[labels != 0] == MASK_ID).all()
 
 
-def test_where_no_word_is_chosen_the_first_is_masked():
-    """As in IRRA: the first word, and always by the mask. A caption without words has none."""
+def test_if_no_word_is_chosen_the_first_is_masked():
+    """As in IRRA: the first word always becomes the mask. A caption without words is unchanged."""
     ids = tokenize(["red coat"], 77)[0]
-    single = collections.Counter()
+    changes = collections.Counter()
     for seed in range(300):
         masked, labels = mask_tokens(ids, seeded(seed), mask_rate=0.0, keep_rate=1.0)
         changed = (masked != ids).nonzero().flatten().tolist()
-        single[tuple(changed)] += 1  # at these rates only the fallback changes anything
-    assert set(single) == {(), (1,)}
-    assert single[1,] / 300 == pytest.approx(0.85**2, abs=0.07)
+        changes[tuple(changed)] += 1  # at these rates only the fallback changes anything
+    assert set(changes) == {(), (1,)}
+    assert changes[1,] / 300 == pytest.approx(0.85**2, abs=0.07)
     masked, labels = mask_tokens(tokenize([""], 77)[0], seeded(0))
     assert torch.equal(masked, tokenize([""], 77)[0]) and not labels.any()
 
 
-def test_rde_masks_replaces_and_removes_a_fifth_of_the_tokens():
+def test_rde_masks_replaces_or_removes_a_fifth_of_the_tokens():
     ids = tokenize([CAPTION], 77)[0]
     words, counts = ids[(ids > 0) & (ids < MASK_ID)].tolist(), collections.Counter()
     for seed in range(600):
@@ -98,25 +98,25 @@ def test_rde_masks_replaces_and_removes_a_fifth_of_the_tokens():
     assert rates == {"mask": pytest.approx(0.12, abs=0.015), "random": pytest.approx(0.04, abs=0.01), "removed": pytest.approx(0.04, abs=0.01)}  # fmt: skip
 
 
-def test_deleting_takes_whole_words_and_leaves_one():
+def test_deleting_removes_complete_words_and_leaves_one():
     caption = "an extraordinarily colourful windbreaker"
     ids = tokenize([caption], 77)[0]
     assert int((ids != 0).sum()) - 2 > 4  # words of several tokens
-    gone, total = 0, 0
+    deleted, total = 0, 0
     for seed in range(500):
         left = open_clip.decode(delete_words(ids, seeded(seed))).replace("<start_of_text>", "").replace("<end_of_text>", "").replace("!", "").split()  # fmt: skip
         assert left and set(left) <= set(caption.split())
-        gone, total = gone + 4 - len(left), total + 4
-    assert gone / total == pytest.approx(0.05, abs=0.015)
+        deleted, total = deleted + 4 - len(left), total + 4
+    assert deleted / total == pytest.approx(0.05, abs=0.015)
     single = tokenize(["windbreaker"], 77)[0]
     assert all(torch.equal(delete_words(single, seeded(seed)), single) for seed in range(60))
-    none = tokenize(["jekyll"], 8)[0]  # CLIP's token of it is the mask, so no word
-    for change in (delete_words, mask_or_remove_tokens, lambda *given: mask_tokens(*given)[0]):
+    none = tokenize(["jekyll"], 8)[0]  # its token in CLIP is the mask, so it is no word
+    for change in (delete_words, mask_or_remove_tokens, lambda *args: mask_tokens(*args)[0]):
         assert torch.equal(change(none, seeded(0)), none)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("values", "expected"),
     [
         ({}, ("none", False)),
         ({"MLM": True}, ("mask", False)),
@@ -127,20 +127,21 @@ def test_deleting_takes_whole_words_and_leaves_one():
         ({"txt_aug": "delete"}, ("delete", False)),
     ],
 )
-def test_what_the_options_make_of_captions(given, expected):
-    args = options(**{"loss_names": "sdm", **given})
+def test_the_options_select_the_augmentation(values, expected):
+    args = options(**{"loss_names": "sdm", **values})
     augment = augmentation_of(args, masked=needs_masked(parse_loss_names(args.loss_names)))
     assert (augment.how, augment.mlm) == expected
 
 
-def test_each_augmentation_gives_what_it_says():
+def test_each_augmentation_returns_its_tensors():
     ids = tokenize([CAPTION], 77)[0]
     keys = {how: TextAugmentation(how, mlm=True)(ids, seeded(0)).keys() for how in ("none", "mask", "rde", "delete")}  # fmt: skip
-    apart = {"caption_ids", "masked_ids", "masked_labels"}
-    assert keys == {"none": apart, "mask": apart - {"masked_ids"}, "rde": apart, "delete": apart}
+    separate = {"caption_ids", "masked_ids", "masked_labels"}
+    together = separate - {"masked_ids"}
+    assert keys == {"none": separate, "mask": together, "rde": separate, "delete": separate}
     assert torch.equal(TextAugmentation()(ids, seeded(0))["caption_ids"], ids)
 
 
-def test_masking_that_nothing_would_see_is_refused():
-    with pytest.raises(UserError, match="--MLM --txt_aug rde: without the loss mlm no masked"):
+def test_masking_that_no_loss_would_see_is_refused():
+    with pytest.raises(UserError, match="--MLM --txt_aug rde: only the loss mlm uses masked"):
         options(MLM=True, txt_aug="rde", loss_names="supkl")

@@ -24,7 +24,7 @@ from datasets.transforms import (
 )
 
 HEIGHT, WIDTH = 96, 32
-RAMP = np.tile(np.arange(16) * 17, (8, 1))  # grey from black to white, as it must be read
+RAMP = np.tile(np.arange(16) * 17, (8, 1))  # grey from black to white, the expected result
 
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:
@@ -47,12 +47,12 @@ def test_loading_and_normalising_equals_torchvision(tmp_path):
             v2.Normalize(CLIP_MEAN, CLIP_STD),
         ]
     )
-    found = normalise(load_image(str(tmp_path / "a.png"), (HEIGHT, WIDTH))[None])[0]
-    torch.testing.assert_close(found, reference(image), rtol=1e-5, atol=1e-5)
+    loaded = normalise(load_image(str(tmp_path / "a.png"), (HEIGHT, WIDTH))[None])[0]
+    torch.testing.assert_close(loaded, reference(image), rtol=1e-5, atol=1e-5)
 
 
-def test_a_large_jpeg_is_decoded_smaller_and_differs_by_little(tmp_path):
-    """A smooth photograph-like picture of six times the size: bytes differ by two levels at most."""
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_with_little_difference(tmp_path):
+    """A smooth image, like a photograph, of six times the size differs by four grey levels at most."""
     rough = torch.rand((1, 3, 24, 8), generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(rough, (6 * HEIGHT, 6 * WIDTH), mode="bicubic").clamp(0, 1)[0]
     image = PILImage.fromarray((255 * smooth).byte().permute(1, 2, 0).numpy())
@@ -60,13 +60,13 @@ def test_a_large_jpeg_is_decoded_smaller_and_differs_by_little(tmp_path):
     image.save(path, quality=95)
     assert read_image(path).size == (6 * WIDTH, 6 * HEIGHT)
     assert read_image(path, at_least=(2 * HEIGHT, 2 * WIDTH)).size == (3 * WIDTH, 3 * HEIGHT)
-    whole = v2.functional.resize(v2.functional.pil_to_tensor(read_image(path)), [HEIGHT, WIDTH])
-    difference = (load_image(path, (HEIGHT, WIDTH)).int() - whole.int()).abs()
+    full = v2.functional.resize(v2.functional.pil_to_tensor(read_image(path)), [HEIGHT, WIDTH])
+    difference = (load_image(path, (HEIGHT, WIDTH)).int() - full.int()).abs()
     assert difference.max() <= 4 and difference.float().mean() < 0.5
 
 
 def tiff(path, values, order, bits=16, white_is=1, form=1) -> str:
-    """A grey TIFF of a kind that PIL reads but does not write."""
+    """A grey TIFF that PIL can read but not write."""
     e, data = {b"II": "<", b"MM": ">"}[order], values
     tags = [(256, 3, 16), (257, 3, 8), (258, 3, bits), (259, 3, 1), (262, 3, white_is), (273, 4, 8),
             (277, 3, 1), (278, 3, 8), (279, 4, len(data)), (339, 3, form)]  # fmt: skip
@@ -86,13 +86,13 @@ def grey(path) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
-def test_grey_of_16_bits_is_what_it_is_with_8(kind, tmp_path):
+def test_grey_of_16_bits_is_read_as_the_same_grey_of_8_bits(kind, tmp_path):
     for name, picture in (("8", RAMP.astype(np.uint8)), ("16", (RAMP * 257).astype(np.uint16))):
         PILImage.fromarray(picture).save(tmp_path / f"{name}.{kind}")
         assert grey(tmp_path / f"{name}.{kind}") == RAMP[0].tolist()
 
 
-def test_grey_tiffs_of_other_orders_depths_and_white_are_scaled_too(tmp_path):
+def test_grey_tiffs_of_other_byte_orders_depths_and_inverted_white_are_scaled_too(tmp_path):
     wide, path = RAMP * 257, tmp_path / "x.tif"
     assert grey(tiff(path, wide.astype(">u2").tobytes(), b"MM")) == RAMP[0].tolist()
     inverted = (65535 - wide).astype("<u2").tobytes()
@@ -134,32 +134,32 @@ def test_other_modes_keep_their_colours_and_lose_transparency(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
-def test_pictures_are_turned_as_exif_says(kind, orientation, tmp_path):
-    """A white corner at the top left of an upright picture 64 wide and 160 high. A JPEG is decoded
-    at a quarter of its size and no less, whichever way it lies in the file."""
+def test_images_are_turned_as_exif_says(kind, orientation, tmp_path):
+    """An upright image, 64 wide and 160 high, has a white corner at the top left. A JPEG is decoded
+    at a quarter of its size, for every orientation in the file."""
     upright = np.zeros((160, 64, 3), np.uint8)
     upright[:80, :32] = 255
     image, exif = PILImage.fromarray(upright), PILImage.Exif()
-    if orientation in UPRIGHT:  # the inverse of 6 is 8, of all others themselves
+    if orientation in UPRIGHT:  # 6 and 8 are inverse to each other, all others to themselves
         image = image.transpose(UPRIGHT[{6: 8, 8: 6}.get(orientation, orientation)])
     exif[274] = orientation
     path = str(tmp_path / f"x.{kind}")
     image.save(path, exif=exif)
     for at_least, size in ((None, (64, 160)), ((40, 16), (16, 40) if kind == "jpg" else (64, 160))):
-        found = read_image(path, at_least=at_least)
-        assert found.size == size and found.getexif().get(274, 1) == 1
-        corner = np.asarray(found.resize((2, 2), PILImage.Resampling.BOX))[..., 0]
+        image = read_image(path, at_least=at_least)
+        assert image.size == size and image.getexif().get(274, 1) == 1
+        corner = np.asarray(image.resize((2, 2), PILImage.Resampling.BOX))[..., 0]
         assert corner[0, 0] > 200 and corner.sum() - corner[0, 0] < 60
 
 
-def test_damaged_exif_leaves_a_picture_as_it_is(tmp_path):
+def test_an_image_with_corrupted_exif_data_is_not_turned(tmp_path):
     path = tmp_path / "x.jpg"
     for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\0", b""):
         PILImage.new("RGB", (30, 60), (9, 9, 9)).save(path, exif=exif)
         assert read_image(str(path)).size == (30, 60)
 
 
-def test_a_broken_picture_is_told_with_its_entry_only_where_it_has_one(tmp_path, monkeypatch):
+def test_the_error_of_a_broken_image_names_its_entry_if_it_has_one(tmp_path, monkeypatch):
     path = tmp_path / "x.jpg"
     path.write_bytes(b"no picture")
     with pytest.raises(
@@ -179,18 +179,18 @@ def test_a_broken_picture_is_told_with_its_entry_only_where_it_has_one(tmp_path,
         read_image(str(path), "a.json, entry 3")
 
 
-def test_the_plain_transform_flips_half_of_the_images_and_changes_nothing_else():
+def test_the_plain_transform_only_flips_half_of_the_images():
     images, numbers = pictures(64), uniform(64, UNIFORM_PLAIN)
     flipped = numbers[:, 0] < 0.5
     assert 20 < flipped.sum() < 44
-    found = train_transform(images, numbers)
-    assert torch.equal(found[flipped], normalise(images[flipped].flip(-1)))
-    assert torch.equal(found[~flipped], normalise(images[~flipped]))
+    result = train_transform(images, numbers)
+    assert torch.equal(result[flipped], normalise(images[flipped].flip(-1)))
+    assert torch.equal(result[~flipped], normalise(images[~flipped]))
 
 
-def test_augmentation_of_a_batch_equals_one_image_after_another():
+def test_augmenting_a_batch_equals_augmenting_its_images_one_by_one():
     images, numbers = pictures(40), uniform(40, UNIFORM_AUGMENTED)
-    found = train_transform(images, numbers)
+    result = train_transform(images, numbers)
     erased = erased_area(HEIGHT, WIDTH, numbers[:, 3:])
     for row in range(40):
         flip, top, left = (
@@ -201,10 +201,10 @@ def test_augmentation_of_a_batch_equals_one_image_after_another():
         image = F.pad(images[row].flip(-1) if flip else images[row], [10] * 4)
         expected = normalise(image[None, :, top : top + HEIGHT, left : left + WIDTH])[0]
         expected[:, erased[row]] = 0
-        torch.testing.assert_close(found[row], expected, rtol=0, atol=0)
+        torch.testing.assert_close(result[row], expected, rtol=0, atol=0)
 
 
-def test_crops_reach_every_place_and_no_other():
+def test_crops_reach_both_extreme_places_and_no_further():
     white = torch.full((1, 3, HEIGHT, WIDTH), 255, dtype=torch.uint8)
     numbers = torch.full((2, UNIFORM_AUGMENTED), 0.9)
     numbers[0, 1:3], numbers[1, 1:3] = 0.0, 1 - 1e-7
@@ -215,13 +215,15 @@ def test_crops_reach_every_place_and_no_other():
         assert not dark[inside].any() and int((~dark).sum()) == (HEIGHT - 10) * (WIDTH - 10)
 
 
-def test_erasing_takes_one_rectangle_of_2_to_40_percent_in_half_of_the_images():
+def test_half_of_the_images_lose_one_rectangle_of_2_to_40_percent():
     areas = erased_area(HEIGHT, WIDTH, uniform(2000, UNIFORM_AUGMENTED - 3))
     shares = areas.float().mean(dim=(1, 2))
     assert (shares > 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
     rectangles = areas[shares > 0]
     sides = [rectangles.any(dim=d).sum(dim=1) for d in (2, 1)]
-    assert torch.equal(sides[0] * sides[1], rectangles.sum(dim=(1, 2)))  # full, so one rectangle
+    assert torch.equal(
+        sides[0] * sides[1], rectangles.sum(dim=(1, 2))
+    )  # so it is one full rectangle
     shape = sides[0] / sides[1]
     assert shares[shares > 0].min() > 0.8 * ERASED_AREA[0]  # sides are rounded to pixels
     assert shares.max() < 1.1 * ERASED_AREA[1]
@@ -234,15 +236,15 @@ def test_erasing_agrees_with_torchvision_in_its_mean_area():
     reference = v2.RandomErasing(p=1.0, scale=ERASED_AREA, value=-1.0)
     torch.manual_seed(0)
     image = torch.zeros(1, HEIGHT, WIDTH)
-    theirs = torch.stack([(reference(image) < 0).float().mean() for _ in range(1500)])
+    expected = torch.stack([(reference(image) < 0).float().mean() for _ in range(1500)])
     numbers = uniform(1500, UNIFORM_AUGMENTED - 3)
     numbers[:, 0] = 0
-    ours = erased_area(HEIGHT, WIDTH, numbers).float().mean(dim=(1, 2))
-    assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=0.012)
-    assert ours.std().item() == pytest.approx(theirs.std().item(), abs=0.012)
+    areas = erased_area(HEIGHT, WIDTH, numbers).float().mean(dim=(1, 2))
+    assert areas.mean().item() == pytest.approx(expected.mean().item(), abs=0.012)
+    assert areas.std().item() == pytest.approx(expected.std().item(), abs=0.012)
 
 
-def test_an_image_for_which_no_rectangle_fits_stays_whole():
+def test_nothing_is_erased_if_no_rectangle_fits():
     numbers = torch.full((1, UNIFORM_AUGMENTED - 3), 0.999)  # 40 % of the area, 3.3 times as high
     numbers[:, 0] = 0
     assert not erased_area(32, 32, numbers).any()

@@ -13,7 +13,7 @@ def features(count, seed, dim=16):
 
 
 def naive_supkl(anchors, keys, weights):
-    """Equation of the paper, anchor by anchor and key by key."""
+    """The paper's equation, anchor by anchor and key by key."""
     total = 0.0
     for i in range(len(anchors)):
         logits = torch.stack([SCALE * (anchors[i] * k).sum() for k in keys])
@@ -23,7 +23,7 @@ def naive_supkl(anchors, keys, weights):
     return total / len(anchors)
 
 
-def test_targets_favour_the_direct_view_and_share_identities():
+def test_targets_are_the_keys_of_the_same_identity_with_slack_for_the_first_view():
     w = soft_targets(torch.tensor([4, 7, 4]), torch.tensor([7, -1]), slack=0.15)
     expected = [
         [1.15, 0, 1.15, 1, 0, 1, 0, 0],
@@ -43,42 +43,42 @@ def test_supkl_equals_the_equation():
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [elastic_kl, soft_cross_entropy])
-def test_an_empty_slot_is_no_key(form):
-    """A queue of 9 slots with 3 filled gives the loss and gradient of a queue of 3."""
-    pids, past = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 5, 2])
-    old_text, old_aerial, _ = features(3, 2)
+@pytest.mark.parametrize("distribution_loss", [elastic_kl, soft_cross_entropy])
+def test_an_empty_slot_is_no_key(distribution_loss):
+    """A queue of 9 slots with 3 filled gives the loss and gradient of a queue of 3 slots."""
+    pids, past_pids = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 5, 2])
+    past_text, past_aerial, _ = features(3, 2)
     results = []
     for size in (3, 9):
         queue = FeatureQueue(size, 16).double()
-        queue.push(old_text, old_aerial, past)
+        queue.push(past_text, past_aerial, past_pids)
         views = [x.double().requires_grad_() for x in features(4, 1)]
-        loss = aea_loss(form, *views, pids, SCALE, queue)
+        loss = aea_loss(distribution_loss, *views, pids, SCALE, queue)
         results.append((loss, *torch.autograd.grad(loss, views)))
     for small, large in zip(*results, strict=True):
         torch.testing.assert_close(small, large)
         assert torch.isfinite(large).all()
 
 
-@pytest.mark.parametrize("form", [elastic_kl, soft_cross_entropy])
-def test_an_empty_queue_equals_no_queue(form):
+@pytest.mark.parametrize("distribution_loss", [elastic_kl, soft_cross_entropy])
+def test_an_empty_queue_equals_no_queue(distribution_loss):
     pids = torch.tensor([0, 1, 0, 2])  # identity 0 must not match empty slots
     views = features(4, 3)
-    with_queue = aea_loss(form, *views, pids, SCALE, FeatureQueue(12, 16))
-    torch.testing.assert_close(with_queue, aea_loss(form, *views, pids, SCALE))
+    with_queue = aea_loss(distribution_loss, *views, pids, SCALE, FeatureQueue(12, 16))
+    torch.testing.assert_close(with_queue, aea_loss(distribution_loss, *views, pids, SCALE))
 
 
-def test_queue_is_newest_first_overwrites_the_oldest_and_takes_a_short_batch():
+def test_the_queue_is_newest_first_drops_the_oldest_and_takes_a_short_batch():
     queue = FeatureQueue(5, 16)
-    seen = []
+    newest = []
     for step, count in enumerate((2, 2, 3, 1)):  # the last batch of an epoch is short
         text, aerial, _ = features(count, step)
         pids = torch.arange(count) + 10 * step
         queue.push(text, aerial, pids)
-        seen = [*zip(pids.tolist(), text, aerial, strict=True), *seen][:5]
-        expected = [pid for pid, *_ in seen] + [-1] * (5 - len(seen))
+        newest = [*zip(pids.tolist(), text, aerial, strict=True), *newest][:5]
+        expected = [pid for pid, *_ in newest] + [-1] * (5 - len(newest))
         assert queue.pids.tolist() == expected
-        for slot, (_, t, a) in enumerate(seen):
+        for slot, (_, t, a) in enumerate(newest):
             assert torch.equal(queue.text[slot], t) and torch.equal(queue.aerial[slot], a)
 
 
@@ -89,7 +89,7 @@ def test_a_batch_larger_than_the_queue_keeps_its_first_entries():
     assert queue.pids.tolist() == [0, 1] and len(queue.text) == 2
 
 
-def test_the_queue_holds_no_graph_and_the_loss_no_gradient_of_it():
+def test_the_queue_holds_no_graph_and_gets_no_gradient():
     queue = FeatureQueue(8, 16)
     for step in range(4):
         views = [x.requires_grad_() for x in features(4, step)]

@@ -21,12 +21,12 @@ def table(negatives="next"):
     return SentenceTable(COUNTS, torch.zeros(9, 4, dtype=torch.long), negatives)
 
 
-def owner(sentence):
+def class_of(sentence):
     """(attribute, class) of a sentence."""
-    bounds = [
+    classes = [
         (a, c) for a, counts in enumerate(COUNTS) for c, n in enumerate(counts) for _ in range(n)
     ]
-    return bounds[sentence]
+    return classes[sentence]
 
 
 @pytest.mark.parametrize("fusion", ["dot", "cat"])
@@ -49,30 +49,30 @@ def test_vectorised_matching_equals_the_loop_over_samples(fusion):
 
 
 @pytest.mark.parametrize("negatives", ["next", "random"])
-def test_draws_are_of_the_right_class_and_reach_every_sentence(negatives):
+def test_samples_are_of_the_right_class_and_cover_every_sentence(negatives):
     labels = torch.cartesian_prod(torch.arange(2), torch.arange(3)).repeat(200, 1)
     positive, negative = table(negatives).sample(labels, torch.Generator().manual_seed(0))
-    other = {}
+    other_classes = {}
     for v in range(len(labels)):
         for a in range(2):
             label = int(labels[v, a])
-            assert owner(positive[v, a]) == (a, label)
-            attribute, drawn = owner(negative[v, a])
-            assert attribute == a and drawn != label
-            other.setdefault((a, label), set()).add(drawn)
+            assert class_of(positive[v, a]) == (a, label)
+            attribute, other = class_of(negative[v, a])
+            assert attribute == a and other != label
+            other_classes.setdefault((a, label), set()).add(other)
     assert set(positive.flatten().tolist()) == set(range(9))
-    assert other[1, 0] == ({1} if negatives == "next" else {1, 2})
-    assert other[1, 2] == ({0} if negatives == "next" else {0, 1})
+    assert other_classes[1, 0] == ({1} if negatives == "next" else {1, 2})
+    assert other_classes[1, 2] == ({0} if negatives == "next" else {0, 1})
 
 
 def test_random_negatives_are_uniform_over_the_other_classes():
     labels = torch.zeros(6000, 2, dtype=torch.long)
     _, negative = table("random").sample(labels, torch.Generator().manual_seed(0))
-    drawn = torch.tensor([owner(s)[1] for s in negative[:, 1].tolist()])
-    assert (drawn == 1).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    other = torch.tensor([class_of(s)[1] for s in negative[:, 1].tolist()])
+    assert (other == 1).float().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_draws_repeat_with_the_generators_state():
+def test_the_generators_state_repeats_the_samples():
     labels = torch.zeros(50, 2, dtype=torch.long)
     generator = torch.Generator().manual_seed(7)
     state = generator.get_state()
@@ -81,7 +81,7 @@ def test_draws_repeat_with_the_generators_state():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_prediction_takes_the_class_whose_sentences_match_best():
+def test_the_predicted_class_is_the_one_whose_sentences_match_best():
     logits = torch.zeros(1, 9, 2)
     logits[0, 2, 1] = 3.0  # attribute 0, class 1
     logits[0, 4, 1] = 9.0  # attribute 1, class 1: one of three sentences
@@ -89,36 +89,36 @@ def test_prediction_takes_the_class_whose_sentences_match_best():
     assert predict_attributes(logits, table()).tolist() == [[1, 2]]
 
 
-def test_the_sentences_shipped_are_the_papers():
+def test_the_shipped_sentences_are_those_of_the_paper():
     attributes = read_attributes(ROOT / "configs/attributes.yaml")
-    figures = golden()["attribute_sentences"]
+    expected = golden()["attribute_sentences"]
     assert [a.name for a in attributes] == list(ATTRIBUTES)
-    assert [len(a.classes) for a in attributes] == figures["classes_per_attribute"]
+    assert [len(a.classes) for a in attributes] == expected["classes_per_attribute"]
     assert [len(a.classes) for a in attributes] == list(ATTRIBUTES.values())
     counts = [[len(s) for s in a.sentences] for a in attributes]
-    assert counts == figures["sentences_per_class"]
+    assert counts == expected["sentences_per_class"]
     ids = build_sentences(options()).ids
-    assert ids.shape == (figures["total"], figures["longest_tokens"])
+    assert ids.shape == (expected["total"], expected["longest_tokens"])
 
 
-def test_some_attributes_take_their_own_columns_of_the_labels():
-    """Sentences drawn for two of seven attributes are of the label's class, and of the next."""
+def test_firm_attributes_selects_the_label_columns_of_those_attributes():
+    """Two of seven attributes: positives are of the label's class, negatives of the next class."""
     args = options(firm_attributes=["altitude", "age"])
     attributes = {a.name: a for a in read_attributes(args.attributes_file)}
-    chosen = build_sentences(args)
-    owners = [(n, c) for n in args.firm_attributes
-              for c, group in enumerate(attributes[n].sentences) for _ in group]  # fmt: skip
-    assert len(owners) == len(chosen.ids)
+    sentences = build_sentences(args)
+    classes = [(n, c) for n in args.firm_attributes
+               for c, group in enumerate(attributes[n].sentences) for _ in group]  # fmt: skip
+    assert len(classes) == len(sentences.ids)
     labels = torch.tensor([[0, 2, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 1, 0]])
-    positive, negative = chosen.sample(labels, torch.Generator().manual_seed(0))
-    assert [[owners[s] for s in row] for row in positive.tolist()] == [
+    positive, negative = sentences.sample(labels, torch.Generator().manual_seed(0))
+    assert [[classes[s] for s in row] for row in positive.tolist()] == [
         [("altitude", 1), ("age", 2)], [("altitude", 0), ("age", 0)]
     ]  # fmt: skip
-    assert [[owners[s] for s in row] for row in negative.tolist()] == [
+    assert [[classes[s] for s in row] for row in negative.tolist()] == [
         [("altitude", 0), ("age", 0)], [("altitude", 1), ("age", 1)]
     ]  # fmt: skip
 
 
-def test_an_unknown_attribute_is_told():
+def test_an_unknown_attribute_is_refused_with_a_suggestion():
     with pytest.raises(UserError, match="--firm_attributes hight: .* Did you mean 'height'"):
         build_sentences(options(firm_attributes=["hight"]))

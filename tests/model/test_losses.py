@@ -11,8 +11,8 @@ from tests.helpers import ROOT, filled, golden, golden_batch, options
 from utils.errors import UserError
 
 
-def losses_of(names, clip_file, two_views=True, head=None, **more):
-    args = options(pretrain_choice=str(clip_file), cmt_depth=2, **more)
+def losses_of(names, clip_file, two_views=True, head=None, **changes):
+    args = options(pretrain_choice=str(clip_file), cmt_depth=2, **changes)
     model = build_model(args, names.split("+"), num_classes=11003).eval()
     if head:
         weights = filled(golden()["head_state_shapes"][head])
@@ -34,7 +34,7 @@ def test_firm_equals_the_original(fusion, clip_file, monkeypatch):
     def first_sentence(table, class_VA, u_VA):
         return table.first[torch.arange(7), class_VA]
 
-    monkeypatch.setattr(model.losses.firm.SentenceTable, "_pick", first_sentence)
+    monkeypatch.setattr(model.losses.firm.SentenceTable, "_pick_sentences", first_sentence)
     losses = losses_of(f"match2+{fusion}", clip_file, head=fusion)
     expected = golden()["firm_first_sentence"][fusion]
     assert losses["match2"].item() == pytest.approx(expected, rel=1e-4)
@@ -48,22 +48,20 @@ def test_aea_with_a_full_queue_equals_the_original(clip_file):
     assert values[3:] == pytest.approx(golden()["aea_with_queue"]["loss"][3:], rel=1e-4)
 
 
-def test_the_total_is_the_sum_of_the_losses_and_what_a_loss_logs_is_no_part_of_it(
-    clip_file, monkeypatch
-):
+def test_the_total_is_the_sum_of_the_losses_without_logged_scalars(clip_file, monkeypatch):
     def sdm_with_scale(inputs):
         inputs.log("sdm/scale", inputs.text_BD.sum() * 0 + inputs.scale)
         return irra.sdm_of_views(inputs)
 
     expected = losses_of("sdm+itc", clip_file)
     monkeypatch.setitem(LOSSES, "sdm", Loss("with a scalar for the log", sdm_with_scale))
-    found = losses_of("sdm+itc", clip_file)
-    assert list(found) == ["sdm", "itc", "total", "sdm/scale"]
-    assert found["sdm/scale"].item() == 50 and not found["sdm/scale"].requires_grad
-    assert torch.equal(found["total"], expected["sdm"] + expected["itc"])
+    losses = losses_of("sdm+itc", clip_file)
+    assert list(losses) == ["sdm", "itc", "total", "sdm/scale"]
+    assert losses["sdm/scale"].item() == 50 and not losses["sdm/scale"].requires_grad
+    assert torch.equal(losses["total"], expected["sdm"] + expected["itc"])
 
 
-def test_matching_losses_have_a_value_per_sample_whose_mean_is_the_loss():
+def test_reduction_none_returns_values_per_sample_whose_mean_is_the_loss():
     torch.manual_seed(0)
     a, b = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
     pids = torch.tensor([0, 1, 0, 2, 1])
@@ -81,16 +79,16 @@ def test_matching_losses_have_a_value_per_sample_whose_mean_is_the_loss():
         torch.testing.assert_close(values.mean(), loss(*inputs))
         with pytest.raises(ValueError, match="reduction|not a valid"):
             loss(*inputs, reduction="sums")
-    # Value i is that of sample i, wherever it stands in the batch.
-    moved = irra.itc(a.flip(0), b.flip(0), 50.0, reduction="none")
-    torch.testing.assert_close(moved.flip(0), irra.itc(a, b, 50.0, reduction="none"))
+    # Value i is that of sample i in any order of the batch.
+    flipped = irra.itc(a.flip(0), b.flip(0), 50.0, reduction="none")
+    torch.testing.assert_close(flipped.flip(0), irra.itc(a, b, 50.0, reduction="none"))
 
 
-def test_weights_scale_their_losses(clip_file):
-    once = losses_of("id+sdm", clip_file, head="id")
-    twice = losses_of("id+sdm", clip_file, head="id", id_loss_weight=2.0)
-    assert twice["id"].item() == pytest.approx(2 * once["id"].item())
-    assert twice["sdm"].item() == pytest.approx(once["sdm"].item())
+def test_loss_weights_scale_their_losses(clip_file):
+    single = losses_of("id+sdm", clip_file, head="id")
+    double = losses_of("id+sdm", clip_file, head="id", id_loss_weight=2.0)
+    assert double["id"].item() == pytest.approx(2 * single["id"].item())
+    assert double["sdm"].item() == pytest.approx(single["sdm"].item())
 
 
 @pytest.mark.parametrize("name", [n for n, row in LOSSES.items() if row.compute and n != "match2"])
@@ -100,29 +98,29 @@ def test_permuting_the_batch_changes_no_loss(name, clip_file):
     batch = golden_batch()
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
-        straight = net(batch)[name]
-        moved = {key: value[order] for key, value in batch.items() if key != "masked_at"}
-        moved["masked_at"] = moved["masked_labels"].flatten().nonzero()[:, 0]
-        permuted = net(moved)[name]
-    torch.testing.assert_close(straight, permuted, rtol=1e-4, atol=1e-5)
+        expected = net(batch)[name]
+        permuted = {key: value[order] for key, value in batch.items() if key != "masked_at"}
+        permuted["masked_at"] = permuted["masked_labels"].flatten().nonzero()[:, 0]
+        loss = net(permuted)[name]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_captions_that_all_losses_see_masked_are_encoded_once(clip_file, monkeypatch):
-    """The losses equal those of the same ids encoded twice, once for `mlm` alone."""
+def test_masked_captions_of_all_losses_are_encoded_once(clip_file, monkeypatch):
+    """The losses equal those of the same ids encoded twice, the second time only for `mlm`."""
     names = ["supkl", "mlm"]
     net = build_model(options(pretrain_choice=str(clip_file), cmt_depth=1), names, 0).eval()
     batch, calls = golden_batch(), []
-    twice = {**batch, "caption_ids": batch["masked_ids"]}
-    once = {name: value for name, value in twice.items() if name != "masked_ids"}
+    encoded_twice = {**batch, "caption_ids": batch["masked_ids"]}
+    encoded_once = {name: v for name, v in encoded_twice.items() if name != "masked_ids"}
     encode = net.base_model.encode_captions
     monkeypatch.setattr(
         net.base_model, "encode_captions", lambda ids, rows: calls.append(ids) or encode(ids, rows)
     )
     with torch.no_grad():
-        expected, found = net(twice), net(once)
+        expected, losses = net(encoded_twice), net(encoded_once)
     assert len(calls) == 3 and torch.equal(calls[2], calls[1])
     for name in names:
-        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(losses[name], expected[name])
 
 
 def test_cmpm_equals_its_definition_anchor_by_anchor():
@@ -138,10 +136,10 @@ def test_cmpm_equals_its_definition_anchor_by_anchor():
     torch.testing.assert_close(cmpm(a, b, pids), total)
 
 
-def parse(text, **facts):
-    facts = {"pairs": True, "attributes": True, **facts}
+def parse(text, **dataset_has):
+    dataset_has = {"pairs": True, "attributes": True, **dataset_has}
     names = parse_loss_names(text)
-    check_losses(names, "X", **facts)
+    check_losses(names, "X", **dataset_has)
     return names
 
 
@@ -151,35 +149,34 @@ def test_the_papers_recipe_and_the_default_are_accepted():
 
 
 @pytest.mark.parametrize(
-    ("text", "facts", "message"),
+    ("text", "dataset_has", "message"),
     [
         ("supkI", {}, r"unknown loss 'supkI'. Did you mean 'supkl'\? Known: supkl"),
         ("", {}, "unknown loss ''"),
-        ("sdm+sdm", {}, "'sdm' stands there twice"),
-        ("sdm+queue", {}, "'queue' needs supkl or supitc beside it"),
+        ("sdm+sdm", {}, "'sdm' is named twice"),
+        ("sdm+queue", {}, "'queue' needs supkl or supitc too"),
         ("match2", {}, "'match2' needs exactly one of dot, cat"),
         ("match2+dot+cat", {}, "'match2' needs exactly one of dot, cat"),
         ("sdm+dot", {}, "'dot' needs match2"),
-        ("match2+dot", {"attributes": False}, "needs attribute labels; X comes without"),
+        ("match2+dot", {"attributes": False}, "needs attribute labels; X has none"),
         ("supkl", {"pairs": False}, "needs an aerial and a ground image per caption"),
     ],
 )
-def test_combinations_that_cannot_work_are_refused_with_the_reason(text, facts, message):
+def test_losses_that_cannot_work_together_are_refused_with_the_reason(text, dataset_has, message):
     with pytest.raises(UserError, match=message):
-        parse(text, **facts)
+        parse(text, **dataset_has)
 
 
-def test_attribute_matching_of_one_view_is_that_of_its_images_alone(clip_file):
-    """match2 on single-view samples equals match2 on two views that are the same images."""
+def test_match2_of_one_view_equals_match2_of_two_identical_views(clip_file):
     args = options(pretrain_choice=str(clip_file))
     model = build_model(args, ["match2", "dot"], num_classes=0).eval()
     single = golden_batch(two_views=False)
     double = {**single, "pair_images": single["images"], "pair_attributes": single["attributes"]}
-    drawn = model.sentences.sample(single["attributes"], torch.Generator().manual_seed(0))
-    model.sentences.sample = lambda labels, _: [d.repeat(len(labels) // 4, 1) for d in drawn]
+    sampled = model.sentences.sample(single["attributes"], torch.Generator().manual_seed(0))
+    model.sentences.sample = lambda labels, _: [s.repeat(len(labels) // 4, 1) for s in sampled]
     with torch.no_grad():
         torch.testing.assert_close(model(single)["match2"], model(double)["match2"])
 
 
-def test_the_documentation_holds_the_table_of_losses_as_it_is():
+def test_the_documentation_has_the_current_table_of_losses():
     assert losses_table() in (ROOT / "docs/training.md").read_text()

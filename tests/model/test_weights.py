@@ -1,4 +1,4 @@
-"""Weights by name: fetched from a server on this machine, or put into the cache by hand."""
+"""Weights by name: downloaded from a server on this machine, or put into the cache by hand."""
 
 import hashlib
 import http.server
@@ -15,11 +15,11 @@ from open_clip import pretrained
 import model.weights as module
 from model.backbone import load_backbone
 from model.build import build_evaluation_model
-from model.weights import config_of_name, parse_choice
+from model.weights import config_from_name, parse_choice
 from tests.helpers import golden_clip, noise, options
 from utils.errors import UserError
 
-# The golden CLIP's shapes, but with two heads of 32 in the text encoder and plain GELU.
+# The golden CLIP's shapes, but with two heads of 32 channels in the text encoder and plain GELU.
 TINY = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16},
@@ -45,10 +45,10 @@ def tiny(tmp_path, monkeypatch):
 
 
 class Server:
-    """Serves bytes by path on this machine, and counts what was asked for."""
+    """Serves bytes by path on this machine, and records the requested paths."""
 
     def __init__(self) -> None:
-        self.files, self.asked = {}, []
+        self.files, self.requested = {}, []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -62,7 +62,7 @@ class Server:
                 return content
 
             def do_GET(self):
-                outer.asked.append(self.path)
+                outer.requested.append(self.path)
                 self.wfile.write(self.do_HEAD() or b"")
 
             def log_message(self, *_):
@@ -96,7 +96,7 @@ def test_weights_are_downloaded_once_and_their_checksum_is_verified(tiny, server
     for _ in range(2):
         loaded = load_backbone("tiny-clip/here", (96, 32)).state_dict()
         assert torch.equal(loaded["visual.proj"], golden_clip()["visual.proj"])
-    assert server.asked == [path]
+    assert server.requested == [path]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["tiny.pt"]
 
 
@@ -122,60 +122,66 @@ def test_a_hugging_face_tag_is_downloaded_as_safetensors(tiny, server, monkeypat
     )  # fmt: skip
     loaded = load_backbone("tiny-clip/here", (96, 32)).state_dict()
     assert torch.equal(loaded["visual.proj"], golden_clip()["visual.proj"])
-    assert server.asked.count(path) == 1
-    server.http.shutdown()  # what was downloaded needs no network
+    assert server.requested.count(path) == 1
+    server.http.shutdown()  # a downloaded file needs no network
     server.http.server_close()
-    again = load_backbone("tiny-clip/here", (96, 32)).state_dict()
-    assert torch.equal(again["visual.proj"], loaded["visual.proj"])
+    reloaded = load_backbone("tiny-clip/here", (96, 32)).state_dict()
+    assert torch.equal(reloaded["visual.proj"], loaded["visual.proj"])
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pt"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @torch.no_grad()
-def test_a_tagged_model_equals_open_clips_own_and_keeps_its_input_statistics(tiny, form, tmp_path):
+def test_a_tagged_model_equals_open_clips_and_keeps_its_input_statistics(tiny, suffix, tmp_path):
     (tmp_path / "cache").mkdir()
-    put = tmp_path / f"cache/tiny-clip-here.{form}"
-    if form == "pt":
-        torch.save(golden_clip(), put)
+    path = tmp_path / f"cache/tiny-clip-here.{suffix}"
+    if suffix == "pt":
+        torch.save(golden_clip(), path)
     else:
-        safetensors.torch.save_file(golden_clip(), put)
-    ours = load_backbone("tiny-clip/here", (64, 64)).eval()
-    assert (ours.config.image_mean, ours.config.image_std) == (MEAN, STD)
-    theirs = open_clip.create_model("tiny-clip").eval()
-    theirs.load_state_dict(golden_clip(), strict=False)
-    weights = theirs.state_dict()
+        safetensors.torch.save_file(golden_clip(), path)
+    backbone = load_backbone("tiny-clip/here", (64, 64)).eval()
+    assert (backbone.config.image_mean, backbone.config.image_std) == (MEAN, STD)
+    reference = open_clip.create_model("tiny-clip").eval()
+    reference.load_state_dict(golden_clip(), strict=False)
+    weights = reference.state_dict()
     # open_clip resizes no position embedding here: 64 / 16 is the golden grid, 4 x 4.
     assert weights["visual.positional_embedding"].shape[0] == 17
-    ours.load_state_dict({n: v for n, v in weights.items() if n in ours.state_dict()})
+    backbone.load_state_dict({n: v for n, v in weights.items() if n in backbone.state_dict()})
+    assert_equal_encoders(backbone, reference)
+
+
+def assert_equal_encoders(backbone, reference):
     images, ids = noise((2, 3, 64, 64), 1), open_clip.tokenize(["a man", "a woman in red"])
-    torch.testing.assert_close(ours.encode_images(images)[0], theirs.encode_image(images))
-    torch.testing.assert_close(ours.encode_captions(ids)[0], theirs.encode_text(ids))
+    torch.testing.assert_close(backbone.encode_images(images)[0], reference.encode_image(images))
+    torch.testing.assert_close(backbone.encode_captions(ids)[0], reference.encode_text(ids))
+
+
+def as_checkpoint(backbone):
+    return {"model": {f"base_model.{n}": v for n, v in backbone.state_dict().items()}}
 
 
 @torch.no_grad()
 def test_a_checkpoint_of_a_tagged_model_evaluates_without_its_weights_file(tiny, tmp_path):
-    """Shapes do not tell heads and activation; the name in configs.yaml does."""
-    put = tmp_path / "cache/tiny-clip-here.pt"
-    put.parent.mkdir()
-    torch.save(golden_clip(), put)
-    ours = load_backbone("tiny-clip/here", (96, 32)).eval()
-    put.unlink()
-    weights = {"model": {f"base_model.{n}": v for n, v in ours.state_dict().items()}}
+    """Shapes do not show heads and activation; the name in configs.yaml gives them."""
+    path = tmp_path / "cache/tiny-clip-here.pt"
+    path.parent.mkdir()
+    torch.save(golden_clip(), path)
+    backbone = load_backbone("tiny-clip/here", (96, 32)).eval()
+    path.unlink()
+    checkpoint, ids = as_checkpoint(backbone), open_clip.tokenize(["a man with a bag"])
+    expected = backbone.encode_captions(ids)[0]
     args = options(pretrain_choice="tiny-clip/here")
-    again = build_evaluation_model(args, weights, "best.pth").eval()
-    ids = open_clip.tokenize(["a man with a bag"])
-    assert torch.equal(again.encode_text(ids), ours.encode_captions(ids)[0])
-    assert not torch.equal(
-        build_evaluation_model(options(), weights, "best.pth").eval().encode_text(ids),
-        ours.encode_captions(ids)[0],
-    )
+    named = build_evaluation_model(args, checkpoint, "best.pth").eval()
+    assert torch.equal(named.encode_text(ids), expected)
+    unnamed = build_evaluation_model(options(), checkpoint, "best.pth").eval()
+    assert not torch.equal(unnamed.encode_text(ids), expected)
 
 
-def test_offline_the_message_says_which_file_to_put_where(tiny, monkeypatch, tmp_path):
+def test_without_a_network_the_message_says_which_file_to_put_where(tiny, monkeypatch, tmp_path):
     def no_network(config, cache_dir):
         raise OSError("network unreachable")
 
     monkeypatch.setattr(module, "download_pretrained", no_network)
-    monkeypatch.setattr(module, "_reach", lambda config: None)
+    monkeypatch.setattr(module, "_check_hub_reachable", lambda config: None)
     cache = tmp_path / "cache"
     for choice, file, source in (
         ("ViT-B/16", "ViT-B-16.pt", "https://openaipublic.*/ViT-B-16.pt"),
@@ -186,7 +192,7 @@ def test_offline_the_message_says_which_file_to_put_where(tiny, monkeypatch, tmp
             load_backbone(choice, (96, 32))
 
 
-def test_a_hub_out_of_reach_is_told_at_once(tiny, server, monkeypatch):
+def test_an_unreachable_hub_is_an_error_at_once(tiny, server, monkeypatch):
     import huggingface_hub.constants as constants
 
     server.http.shutdown()
@@ -201,27 +207,27 @@ def test_a_hub_out_of_reach_is_told_at_once(tiny, server, monkeypatch):
         load_backbone("tiny-clip/here", (96, 32))
 
 
-def test_every_plain_clip_of_open_clip_can_be_named_and_others_are_refused():
+def test_every_plain_clip_of_open_clip_is_supported_and_other_models_are_refused():
     plain, refused = 0, 0
     for name in open_clip.list_models():
         for tag in pretrained.list_pretrained_tags_by_model(name):
             assert parse_choice(f"{name}/{tag}") == (name, tag, "")
             try:
-                sizes = config_of_name(name, tag)
+                config = config_from_name(name, tag)
             except UserError as error:
                 refused += 1
                 assert "is no plain CLIP" in str(error)
             else:
                 plain += 1
-                assert sizes.vocab_size == 49408
+                assert config.vocab_size == 49408
     assert plain > 60 and refused > 60
-    large = config_of_name("ViT-L-14", "laion2b_s32b_b82k")
+    large = config_from_name("ViT-L-14", "laion2b_s32b_b82k")
     assert large.image_mean == (0.5, 0.5, 0.5) and not large.quick_gelu
-    assert config_of_name("ViT-L-14", "openai").quick_gelu
-    assert config_of_name("ViT-H-14", "laion2b_s32b_b79k").head_width == 80
+    assert config_from_name("ViT-L-14", "openai").quick_gelu
+    assert config_from_name("ViT-H-14", "laion2b_s32b_b79k").head_width == 80
 
 
-def test_an_unknown_tag_is_told():
+def test_an_unknown_tag_is_refused_with_a_suggestion():
     with pytest.raises(UserError, match="no weights 'laion2b_s34b' of ViT-B-16. Did you mean"):
         load_backbone("ViT-B-16/laion2b_s34b", (96, 32))
 
@@ -239,57 +245,56 @@ def test_an_unknown_tag_is_told():
         ("ViT-B-16", ("", "", "ViT-B-16")),
     ],
 )
-def test_a_choice_names_a_model_a_tag_and_a_file(choice, parts):
+def test_a_choice_is_parsed_into_model_tag_and_file(choice, parts):
     assert parse_choice(choice) == parts
 
 
 @pytest.mark.parametrize(("choice", "mean"), [("tiny-clip", None), ("tiny-clip/here", MEAN)])
 @torch.no_grad()
-def test_a_file_behind_a_models_name_is_built_as_that_model(choice, mean, tiny, tmp_path):
-    """Other heads and another activation than the shapes seem to say; also without the file."""
+def test_a_file_after_a_models_name_is_built_as_that_model(choice, mean, tiny, tmp_path):
+    """Its heads and activation differ from those assumed for its shapes; also without the file."""
     path = tmp_path / "mine.pt"
     torch.save({"state_dict": {f"module.{n}": v for n, v in golden_clip().items()}}, path)
-    ours = load_backbone(f"{choice}@{path}", (64, 64)).eval()
-    theirs = open_clip.create_model("tiny-clip").eval()
-    theirs.load_state_dict(golden_clip(), strict=False)
-    images, ids = noise((2, 3, 64, 64), 1), open_clip.tokenize(["a man", "a woman in red"])
-    torch.testing.assert_close(ours.encode_images(images)[0], theirs.encode_image(images))
-    torch.testing.assert_close(ours.encode_captions(ids)[0], theirs.encode_text(ids))
-    assert ours.config.image_mean == (mean or open_clip.OPENAI_DATASET_MEAN) and not ours.notes
+    backbone = load_backbone(f"{choice}@{path}", (64, 64)).eval()
+    reference = open_clip.create_model("tiny-clip").eval()
+    reference.load_state_dict(golden_clip(), strict=False)
+    assert_equal_encoders(backbone, reference)
+    assert backbone.config.image_mean == (mean or open_clip.OPENAI_DATASET_MEAN)
+    assert not backbone.notes
     path.unlink()
-    weights = {"model": {f"base_model.{n}": v for n, v in ours.state_dict().items()}}
     args = options(pretrain_choice=f"{choice}@{path}", img_size=[64, 64])
-    again = build_evaluation_model(args, weights, "best.pth").eval()
-    assert torch.equal(again.encode_text(ids), ours.encode_captions(ids)[0])
-    assert again.base_model.config == ours.config
+    model = build_evaluation_model(args, as_checkpoint(backbone), "best.pth").eval()
+    ids = open_clip.tokenize(["a man", "a woman in red"])
+    assert torch.equal(model.encode_text(ids), backbone.encode_captions(ids)[0])
+    assert model.base_model.config == backbone.config
 
 
-def test_what_is_taken_for_granted_of_a_file_alone_is_told(tiny, clip_file, tmp_path):
-    first = load_backbone(str(clip_file), (64, 64)).notes[0]
-    assert first.startswith(
-        f"{clip_file}: taken as a CLIP of OpenAI's: heads of 64 channels, Quick"
+def test_the_assumptions_about_a_file_without_a_name_are_noted(tiny, clip_file, tmp_path):
+    note = load_backbone(str(clip_file), (64, 64)).notes[0]
+    assert note.startswith(
+        f"{clip_file}: assumed to be an OpenAI CLIP, with heads of 64 channels, Quick"
     )
-    assert first.endswith(f"--pretrain_choice MODEL@{clip_file}; its shapes are those of tiny-clip")
+    assert note.endswith(f"--pretrain_choice MODEL@{clip_file}; its shapes are those of tiny-clip")
 
 
-def test_mistakes_in_naming_a_file_are_told(tiny, clip_file):
+def test_mistakes_in_naming_a_file_are_refused_with_the_reason(tiny, clip_file):
     for choice, message in (
         ("ViT-B-16@none.pt", "ViT-B-16@none.pt: none.pt: no such file"),
-        ("ViT-B-16@", "no file behind the @"),
+        ("ViT-B-16@", "no file after the @"),
         ("ViT-B-61@x.pt", "neither a file nor one of .* MODEL@FILE. Did you mean 'ViT-B-16'"),
-        ("ViT-B-16", "'ViT-B-16' is a model of open_clip: which weights of it"),
+        ("ViT-B-16", "'ViT-B-16' is a model of open_clip: add /TAG or @FILE for its weights"),
         (f"ViT-B-16/here@{clip_file}", "open_clip has no weights 'here' of ViT-B-16"),
-        (f"ViT-B-16@{clip_file}", "not a whole ViT-B-16: .*missing"),
+        (f"ViT-B-16@{clip_file}", "not a complete ViT-B-16: .*missing"),
     ):
         with pytest.raises(UserError, match=message):
             load_backbone(choice, (64, 64))
-    weights = {"model": {f"base_model.{n}": v for n, v in golden_clip().items()}}
-    with pytest.raises(UserError, match="ViT-B-16@x.pt: the checkpoint is of another architecture"):
-        build_evaluation_model(options(pretrain_choice="ViT-B-16@x.pt"), weights, "best.pth")
+    checkpoint = {"model": {f"base_model.{n}": v for n, v in golden_clip().items()}}
+    with pytest.raises(UserError, match="ViT-B-16@x.pt: the checkpoint has another architecture"):
+        build_evaluation_model(options(pretrain_choice="ViT-B-16@x.pt"), checkpoint, "best.pth")
 
 
-def test_a_checkpoint_of_this_family_is_sent_to_finetune(tmp_path):
+def test_a_checkpoint_with_base_model_names_is_refused_with_a_hint_to_finetune(tmp_path):
     path = tmp_path / "best.pth"
     torch.save({"model": {f"base_model.{n}": v for n, v in golden_clip().items()}}, path)
-    with pytest.raises(UserError, match="weights named base_model.* go to --finetune"):
+    with pytest.raises(UserError, match=r"use --finetune for weights named base_model.\*"):
         load_backbone(str(path), (64, 64))

@@ -13,13 +13,13 @@ from datasets.transforms import read_image
 from processor import inference
 from processor.inference import load_run
 from tests.helpers import options
-from tests.reliability.runs import finished
+from tests.reliability.runs import train_small_run
 from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def folder(mini_root, tmp_path_factory):
-    return finished(mini_root, tmp_path_factory.mktemp("logs"))
+    return train_small_run(mini_root, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_cache_and_attributes_named_in_an_untrusted_config_are_not_used(folder
     features = trained.evaluator().encode(trained.model).views["aerial"]
     assert not untrusted.exists() and trained.args.image_cache == ""
     assert len(trained.notes) == 3 and "unknown here: foo" in trained.notes[0]
-    assert "its image_cache is not taken on trust" in trained.notes[1]
+    assert "its image_cache is not trusted" in trained.notes[1]
     cache, attributes_file = tmp_path / "cache", options().attributes_file
     trusted = load_run(run, device="cpu", image_cache=cache, attributes_file=attributes_file)
     assert torch.equal(trusted.evaluator().encode(trusted.model).views["aerial"], features)

@@ -92,7 +92,10 @@ def test_a_resnet_refuses_options_that_would_change_its_numbers(tmp_path):
     torch.save(Backbone(RESNET, (96, 32)).state_dict(), tmp_path / "rn.pt")
     for flag, message in (
         ({"accum_steps": 2}, "--accum_steps: a ResNet normalises by the statistics"),
-        ({"grad_checkpointing": True}, "--grad_checkpointing: open_clip's ResNets have none"),
+        (
+            {"grad_checkpointing": True},
+            "--grad_checkpointing: open_clip's ResNets do not support it",
+        ),
     ):
         args = options(pretrain_choice=str(tmp_path / "rn.pt"), **flag)
         with pytest.raises(UserError, match=message):

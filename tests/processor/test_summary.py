@@ -10,5 +10,5 @@ def test_the_log_has_the_readers_warnings(mini_copy, tmp_path, monkeypatch):
     run(train_entry.main, monkeypatch, *flags(mini_copy, tmp_path, **values))
     lines = (folder_of(tmp_path) / "train_log.txt").read_text().splitlines()
     assert [x.split("  ", 1)[1] for x in lines if "warning" in x] == [
-        f"warning: said twice: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
+        f"warning: repeated: 2 samples of train ({TRAIN}, sample 8 repeats {TRAIN}, sample 0)"
     ]

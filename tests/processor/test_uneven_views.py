@@ -31,7 +31,7 @@ def uneven(root, kept: slice = slice(None, None, 3)) -> Data:
         split.galleries["ground"] = Gallery(
             ground.images[kept], ground.pids[kept], ground.sources[kept]
         )
-    data.warnings = ["said twice: 1 samples of train"]
+    data.warnings = ["repeated: 1 samples of train"]
     return data
 
 
@@ -72,7 +72,7 @@ def evaluated(uneven_root, clip_file, tmp_path, monkeypatch, capsys):
     args = options(dataset_name="AGDataAttr", root_dir=str(uneven_root), device="cpu")
     write_config(tmp_path / "configs.yaml", args)
     run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml")
-    assert capsys.readouterr().out.count("warning: said twice: 1 samples of train") == 1
+    assert capsys.readouterr().out.count("warning: repeated: 1 samples of train") == 1
     return tmp_path
 
 

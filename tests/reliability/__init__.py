@@ -1,5 +1,5 @@
-"""What a shared cluster does to a run, and what strangers' files do to a program.
+"""What a shared cluster does to a run, and what untrusted files do to a program.
 
-`make reliability` runs these with more kills and more examples than CI does; the summary at the end
-counts what was survived.
+`make reliability` runs these with more kills and more examples than CI does. The summary at the end
+counts them.
 """

@@ -1,4 +1,4 @@
-"""Small trainings, here or in processes that can be killed, and what two of them must share."""
+"""Small trainings, in this process or in a child that can be killed, and how to compare two."""
 
 from __future__ import annotations
 
@@ -21,123 +21,127 @@ from utils.errors import run_main
 from utils.metrics import Retrieval
 
 RECIPE = "supkl+queue+match2+dot"
-# Forked from a process that has imported everything and computed nothing: starts in no time.
+# Forked from a process that has imported everything and computed nothing, so children start fast.
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["train"])
 
 
 def with_r1(result: Retrieval, r1: float) -> Retrieval:
-    """An evaluation with another R@1."""
+    """The result of an evaluation with another R@1."""
     return replace(result, metrics={**result.metrics, "R@1": r1})
 
 
-def flags(root, out, **more) -> list[str]:
-    """Three epochs of four steps, on images of 32x16."""
+def flags(root, out, **overrides) -> list[str]:
+    """Arguments of a run of three epochs of four steps, on images of 32x16."""
     values = {
         "root_dir": root, "output_dir": out, "loss_names": RECIPE, "img_size": (32, 16),
         "batch_size": 5, "test_batch_size": 4, "num_epoch": 3, "warmup_epochs": 1, "lr": 1e-3,
         "num_workers": 0, "device": "cpu", "precision": "fp32", "log_period": 1, "img_aug": True,
-        "optimizer": "AdamW", **SCRATCH, **more,
+        "optimizer": "AdamW", **SCRATCH, **overrides,
     }  # fmt: skip
-    words = []
+    argv = []
     for name, value in values.items():
-        many = value if isinstance(value, (tuple, list)) else [] if value is True else [value]
-        words += [f"--{name}", *map(str, many)]
-    return words
+        items = value if isinstance(value, (tuple, list)) else [] if value is True else [value]
+        argv += [f"--{name}", *map(str, items)]
+    return argv
 
 
-def main(words: list[str], threads: int = 1, before=None) -> None:
-    """train.py with these words; for a process of its own."""
+def main(argv: list[str], threads: int = 1, before=None) -> None:
+    """Call `before`, then run train.py with these arguments; for a child process."""
     os.chdir(ROOT)
     torch.set_num_threads(threads)
-    sys.argv = ["train.py", *words]
+    sys.argv = ["train.py", *argv]
     if before is not None:
         before()
     run_main(train_entry.main)
 
 
-def start(words: list[str], output=os.devnull, environment=None, **more):
-    """The same in a process, which is returned; `output` receives what it prints."""
-    process = forks.Process(target=into, args=(output, environment or {}, words), kwargs=more)
+def start(argv: list[str], output=os.devnull, environment=None, **kwargs):
+    """Start `main` in a child process that prints to the file `output`; returns the process."""
+    process = forks.Process(target=child, args=(output, environment or {}, argv), kwargs=kwargs)
     process.start()
     return process
 
 
-def start_many(size: int, words: list[str], output=os.devnull, **more) -> list:
-    """The same in so many processes that know of each other, as torchrun would start them."""
+def start_many(size: int, argv: list[str], output=os.devnull, **kwargs) -> list:
+    """Start `main` in `size` child processes of one process group, as torchrun does."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    environment = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     return [
         start(
-            words, output, {**shared, "RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}, **more
+            argv,
+            output,
+            {**environment, "RANK": rank, "LOCAL_RANK": rank} if size > 1 else {},
+            **kwargs,
         )
         for rank in range(size)
     ]
 
 
-def into(output, environment: dict, words: list[str], **more) -> None:
+def child(output, environment: dict, argv: list[str], **kwargs) -> None:
+    """Run `main` with its output in a file; for a child process."""
     os.environ |= {name: str(value) for name, value in environment.items()}
-    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as for train.py
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes, as under train.py
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    main(words, **more)
+    main(argv, **kwargs)
 
 
 def folder_of(out: Path) -> Path:
-    """The one run's folder."""
+    """The folder of the only run in `out`."""
     (config,) = out.glob("*/*/configs.yaml")
     return config.parent
 
 
-def finished(root, out: Path, **more) -> Path:
-    """The folder of a small run that has been trained here, of one epoch unless given."""
-    values = {"num_epoch": 1, "warmup_epochs": 0, "text_length": 12, **more}
+def train_small_run(root, out: Path, **overrides) -> Path:
+    """Train in this process, by default for one epoch, and return the run's folder."""
+    values = {"num_epoch": 1, "warmup_epochs": 0, "text_length": 12, **overrides}
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(train_entry.main, monkeypatch, *flags(root, out, **values))
     return folder_of(out)
 
 
-def log_of_losses(folder: Path) -> dict[str, str]:
-    """What the log says of each step and epoch, but for its speed and time."""
-    found = {}
+def logged_losses(folder: Path) -> dict[str, str]:
+    """The losses in the log for each step and epoch, without speed and time."""
+    losses = {}
     for line in (folder / "train_log.txt").read_text().splitlines():
         match = re.search(r"(epoch \d+/\d+(?: step \d+/\d+)?)  (loss .*)", line)
         if match:
             text = re.sub(r"\d+ samples/s|[\d.]+ s$", "", match[2])
-            assert found.setdefault(match[1], text) == text  # done twice: with the same numbers
-    return found
+            assert losses.setdefault(match[1], text) == text  # a repeated step has the same losses
+    return losses
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:
-    """What TensorBoard shows, but for speed."""
+    """The values of each TensorBoard scalar except speed."""
     events = EventAccumulator(str(folder))
     events.Reload()
     names = [n for n in events.Tags()["scalars"] if n != "samples_per_second"]
     return {name: [e.value for e in events.Scalars(name)] for name in names}
 
 
-def same(a, b, where="") -> None:
-    """Equal, bit for bit and however nested."""
+def assert_same(a, b, where="") -> None:
+    """Assert that two nested values are equal bit for bit."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
         assert list(a) == list(b), where
         for key in a:
-            same(a[key], b[key], f"{where}.{key}")
+            assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{where}[{i}]")
+            assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b or (a != a and b != b), where
 
 
-def assert_same_end(folder: Path, unbroken: Path) -> None:
-    """Checkpoints bit for bit, and the log of losses."""
+def assert_same_end(folder: Path, uninterrupted: Path) -> None:
+    """Assert equal checkpoints, bit for bit, and equal losses in the logs."""
     for name in ("last.pth", "best.pth"):
-        same(load_checkpoint(folder / name), load_checkpoint(unbroken / name), name)
-    assert log_of_losses(folder) == log_of_losses(unbroken)
+        assert_same(load_checkpoint(folder / name), load_checkpoint(uninterrupted / name), name)
+    assert logged_losses(folder) == logged_losses(uninterrupted)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Machines as containers and clusters have them: another home, user, console, or limit."""
+"""Machines as in containers and on clusters: another home, user, console or limit."""
 
 import ast
 import importlib
@@ -19,35 +19,35 @@ from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
 from utils.run_log import setup_logger
-from utils.runs import folders
+from utils.runs import run_folders
 
 ENTRY_POINTS = [ROOT / "train.py", ROOT / "test.py", *(ROOT / "tools").glob("[!_]*.py")]
-STRANGER = 54321  # a user id that no machine knows
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+OTHER_USER = 54321  # a user id without an account
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 
 def python(code, **environment):
-    """A new process's (status, stderr)."""
-    known = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", *environment)}
-    done = subprocess.run(
+    """Run code in a new process: its exit status and stderr."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", *environment)}
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-        env={**known, **{k: v for k, v in environment.items() if v is not None}},
+        env={**inherited, **{k: v for k, v in environment.items() if v is not None}},
     )  # fmt: skip
-    return done.returncode, done.stderr
+    return process.returncode, process.stderr
 
 
-def told_to_a_stranger(call):
-    """What a UserError says to another user, who is in a process of their own."""
+def call_as_other_user(call):
+    """The result of a call, or its error, as text when another user makes the call."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         os.setgroups([])
-        os.setuid(STRANGER)
+        os.setuid(OTHER_USER)
         try:
-            told = repr(call())
+            outcome = repr(call())
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(writer, told.encode())
+            outcome = f"{type(error).__name__}: {error}"
+        os.write(writer, outcome.encode())
         os._exit(0)
     os.close(writer)
     os.waitpid(child, 0)
@@ -55,11 +55,11 @@ def told_to_a_stranger(call):
         return file.read()
 
 
-def ended(main, capsys):
-    """(status, what is told on stderr) of an entry point."""
-    with pytest.raises(SystemExit) as leave:
+def run_entry_point(main, capsys):
+    """Run an entry point: its exit status and stderr."""
+    with pytest.raises(SystemExit) as stopped:
         run_main(main)
-    return leave.value.code, capsys.readouterr().err
+    return stopped.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def ended(main, capsys):
         "datasets.mini.__main__ --out ~/x --figure ~/y",
     ],
 )
-def test_every_command_takes_a_home_in_its_paths(command, tmp_path, monkeypatch):
+def test_every_command_expands_a_home_in_its_paths(command, tmp_path, monkeypatch):
     module, *argv = command.split()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(ROOT)
@@ -89,7 +89,7 @@ def test_every_command_takes_a_home_in_its_paths(command, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.name)
-def test_every_entry_point_settles_its_machine_before_it_loads_torch(path):
+def test_every_entry_point_imports_utils_before_it_loads_torch(path):
     imports = [
         n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
     ]
@@ -100,44 +100,44 @@ def test_every_entry_point_settles_its_machine_before_it_loads_torch(path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP says so")
 @pytest.mark.parametrize(
-    ("given", "spins"),
+    ("environment", "spins"),
     [({}, 0), ({"OMP_WAIT_POLICY": "ACTIVE"}, 30_000_000_000), ({"GOMP_SPINCOUNT": "7"}, 7)],
 )
-def test_threads_wait_passively_unless_the_user_says_how(given, spins):
-    status, told = python("import utils, torch", OMP_DISPLAY_ENV="VERBOSE", **given)
-    assert status == 0 and f"GOMP_SPINCOUNT = '{spins}'" in told
+def test_threads_wait_passively_unless_the_user_says_otherwise(environment, spins):
+    status, stderr = python("import utils, torch", OMP_DISPLAY_ENV="VERBOSE", **environment)
+    assert status == 0 and f"GOMP_SPINCOUNT = '{spins}'" in stderr
 
 
 @pytest.mark.parametrize("module", ["fcntl", "resource", "pwd"])
-def test_a_system_that_lacks_what_is_needed_is_told_in_a_line(module):
-    hidden = f"import sys; sys.modules['{module}'] = None; import utils.files"
-    status, told = python(hidden)
-    assert status == 2 and told == (
+def test_a_system_without_a_needed_module_gets_a_one_line_error(module):
+    code = f"import sys; sys.modules['{module}'] = None; import utils.files"
+    status, stderr = python(code)
+    assert status == 2 and stderr == (
         f"error: {sys.platform} lacks {module}; this runs on Linux and macOS (on Windows, in WSL)\n"
     )
 
 
 @as_root
-def test_a_user_whom_the_machine_does_not_know_has_a_name():
-    """torch asks for it on import; without one train.py died on --help."""
+def test_a_user_without_an_account_has_a_name():
+    """torch asks for the name on import. Without one, train.py failed on --help."""
     unknown = f"""
-import __future__, fcntl, getpass, os, pwd, resource  # of folders that may be root's alone
-os.setuid({STRANGER})
+import __future__, fcntl, getpass, os, pwd, resource  # from folders that only root may read
+os.setuid({OTHER_USER})
 import utils
-assert getpass.getuser() == "uid{STRANGER}"
+assert getpass.getuser() == "uid{OTHER_USER}"
 """
     assert python(unknown, LOGNAME=None, USER=None, LNAME=None, USERNAME=None, HOME=None) == (0, "")
 
 
 @pytest.mark.parametrize("size", ["", " ", "1"])
-def test_a_world_of_one_needs_no_torchrun(size, monkeypatch):
+def test_a_single_process_needs_no_torchrun(size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", "x")
     assert distributed.start("cpu")[0] == distributed.SINGLE_PROCESS
 
 
 @pytest.mark.parametrize("size", ["4", "four"])
-def test_a_world_size_that_torchrun_did_not_set_is_told(size, monkeypatch):
+def test_a_world_size_that_torchrun_did_not_set_is_refused(size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -147,7 +147,7 @@ def test_a_world_size_that_torchrun_did_not_set_is_told(size, monkeypatch):
         distributed.start("cpu")
 
 
-def test_a_console_without_the_letters_shows_their_numbers(monkeypatch):
+def test_a_console_shows_characters_that_it_lacks_as_escapes(monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
     run_main(lambda: print("gr\xf6\xdfe ± \udce9"))
@@ -155,7 +155,7 @@ def test_a_console_without_the_letters_shows_their_numbers(monkeypatch):
     assert shown.getvalue() == rb"gr\xf6\xdfe \xb1 \udce9" + b"\n"
 
 
-def test_names_that_are_no_unicode_reach_the_log_and_the_config(tmp_path, capsys):
+def test_names_that_are_not_unicode_are_in_the_log_and_the_config(tmp_path, capsys):
     log = setup_logger(tmp_path / "log.txt")
     run_main(lambda: log.info("caf\udce9.jpg"))
     setup_logger()  # closes the file
@@ -165,42 +165,42 @@ def test_names_that_are_no_unicode_reach_the_log_and_the_config(tmp_path, capsys
     assert parse_options(["--config_file", str(tmp_path / "configs.yaml")]) == args
 
 
-def test_a_file_name_that_the_system_cannot_spell_is_told(monkeypatch, capsys):
+def test_a_file_name_that_the_system_cannot_encode_gets_a_one_line_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
-    status, told = ended(lambda: "gr\xf6\xdfe".encode("ascii"), capsys)
-    assert status == 2 and told.count("\n") == 1
-    assert r"'gr\xf6\xdfe': names of files are in ascii here" in told and "PYTHONUTF8=1" in told
+    status, stderr = run_entry_point(lambda: "gr\xf6\xdfe".encode("ascii"), capsys)
+    assert status == 2 and stderr.count("\n") == 1
+    assert r"'gr\xf6\xdfe': names of files are in ascii here" in stderr and "PYTHONUTF8=1" in stderr
 
 
 @as_root
-def test_what_is_not_permitted_is_told_as_that(tmp_path, capsys):
-    for parent in (tmp_path, *tmp_path.parents):  # pytest keeps its folders to its user
+def test_a_missing_permission_is_reported_as_such(tmp_path, capsys):
+    for parent in (tmp_path, *tmp_path.parents):  # pytest closes its folders to other users
         if parent.name.startswith(("pytest-", "popen-", tmp_path.name)):
             parent.chmod(0o755)
     closed = tmp_path / "AGDataAttr"
     closed.mkdir(mode=0o700)
-    told = told_to_a_stranger(lambda: folders(str(tmp_path), "AGDataAttr"))
-    assert told == f"UserError: {closed}: Permission denied (--output_dir)"
-    told = told_to_a_stranger(lambda: check_writable(tmp_path))
-    assert told == f"UserError: {tmp_path}: Permission denied; results are written into it"
-    (closed / "run").mkdir(mode=0o700)  # of a colleague, in a folder of all
+    outcome = call_as_other_user(lambda: run_folders(str(tmp_path), "AGDataAttr"))
+    assert outcome == f"UserError: {closed}: Permission denied (--output_dir)"
+    outcome = call_as_other_user(lambda: check_writable(tmp_path))
+    assert outcome == f"UserError: {tmp_path}: Permission denied; results are written into it"
+    (closed / "run").mkdir(mode=0o700)  # a colleague's, in a shared folder
     closed.chmod(0o755)
-    assert "run" in told_to_a_stranger(lambda: folders(str(tmp_path), "AGDataAttr"))
-    ask = ["--resume", "--name", "x", "--output_dir", str(tmp_path)]
-    assert "has no run 'x'" in told_to_a_stranger(lambda: parse_options(ask))
+    assert "run" in call_as_other_user(lambda: run_folders(str(tmp_path), "AGDataAttr"))
+    argv = ["--resume", "--name", "x", "--output_dir", str(tmp_path)]
+    assert "has no run 'x'" in call_as_other_user(lambda: parse_options(argv))
     (closed / "20260101_000000_x").mkdir(mode=0o700)
-    told = told_to_a_stranger(lambda: parse_options(ask))
-    assert told == f"UserError: {closed}/20260101_000000_x: Permission denied (--resume)"
+    outcome = call_as_other_user(lambda: parse_options(argv))
+    assert outcome == f"UserError: {closed}/20260101_000000_x: Permission denied (--resume)"
 
 
-def test_a_system_error_is_a_line_with_the_file(capsys):
+def test_a_system_error_gets_a_one_line_error_with_the_file(capsys):
     def refused():
         raise PermissionError(13, "Permission denied", "/data/x")
 
-    assert ended(refused, capsys) == (2, "error: /data/x: Permission denied\n")
+    assert run_entry_point(refused, capsys) == (2, "error: /data/x: Permission denied\n")
 
 
-def test_too_few_open_files_are_told_before_loaders_wait_for_ever(monkeypatch, capsys):
+def test_too_few_open_files_are_reported_before_loaders_wait_for_ever(monkeypatch, capsys):
     limits = [40, 40]
     monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
     monkeypatch.setattr(
@@ -213,16 +213,16 @@ def test_too_few_open_files_are_told_before_loaders_wait_for_ever(monkeypatch, c
     def loader():
         raise RuntimeError("unable to open shared memory object: Too many open files (24)")
 
-    status, told = ended(loader, capsys)
-    assert status == 2 and told.count("\n") == 1 and "40 at once are allowed here" in told
-    limits[1] = 100_000  # the shell's own may be raised
+    status, stderr = run_entry_point(loader, capsys)
+    assert status == 2 and stderr.count("\n") == 1 and "40 at once are allowed here" in stderr
+    limits[1] = 100_000  # the soft limit may be raised
     allow_open_files(2)
     assert limits == [4096, 100_000]
 
 
-def test_memory_that_runs_out_before_training_is_told_in_a_line(capsys):
+def test_memory_that_runs_out_before_training_gets_a_one_line_error(capsys):
     def build():
         torch.empty(2**46)
 
-    status, told = ended(build, capsys)
-    assert status == 2 and told.count("\n") == 1 and "can't allocate memory" in told
+    status, stderr = run_entry_point(build, capsys)
+    assert status == 2 and stderr.count("\n") == 1 and "can't allocate memory" in stderr

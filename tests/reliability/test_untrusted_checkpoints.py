@@ -1,4 +1,4 @@
-"""Small files of weights that once took all time or memory, or ended in a traceback."""
+"""Small weight files that once took hours or all memory, or ended in a traceback."""
 
 import io
 import pickle
@@ -13,7 +13,7 @@ import test as test_entry
 import train as train_entry
 from processor.summary import epoch_and_best
 from tests.helpers import run
-from tests.reliability.runs import finished
+from tests.reliability.runs import train_small_run
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, run_main
 
@@ -21,20 +21,20 @@ W = torch.zeros(2)
 
 
 def shared(levels):
-    """Lists of which each holds the one before twice: 2 to the power of `levels` when walked."""
-    found = ["x"]
+    """Nested lists that each hold the previous one twice: 2 ** levels items when walked."""
+    value = ["x"]
     for _ in range(levels):
-        found = [found, found]
-    return found
+        value = [value, value]
+    return value
 
 
 def circle():
-    found = {"w": W}
-    found["more"] = [found]
-    return found
+    value = {"w": W}
+    value["more"] = [value]
+    return value
 
 
-def many(value, count):
+def under_names(value, count):
     return {str(i): value for i in range(count)}
 
 
@@ -45,7 +45,7 @@ def saved(content, **options) -> bytes:
 
 
 def compressed(content) -> bytes:
-    """The same archive with its records compressed."""
+    """A file of torch.save with compressed records."""
     buffer = io.BytesIO()
     old = zipfile.ZipFile(io.BytesIO(saved(content)))
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
@@ -55,7 +55,7 @@ def compressed(content) -> bytes:
 
 
 class Module:
-    """What a TorchScript archive's pickle calls `__torch__.M`."""
+    """The class that the pickle of a TorchScript archive calls `__torch__.M`."""
 
     def __reduce__(self):
         return Module, (), self.__dict__
@@ -77,14 +77,14 @@ class _Pickler(pickle._Pickler):
 
 
 class Stored:
-    """A tensor of so many float values by record `0`, with this size and stride."""
+    """A tensor of `count` float values of record `key`, with this size and stride."""
 
     def __init__(self, size, stride, count=4, key="0"):
         self.size, self.stride, self.count, self.key = size, stride, count, key
 
 
 def torchscript(root, compression=zipfile.ZIP_STORED, record=b"\0" * 16) -> bytes:
-    """An archive of this root, whose Stored objects are tensors."""
+    """An archive with this root object, whose Stored objects are tensors."""
     plain = io.BytesIO()
     pickler = _Pickler(plain, protocol=2)
 
@@ -111,34 +111,34 @@ class _Persistent:
 
 
 def module(**parts):
-    found = Module()
-    found.__dict__.update(parts)
-    return found
+    value = Module()
+    value.__dict__.update(parts)
+    return value
 
 
 def modules(levels):
-    found = module(w=Stored((4,), (1,)))
+    value = module(w=Stored((4,), (1,)))
     for _ in range(levels):
-        found = module(a=found, b=found)
-    return found
+        value = module(a=value, b=value)
+    return value
 
 
 def ring():
-    found = module(w=Stored((4,), (1,)))
-    found.again = found
-    return found
+    value = module(w=Stored((4,), (1,)))
+    value.again = value
+    return value
 
 
 BOMBS = {
-    "1 KB of torch.save: a list that holds a list twice, 30 times": (
-        lambda: saved({"model": {"w": W}, "x": shared(30), "sha256": "0"}), "never ended", "swells to"
+    "1 KB: 30 nested lists that each hold the previous one twice": (
+        lambda: saved({"model": {"w": W}, "x": shared(30), "sha256": "0"}), "never ended", "expands to"
     ),
-    "the same in a file without a hash": (
-        lambda: saved({"model": {"w": W}, "x": shared(40)}), "never ended when resumed", "swells to"
+    "1 KB: 40 nested lists that each hold the previous one twice, without a hash": (
+        lambda: saved({"model": {"w": W}, "x": shared(40)}), "never ended when resumed", "expands to"
     ),
-    "the same in torch's old format": (
+    "1 KB: 30 nested lists that each hold the previous one twice, torch's old format": (
         lambda: saved({"model": {"w": W}, "x": shared(30), "sha256": "0"}, _use_new_zipfile_serialization=False),
-        "never ended", "swells to",
+        "never ended", "expands to",
     ),
     "torch's old format: a tensor that claims 8 GB": (
         lambda: saved({"model": {"w": torch.zeros(77)}}, _use_new_zipfile_serialization=False).replace(
@@ -149,21 +149,21 @@ BOMBS = {
     "a dict that holds itself": (
         lambda: saved({"model": circle(), "sha256": "0"}), "RecursionError", "holds itself"
     ),
-    "1.6 KB: a tensor of stride 0 that asks for 4.2 GB": (
+    "1.6 KB: a tensor of stride 0 that claims 4.2 GB": (
         lambda: saved({"model": {"w": torch.zeros(1).expand(2**15, 2**15)}, "sha256": "0"}),
-        "4.2 GB", "swells to",
+        "4.2 GB", "expands to",
     ),
     "compressed records, 4 MB in 6 KB": (
         lambda: compressed({"model": {"w": torch.zeros(2**20)}}), "3 MB took 6 GB", "is compressed"
     ),
     "one tensor under 3,000 names": (
-        lambda: saved({"model": {"w": W}, "x": many(torch.zeros(2**16), 3000), "sha256": "0"}),
-        "hashed each time", "swells to",
+        lambda: saved({"model": {"w": W}, "x": under_names(torch.zeros(2**16), 3000), "sha256": "0"}),
+        "hashed 3,000 times", "expands to",
     ),
     "a sparse tensor": (
         lambda: saved({"model": {"w": torch.eye(3).to_sparse()}}), "traceback", "sparse, quantized or nested"
     ),
-    "a sparse tensor in rows": (
+    "a sparse tensor in CSR format": (
         lambda: saved({"model": {"w": torch.eye(3).to_sparse_csr()}}), "traceback", "sparse, quantized"
     ),
     "a quantized tensor": (
@@ -173,15 +173,15 @@ BOMBS = {
     "a meta tensor": (
         lambda: saved({"model": {"w": torch.zeros(2, device="meta")}}), "traceback", "on meta without values"
     ),
-    "TorchScript: a module that holds one twice, 30 times": (
+    "TorchScript: 30 nested modules that each hold the previous one twice": (
         lambda: torchscript(modules(30)), "never ended", None
     ),
     "TorchScript: a module that holds itself": (lambda: torchscript(ring()), "RecursionError", None),
-    "TorchScript: a list at its root": (
-        lambda: torchscript([1, 2]), "TypeError", "at its root is a list"
+    "TorchScript: a list as the root": (
+        lambda: torchscript([1, 2]), "TypeError", "its root is a list"
     ),
-    "TorchScript: a tensor of stride 0 that asks for 4.2 GB": (
-        lambda: torchscript(module(w=Stored((2**15, 2**15), (0, 0)))), "4.2 GB", "swells to"
+    "TorchScript: a tensor of stride 0 that claims 4.2 GB": (
+        lambda: torchscript(module(w=Stored((2**15, 2**15), (0, 0)))), "4.2 GB", "expands to"
     ),
     "TorchScript: compressed records": (
         lambda: torchscript(module(w=Stored((4,), (1,))), zipfile.ZIP_DEFLATED, b"\0" * 10**8),
@@ -191,15 +191,15 @@ BOMBS = {
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-@pytest.mark.parametrize("made", BOMBS)
-def test_a_small_file_takes_neither_time_nor_memory(made, tmp_path, attempt):
-    make, before, message = BOMBS[made]
+@pytest.mark.parametrize("tried", BOMBS)
+def test_a_small_file_takes_neither_time_nor_memory(tried, tmp_path, attempt):
+    make, before, message = BOMBS[tried]
     path = tmp_path / "x.pth"
     path.write_bytes(make())
     peak, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     if message is None:  # each object is walked once
         assert list(load_checkpoint(path)["model"])
-        now = "read, each module once"
+        now = "read; each module is visited once"
     else:
         with pytest.raises(UserError, match=message) as error:
             load_checkpoint(path)
@@ -207,18 +207,18 @@ def test_a_small_file_takes_neither_time_nor_memory(made, tmp_path, attempt):
     assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20  # 1 GB
     kind = "5" if before in ("traceback", "RecursionError", "TypeError") else "4"
-    attempt(kind, made, before, now)
+    attempt(kind, tried, before, now)
 
 
-def test_many_names_of_small_tensors_are_no_bomb(tmp_path):
-    """Tied weights, and a vector that is kept expanded."""
+def test_many_names_of_small_tensors_are_accepted(tmp_path):
+    """Tied weights, and an expanded vector."""
     tied = torch.zeros(1000)
     path = tmp_path / "x.pth"
     torch.save({"model": {"a": tied, "b": tied, "c": torch.zeros(1).expand(200)}}, path)
     assert list(load_checkpoint(path)["model"]) == ["a", "b", "c"]
 
 
-ODD = [
+UNUSUAL = [
     {"epoch": torch.zeros(3)}, {"epoch": "7"}, {"epoch": [1]}, {"best": [1]}, {"best": "x"},
     {"best": torch.zeros(2)}, {"best": {"split": "test"}}, {"best": {"split": 3, "epoch": 1}},
     {"best": {"split": "test", "epoch": 1, "R@1": "x"}},
@@ -230,25 +230,25 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def source(mini_root, tmp_path_factory):
-    return finished(mini_root, tmp_path_factory.mktemp("odd"))
+    return train_small_run(mini_root, tmp_path_factory.mktemp("unusual"))
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: ascii(odd)[:60])
-def test_odd_entries_of_a_checkpoint_spoil_no_evaluation(
-    odd, source, tmp_path, monkeypatch, attempt
+@pytest.mark.parametrize("entries", UNUSUAL, ids=lambda entries: ascii(entries)[:60])
+def test_unusual_entries_of_a_checkpoint_do_not_stop_an_evaluation(
+    entries, source, tmp_path, monkeypatch, attempt
 ):
     content = load_checkpoint(source / "best.pth")
-    torch.save({**content, **odd}, tmp_path / "best.pth")
+    torch.save({**content, **entries}, tmp_path / "best.pth")
     (tmp_path / "configs.yaml").write_bytes((source / "configs.yaml").read_bytes())
     run(test_entry.main, monkeypatch, "--config_file", tmp_path / "configs.yaml", "--device", "cpu")
     assert (tmp_path / "test_results.json").is_file() and (tmp_path / "test_queries.npz").is_file()
-    if odd is ODD[0]:
-        attempt("5", "epoch is a tensor", "a traceback after the whole evaluation", "evaluated")
+    if entries is UNUSUAL[0]:
+        attempt("5", "epoch is a tensor", "a traceback after the evaluation", "evaluated")
 
 
-def test_what_a_checkpoint_says_of_its_choice_is_taken_only_whole():
-    figures = {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP": 1.0, "mINP": 1.0}
-    best = {**figures, "epoch": 3, "split": "test"}
+def test_the_best_entry_of_a_checkpoint_is_used_only_if_it_is_complete():
+    metrics = {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP": 1.0, "mINP": 1.0}
+    best = {**metrics, "epoch": 3, "split": "test"}
     assert epoch_and_best({"epoch": 3, "best": best}) == (3, best)
     assert epoch_and_best({"best": {"epoch": 3, "split": "last"}}) == (
         None,
@@ -266,11 +266,13 @@ BEST = [
 
 
 @pytest.mark.parametrize("best", BEST, ids=lambda best: ascii(best)[:60])
-def test_odd_bests_are_refused_before_the_run_goes_on(best, source, tmp_path, monkeypatch, capsys):
+def test_unusual_best_entries_are_refused_before_training(
+    best, source, tmp_path, monkeypatch, capsys
+):
     content = load_checkpoint(source / "last.pth")
     torch.save({**content, "best": best}, tmp_path / "last.pth")
     (tmp_path / "configs.yaml").write_bytes((source / "configs.yaml").read_bytes())
-    words = ["--resume", "--resume_ckpt_file", tmp_path / "last.pth", "--num_epoch", 2]
+    argv = ["--resume", "--resume_ckpt_file", tmp_path / "last.pth", "--num_epoch", 2]
     with pytest.raises(SystemExit):
-        run(lambda: run_main(train_entry.main), monkeypatch, *words)
+        run(lambda: run_main(train_entry.main), monkeypatch, *argv)
     assert "does not fit these options" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a stranger's run folder, name or file system may do to a run. Each test is an attempt that
+"""What an untrusted run folder, name or file system may do to a run. Each test is an attempt that
 once succeeded; `make reliability` prints the table of them."""
 
 import errno
@@ -18,7 +18,7 @@ from datasets.transforms import BrokenImage
 from processor.nonfinite import NonFiniteGuard
 from processor.resume import read_state
 from tests.helpers import options, run
-from tests.reliability.runs import finished, flags, folder_of, start
+from tests.reliability.runs import flags, folder_of, start, train_small_run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.config import read_yaml
@@ -28,17 +28,17 @@ from utils.files import append, lock, read_file, write_atomically
 from utils.logger import say
 from utils.run_log import setup_logger
 from utils.runs import open_run
-from utils.text import Lines, visible
+from utils.text import Multiline, visible
 
 
 @pytest.fixture(scope="module")
 def source(mini_root, tmp_path_factory):
-    return finished(mini_root, tmp_path_factory.mktemp("finished"))
+    return train_small_run(mini_root, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
-def given(source, tmp_path):
-    """A copy of that run, as a stranger hands it over."""
+def untrusted_run(source, tmp_path):
+    """A copy of that run, as if from another user."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("last.pth", "best.pth", "configs.yaml"):
@@ -46,50 +46,48 @@ def given(source, tmp_path):
     return folder
 
 
-def resumed(folder: Path, monkeypatch, *more) -> None:
-    words = ["--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 2, *more]
-    run(train_entry.main, monkeypatch, *words)
+def resume_run(folder: Path, monkeypatch, *overrides) -> None:
+    argv = ["--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch", 2, *overrides]
+    run(train_entry.main, monkeypatch, *argv)
 
 
-# 2: files through links
+# 2: links
 
 
-def test_a_log_that_links_to_a_start_up_file_is_not_written_through(
-    given, tmp_path, monkeypatch, attempt
-):
+def test_a_log_that_is_a_link_is_not_written_through(untrusted_run, tmp_path, monkeypatch, attempt):
     profile = tmp_path / "profile"
     profile.write_text("# mine\n")
-    (given / "train_log.txt").symlink_to(profile)
+    (untrusted_run / "train_log.txt").symlink_to(profile)
     with pytest.raises(UserError, match=r"train_log.txt: a link, .*remove it") as error:
-        resumed(given, monkeypatch)
+        resume_run(untrusted_run, monkeypatch)
     assert profile.read_text() == "# mine\n"
-    made = "a run folder whose train_log.txt links to a shell's start-up file, resumed"
-    attempt("2", made, "the log went there", error.value)
+    tried = "resume a run whose train_log.txt links to a shell's start-up file"
+    attempt("2", tried, "the log was written there", error.value)
 
 
-def test_a_name_with_a_line_break_is_none_for_a_run(given, monkeypatch, attempt):
-    config = given / "configs.yaml"
+def test_a_run_name_with_a_line_break_is_refused(untrusted_run, monkeypatch, attempt):
+    config = untrusted_run / "configs.yaml"
     config.write_text(config.read_text().replace("name: baseline", 'name: "x\\ntouch harm"'))
     with pytest.raises(UserError, match="name cannot be") as error:
-        resumed(given, monkeypatch)
-    attempt("2", "a run whose name holds a line break and a command", "accepted", error.value)
+        resume_run(untrusted_run, monkeypatch)
+    attempt("2", "a run name with a line break and a command", "accepted", error.value)
 
 
-def test_a_logged_text_stays_on_its_line(tmp_path, attempt, capsys):
+def test_a_logged_text_stays_on_one_line(tmp_path, attempt, capsys):
     log = setup_logger(tmp_path / "train_log.txt")
     log.info("run folder: /x/a\ntouch harm \x1b[2J")
-    log.info(Lines("a table\nof two lines"))
+    log.info(Multiline("a table\nof two lines"))
     setup_logger()
     first, second, third = (tmp_path / "train_log.txt").read_text().splitlines()
     assert first.endswith(r"  run folder: /x/a\ntouch harm \x1b[2J")
     assert second.endswith("  a table") and third == "of two lines"
     assert capsys.readouterr().out.splitlines()[0] == first[21:]
-    attempt("2", "a folder's name with a line break and ESC in the log", "a line of its own", first[21:])  # fmt: skip
+    attempt("2", "a folder name with a line break and ESC, in the log", "a second line", first[21:])  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
 @pytest.mark.parametrize("name", ["lock", "train_log.txt"])
-def test_what_a_run_writes_into_is_a_plain_file(name, kind, tmp_path, attempt):
+def test_a_run_writes_only_into_regular_files(name, kind, tmp_path, attempt):
     folder, target = tmp_path / "run", tmp_path / "mine"
     folder.mkdir()
     path = folder / name
@@ -118,26 +116,26 @@ def test_a_list_of_samples_is_not_written_through_a_linked_folder(tmp_path, atte
     values = {"total": torch.tensor(float("nan"))}
     guard.watch("epoch 1, step 1", [], values, torch.tensor(True))
     assert not list((tmp_path / "mine").iterdir())
-    said = capsys.readouterr().out.splitlines()[0]
-    assert "nonfinite: a link" in said
-    attempt("2", "nonfinite/ links to another folder", "JSON files were put there", said)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "nonfinite: a link" in line
+    attempt("2", "nonfinite/ links to another folder", "JSON files were written there", line)
 
 
-def test_a_copy_by_hard_links_has_a_log_of_its_own(tmp_path, attempt):
+def test_a_copy_by_hard_links_has_its_own_log(tmp_path, attempt):
     (tmp_path / "log").write_text("then\n")
     os.link(tmp_path / "log", tmp_path / "copy")
     with append(tmp_path / "copy") as file:
         file.write("now\n")
     assert (tmp_path / "log").read_text() == "then\n"
     assert (tmp_path / "copy").read_text() == "then\nnow\n"
-    attempt("8", "cp -al of a run, and the copy resumed", "both logs grew", "each log has its own lines")  # fmt: skip
+    attempt("8", "resume a copy of a run made with cp -al", "both logs grew", "each log has its own lines")  # fmt: skip
 
 
-def test_a_copy_by_hard_links_shares_its_lock_and_says_so(tmp_path):
+def test_a_copy_by_hard_links_shares_its_lock_and_reports_it(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
     holder = os.fork()
-    if not holder:  # locks are of processes
+    if not holder:  # a lock belongs to a process
         lock(tmp_path / "a")
         os.link(tmp_path / "a/lock", tmp_path / "b/lock")
         time.sleep(30)
@@ -150,7 +148,7 @@ def test_a_copy_by_hard_links_shares_its_lock_and_says_so(tmp_path):
     os.waitpid(holder, 0)
 
 
-# 3: text that is not ours
+# 3: text of others
 
 
 @pytest.mark.parametrize(
@@ -164,16 +162,16 @@ def test_a_copy_by_hard_links_shares_its_lock_and_says_so(tmp_path):
         ("Grüße, 人, \U0001f600", "Grüße, 人, \U0001f600"),
     ],
 )
-def test_what_moves_a_terminal_is_shown_by_its_number(text, shown, attempt, capsys):
+def test_control_characters_are_shown_as_escapes(text, shown, attempt, capsys):
     assert visible(text) == shown == str(UserError(text)) == visible(visible(text))
     say(text)
     assert capsys.readouterr().out == visible(text, lines=True) + "\n"
     if shown != text:
-        attempt("3", f"{ascii(text)} on its way to the terminal", "raw", shown)
+        attempt("3", f"{ascii(text)} printed to the terminal", "raw", shown)
 
 
 class _Broken(torch.utils.data.Dataset):
-    """Of one sample, whose caption is written like an error of ours."""
+    """One sample, whose caption looks like an error message."""
 
     def __len__(self):
         return 1
@@ -182,31 +180,31 @@ class _Broken(torch.utils.data.Dataset):
         raise BrokenImage("a.jpg, caption 'x\nBrokenImage: UserError: all is well'")
 
 
-def test_a_caption_like_an_error_of_ours_is_not_the_whole_message(attempt):
+def test_a_caption_that_looks_like_an_error_message_is_not_taken_for_one(attempt):
     with pytest.raises(BrokenImage) as error:
         list(torch.utils.data.DataLoader(_Broken(), num_workers=1))
     assert str(error.value) == r"a.jpg, caption 'x\nBrokenImage: UserError: all is well'"
     attempt("3", "a caption with 'UserError: all is well', in a loader process", "error: all is well'", error.value)  # fmt: skip
 
 
-# 4: what never ends
+# 4: time and memory
 
 
-def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(tmp_path, attempt):
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, attempt):
     os.mkfifo(tmp_path / "x")
     for read in (read_file, read_yaml, load_checkpoint, lambda path: read_state(path)):
         with pytest.raises((UserError, OSError), match="not a regular file") as error:
             read(tmp_path / "x")
-    attempt("4", "a pipe in place of a preset or checkpoint", "waits for ever", error.value)
+    attempt("4", "a pipe in place of a preset or checkpoint", "waited for ever", error.value)
     with pytest.raises(OSError, match="not a regular file"):
         read_file("/dev/zero")
 
 
 @pytest.mark.parametrize(
-    ("made", "text"),
+    ("tried", "text"),
     [
         (
-            "400 bytes of YAML that merges merges",
+            "400 bytes of YAML with merges of merges",
             "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 19)),
         ),
         ("a hexadecimal number of 5,000 digits", "lr: 0x" + "f" * 5000),
@@ -216,17 +214,17 @@ def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(tmp_path, attempt):
         ("300 KB of YAML", "# " + "x" * 300_000),
     ],
 )  # fmt: skip
-def test_yaml_that_grows_is_refused_at_once(made, text, tmp_path, attempt):
+def test_yaml_that_grows_is_refused_at_once(tried, text, tmp_path, attempt):
     (tmp_path / "p.yaml").write_text(text)
     started = time.process_time()
     with pytest.raises(UserError, match="p.yaml: not readable as YAML") as error:
         parse_options(["--config_file", str(tmp_path / "p.yaml")])
     assert time.process_time() - started < 10
-    attempt("4", made, "minutes, gigabytes or a traceback", error.value)
+    attempt("4", tried, "minutes, gigabytes or a traceback", error.value)
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("sizes", "message"),
     [
         ("vision_layers: 1000000000", "vision_layers must be .* at most 256"),
         ("vision_width: 16384\nvision_layers: 256", "make 8.2e.11 weights; 5e.09 is the limit"),
@@ -235,56 +233,59 @@ def test_yaml_that_grows_is_refused_at_once(made, text, tmp_path, attempt):
         ("queue_batches: 2000000000", "queue_batches must be .* at most 1000"),
     ],
 )
-def test_a_preset_of_sizes_that_no_machine_has_is_refused(more, message, tmp_path, attempt):
-    (tmp_path / "p.yaml").write_text(f"pretrain_choice: scratch\n{more}\n")
+def test_a_preset_with_impossible_sizes_is_refused(sizes, message, tmp_path, attempt):
+    (tmp_path / "p.yaml").write_text(f"pretrain_choice: scratch\n{sizes}\n")
     with pytest.raises(UserError, match=message) as error:
         parse_options(["--config_file", str(tmp_path / "p.yaml")])
-    attempt("4", f"a preset with {ascii(more)[1:-1]}", "hours or all memory", error.value)
+    attempt("4", f"a preset with {ascii(sizes)[1:-1]}", "hours or all memory", error.value)
 
 
 # 6: a run from another machine
 
 
-def test_a_run_from_another_machine_is_evaluated_and_touches_none_of_its_places(
-    given, tmp_path, monkeypatch, capsys, attempt
+def test_a_run_from_another_machine_is_evaluated_and_its_paths_are_not_used(
+    untrusted_run, tmp_path, monkeypatch, capsys, attempt
 ):
-    config, theirs = given / "configs.yaml", tmp_path / "theirs"
+    config, elsewhere = untrusted_run / "configs.yaml", tmp_path / "elsewhere"
     values = yaml.safe_load(config.read_text())
-    values |= {"image_cache": str(theirs / "cache"), "attributes_file": str(theirs / "a.yaml")}
+    values |= {
+        "image_cache": str(elsewhere / "cache"),
+        "attributes_file": str(elsewhere / "a.yaml"),
+    }
     config.write_text(yaml.safe_dump(values))
     run(test_entry.main, monkeypatch, "--config_file", config, "--device", "cpu")
-    said = capsys.readouterr().out
-    assert not theirs.exists() and "test split" in said
+    shown = capsys.readouterr().out
+    assert not elsewhere.exists() and "test split" in shown
     for name in ("image_cache", "attributes_file"):
-        assert f"its {name} is not taken on trust" in said and f"to use it: --{name}" in said
-    line = next(line for line in said.splitlines() if "not taken on trust" in line)
-    attempt("6", "configs.yaml with an image cache and an attributes file of elsewhere", "folders were made there, or it could not be evaluated", line)  # fmt: skip
+        assert f"its {name} is not trusted" in shown and f"to use it: --{name}" in shown
+    line = next(line for line in shown.splitlines() if "not trusted" in line)
+    attempt("6", "configs.yaml with an image cache and an attributes file in other folders", "the folders were made, or the evaluation failed", line)  # fmt: skip
     args, _, _ = parse_test_options(["--config_file", str(config), "--image_cache", "mine"])
     assert args.image_cache == "mine"
 
 
-def test_resuming_makes_no_image_cache_where_a_config_says(given, tmp_path, monkeypatch, capsys):
-    config, theirs = given / "configs.yaml", tmp_path / "theirs"
-    values = yaml.safe_load(config.read_text()) | {"image_cache": str(theirs)}
+def test_resuming_makes_no_image_cache_at_the_path_in_a_config(
+    untrusted_run, tmp_path, monkeypatch, capsys
+):
+    config, elsewhere = untrusted_run / "configs.yaml", tmp_path / "elsewhere"
+    values = yaml.safe_load(config.read_text()) | {"image_cache": str(elsewhere)}
     config.write_text(yaml.safe_dump(values))
-    for more in ([], ["--config_file", str(config)]):
-        ask = [*more, "--resume", "--resume_ckpt_file", str(given / "last.pth")]
-        assert parse_options(ask).image_cache == ""
-        assert parse_options([*ask, "--image_cache", "mine"]).image_cache == "mine"
-    resumed(given, monkeypatch)
-    assert (
-        not theirs.exists() and "its image_cache is not taken on trust" in capsys.readouterr().out
-    )
+    for preset in ([], ["--config_file", str(config)]):
+        argv = [*preset, "--resume", "--resume_ckpt_file", str(untrusted_run / "last.pth")]
+        assert parse_options(argv).image_cache == ""
+        assert parse_options([*argv, "--image_cache", "mine"]).image_cache == "mine"
+    resume_run(untrusted_run, monkeypatch)
+    assert not elsewhere.exists() and "its image_cache is not trusted" in capsys.readouterr().out
 
 
 def test_the_command_that_evaluates_a_run_names_its_attributes_and_cache(mini_root, tmp_path, monkeypatch, capsys):  # fmt: skip
     mine = tmp_path / "mine.yaml"
     mine.write_bytes(Path(options().attributes_file).read_bytes())
-    more = {"attributes_file": mine, "image_cache": tmp_path / "cache", "num_epoch": 1, "warmup_epochs": 0}  # fmt: skip
-    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path / "out", **more))
+    overrides = {"attributes_file": mine, "image_cache": tmp_path / "cache", "num_epoch": 1, "warmup_epochs": 0}  # fmt: skip
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path / "out", **overrides))
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    _, words = last.split(" with: python test.py ")
-    args, _, notes = parse_test_options(words.split())
+    _, argv = last.split(" with: python test.py ")
+    args, _, notes = parse_test_options(argv.split())
     assert (args.attributes_file, args.image_cache) == (str(mine), str(tmp_path / "cache"))
     assert not notes
 
@@ -295,7 +296,7 @@ def test_the_command_that_evaluates_a_run_names_its_attributes_and_cache(mini_ro
 @pytest.mark.parametrize(
     ("call", "reason"), [("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP), ("fchmod", errno.EPERM)]
 )
-def test_a_file_system_that_cannot_sync_or_change_rights_is_said_once(
+def test_a_file_system_that_cannot_sync_or_change_rights_is_reported_once(
     call, reason, tmp_path, monkeypatch, capsys, attempt
 ):
     def refused(*_):
@@ -306,13 +307,13 @@ def test_a_file_system_that_cannot_sync_or_change_rights_is_said_once(
     for value in (1.0, 2.0):
         save_checkpoint(tmp_path / "last.pth", {"model": {"w": torch.tensor([value])}})
     assert load_checkpoint(tmp_path / "last.pth")["model"]["w"].item() == 2
-    (said,) = capsys.readouterr().out.splitlines()
-    assert "files there cannot be" in said and "going on without" in said
-    made = f"{call} answers {errno.errorcode[reason]}"
-    attempt("7", made, "could not be written: the run ends", said)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "files there cannot be" in line and "continuing without" in line
+    tried = f"{call} answers {errno.errorcode[reason]}"
+    attempt("7", tried, "the run ended: could not be written", line)
 
 
-def test_a_disk_that_breaks_while_it_is_synced_is_an_error(tmp_path, monkeypatch):
+def test_a_disk_error_during_a_sync_is_an_error(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -322,18 +323,18 @@ def test_a_disk_that_breaks_while_it_is_synced_is_an_error(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(
+def test_a_run_that_another_process_has_started_meanwhile_is_not_started_again(
     mini_root, tmp_path, monkeypatch
 ):
-    words = flags(mini_root, tmp_path / "out", num_epoch=1, warmup_epochs=0, resume="auto")
-    args = parse_options(words)  # when there was no run yet
-    run(train_entry.main, monkeypatch, *words)
+    argv = flags(mini_root, tmp_path / "out", num_epoch=1, warmup_epochs=0, resume="auto")
+    args = parse_options(argv)  # before there is a run
+    run(train_entry.main, monkeypatch, *argv)
     with pytest.raises(UserError, match="begun by another process meanwhile"):
         open_run(args, SINGLE_PROCESS)
     assert folder_of(tmp_path / "out")
 
 
-def test_a_colleague_may_resume_where_the_umask_says_so(tmp_path, attempt):
+def test_a_colleague_may_resume_if_the_umask_allows_it(tmp_path, attempt):
     before = os.umask(0o002)
     try:
         os.close(lock(tmp_path))
@@ -342,17 +343,17 @@ def test_a_colleague_may_resume_where_the_umask_says_so(tmp_path, attempt):
         os.umask(before)
     modes = {p.name: stat.filemode(p.stat().st_mode) for p in tmp_path.iterdir()}
     assert set(modes.values()) == {"-rw-rw-r--"}
-    attempt("7", "a folder of a group, umask 002", "lock was -rw-r--r--", modes)
+    attempt("7", "a folder of a group, with umask 002", "lock was -rw-r--r--", modes)
 
 
 # 8: kills and races
 
 
 class Killed(BaseException):
-    """In place of a SIGKILL: nothing after it is done."""
+    """Stands for a SIGKILL: nothing after it runs."""
 
 
-def test_kills_between_the_kept_save_and_the_new_one_lose_no_kept_save(
+def test_kills_between_keeping_a_save_and_writing_the_next_lose_no_kept_save(
     tmp_path, monkeypatch, attempt
 ):
     path = tmp_path / "last.pth"
@@ -376,46 +377,48 @@ def test_kills_between_the_kept_save_and_the_new_one_lose_no_kept_save(
             save(4.0, killed=True)
     save(5.0)
     names = ("last.pth", "last.1.pth", "last.2.pth", "last.3.pth")
-    found = [load_checkpoint(tmp_path / name)["model"]["w"].item() for name in names]
-    assert found[:1] == [5] and found[1:] == [3, 2, 1]
-    attempt("8", "three kills between link and rename, --keep_last 4", "all kept saves were one", f"saves {found}")  # fmt: skip
+    saves = [load_checkpoint(tmp_path / name)["model"]["w"].item() for name in names]
+    assert saves[:1] == [5] and saves[1:] == [3, 2, 1]
+    attempt("8", "three kills between link and rename, --keep_last 4", "all kept saves were the same", f"saves {saves}")  # fmt: skip
 
 
-def test_without_hard_links_a_kept_save_is_known_by_its_content(tmp_path, monkeypatch):
+def test_without_hard_links_a_kept_save_is_recognised_by_its_content(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", refused)
-    test_kills_between_the_kept_save_and_the_new_one_lose_no_kept_save(
+    test_kills_between_keeping_a_save_and_writing_the_next_lose_no_kept_save(
         tmp_path, monkeypatch, lambda *_: None
     )
 
 
 def test_two_starts_in_the_same_second_are_one_run(mini_root, tmp_path, attempt):
-    words = flags(mini_root, tmp_path / "out", num_epoch=500, resume="auto")
-    both = [start(words, tmp_path / f"{i}.txt") for i in range(2)]
-    wait([one.sentinel for one in both], timeout=60)
-    (refused,) = [i for i in range(2) if both[i].exitcode is not None]
-    assert both[refused].exitcode == 2
-    both[1 - refused].kill()
-    both[1 - refused].join()
+    argv = flags(mini_root, tmp_path / "out", num_epoch=500, resume="auto")
+    processes = [start(argv, tmp_path / f"{i}.txt") for i in range(2)]
+    wait([process.sentinel for process in processes], timeout=60)
+    (refused,) = [i for i in range(2) if processes[i].exitcode is not None]
+    assert processes[refused].exitcode == 2
+    processes[1 - refused].kill()
+    processes[1 - refused].join()
     folders = [p for p in (tmp_path / "out/AGDataAttr").iterdir() if p.is_dir()]
     assert len(folders) == 1
-    said = (tmp_path / f"{refused}.txt").read_text()
-    assert "another process is at work here" in said
-    attempt("8", "two --resume auto in the same second", "two runs", said.splitlines()[-1])
+    output = (tmp_path / f"{refused}.txt").read_text()
+    assert "another process is at work here" in output
+    attempt(
+        "8", "two starts with --resume auto in the same second", "two runs", output.splitlines()[-1]
+    )
 
 
-# 5: names
+# 5: names that are not UTF-8
 
 
-def test_a_run_in_a_folder_whose_name_is_not_utf8_has_all_but_curves(
+def test_a_run_in_a_folder_whose_name_is_not_utf8_lacks_only_curves(
     mini_root, tmp_path, monkeypatch, capsys, attempt
 ):
-    words = flags(mini_root, tmp_path / os.fsdecode(b"caf\xe9"), num_epoch=1, warmup_epochs=0)
-    run(train_entry.main, monkeypatch, *words)
+    argv = flags(mini_root, tmp_path / os.fsdecode(b"caf\xe9"), num_epoch=1, warmup_epochs=0)
+    run(train_entry.main, monkeypatch, *argv)
     (folder,) = (path.parent for path in tmp_path.rglob("configs.yaml"))
     assert {"best.pth", "last.pth", "train_log.txt"} <= {path.name for path in folder.iterdir()}
-    said = next(x for x in capsys.readouterr().out.splitlines() if "no curves" in x)
+    line = next(x for x in capsys.readouterr().out.splitlines() if "no curves" in x)
     run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml", "--device", "cpu")
-    attempt("5", "--output_dir with a name that is not UTF-8", "UnicodeEncodeError", said)
+    attempt("5", "--output_dir with a name that is not UTF-8", "UnicodeEncodeError", line)

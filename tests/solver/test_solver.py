@@ -10,16 +10,16 @@ def test_settings_equal_the_original_for_every_parameter():
         assert settings_of(name, options()) == pytest.approx((lr, decay), rel=1e-9), name
 
 
-def test_groups_are_merged_and_hold_every_parameter_once():
+def test_parameters_with_equal_settings_share_a_group_and_each_is_in_one_group():
     names = golden()["optimizer_groups"]
     parameters = {name: torch.nn.Parameter(torch.ones(1)) for name in names}
     optimizer = build_optimizer(parameters.items(), options())
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(held) == len(names) == len({id(p) for p in held})
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(names) == len({id(p) for p in grouped})
     assert len(optimizer.param_groups) == len({tuple(v) for v in names.values()})
-    of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     for name, (lr, decay) in names.items():
-        group = of[id(parameters[name])]
+        group = group_of[id(parameters[name])]
         assert (group["lr"], group["weight_decay"]) == pytest.approx((lr, decay), rel=1e-9)
 
 
@@ -27,18 +27,18 @@ def test_groups_are_merged_and_hold_every_parameter_once():
 def test_schedules_equal_the_original(case):
     schedule, warmup = case.split("/")
     args = options(lrscheduler=schedule, warmup_method=warmup)
-    figures = golden()["lr_schedule"][case]
-    assert [lr_at(e, args.lr, args) for e in range(60)] == pytest.approx(figures, rel=1e-9)
+    rates = golden()["lr_schedule"][case]
+    assert [lr_at(e, args.lr, args) for e in range(60)] == pytest.approx(rates, rel=1e-9)
     named = {name: torch.nn.Parameter(torch.ones(1)) for name in ("w", "bias", "classifier")}
     optimizer = build_optimizer(named.items(), args)
-    for epoch, lr in enumerate(figures):
+    for epoch, lr in enumerate(rates):
         assert set_lr(optimizer, epoch, args) == pytest.approx(lr, rel=1e-9)
         for group, factor in zip(optimizer.param_groups, (1, 2, 5), strict=True):
             assert group["lr"] == lr_at(epoch, factor * args.lr, args)
 
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])
-def test_every_optimizer_takes_its_options_and_moves_the_weights(kind):
+def test_every_optimizer_takes_its_options_and_updates_the_weights(kind):
     args = options(optimizer=kind, lr=0.1, momentum=0.7, alpha=0.8, beta=0.9, adam_eps=1e-5)
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = build_optimizer([("w", parameter)], args)

@@ -27,7 +27,9 @@ def measure(monkeypatch, path, *more):
     return {r["what"].strip(): r for r in json.loads(path.read_text())["rows"]}
 
 
-def test_every_part_is_measured_and_two_files_compare(mini_root, tmp_path, monkeypatch, capsys):
+def test_every_part_is_measured_and_two_files_are_compared(
+    mini_root, tmp_path, monkeypatch, capsys
+):
     what = ("--what", "data", "step", "encode", "rank", "--root_dir", mini_root)
     new = measure(monkeypatch, tmp_path / "new.json", *what)
     assert all(r["median_ms"] > 0 for r in new.values())
@@ -36,7 +38,7 @@ def test_every_part_is_measured_and_two_files_compare(mini_root, tmp_path, monke
                  "rank 20 x 40", "rank 20 x 80", "data, 0 processes"):  # fmt: skip
         assert name in new
     old = measure(monkeypatch, tmp_path / "old.json", "--plain", "--what", "step")
-    # 77 tokens everywhere are more work than captions and sentences cut to their longest.
+    # 77 tokens everywhere are more work than texts trimmed to the longest of the batch.
     assert old["step"]["tflop"] > new["step"]["tflop"] > 0
     capsys.readouterr()
     run(tool.main, monkeypatch, "--compare", tmp_path / "old.json", tmp_path / "new.json")
@@ -46,7 +48,7 @@ def test_every_part_is_measured_and_two_files_compare(mini_root, tmp_path, monke
 
 @pytest.mark.parametrize("fusion", ["dot", "cat"])
 def test_the_plain_step_computes_the_same_losses_and_gradients(fusion, clip_file):
-    """So that its time can be compared: it is the same step, done wastefully."""
+    """So its time can be compared: it is the same step, without the optimisations."""
     names = ["supkl", "queue", "match2", fusion]
     args = options(pretrain_choice=str(clip_file), loss_names="+".join(names))
     results = []
@@ -56,15 +58,15 @@ def test_the_plain_step_computes_the_same_losses_and_gradients(fusion, clip_file
         losses = tool.plain_losses(model, batch) if plain else model(batch)
         sum(losses.values()).backward()
         results.append((losses, {n: p.grad for n, p in model.named_parameters()}))
-    for mine, theirs in zip(*results, strict=True):
-        for name, value in mine.items():
+    for plain, default in zip(*results, strict=True):
+        for name, value in plain.items():
             if value is not None:
-                torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4, msg=name)
+                torch.testing.assert_close(default[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_step_is_measured_until_its_spread_is_known(monkeypatch):
+def test_a_step_is_measured_until_its_times_are_stable(monkeypatch):
     def measured(*lengths):
-        """Repetitions of steps of these seconds, the last for ever."""
+        """The measured times of steps that take these seconds; the last one repeats."""
         now, steps = [0.0], iter(lengths)
 
         def step():
@@ -74,25 +76,25 @@ def test_a_step_is_measured_until_its_spread_is_known(monkeypatch):
         return tool.SteadyClock(torch.device("cpu"), 30)(step, warm_up=2)
 
     assert measured(4, 3, 1) == pytest.approx([1] * 5)  # warm-up does not count
-    assert 5 < len(measured(0, 0, 1, 2, 1, 2, 1, 2, 1)) < 30  # until most of them are alike
+    assert 5 < len(measured(0, 0, 1, 2, 1, 2, 1, 2, 1)) < 30  # until the quartiles are close
     assert len(measured(0, 0, *[0.1, 0.2] * 50)) == 30
-    assert measured(90, 9, 8, 7) == [9, 8, 7]  # long ones: one to warm up, three to know
+    assert measured(90, 9, 8, 7) == [9, 8, 7]  # long steps: one warm-up, three times
 
 
 @pytest.mark.parametrize(("accum_steps", "measured"), [(1, 1), (4, 2), (32, 4), (64, 8)])
-def test_a_measured_step_has_parts_of_the_size_of_the_whole_ones(
+def test_a_measured_step_keeps_the_size_of_the_accumulated_parts(
     accum_steps, measured, monkeypatch
 ):
-    found = []
+    measured_with = []
 
     def step(args, *_, **__):
-        found.append((args.batch_size, args.accum_steps))
+        measured_with.append((args.batch_size, args.accum_steps))
         yield {"median_ms": 10, "low_ms": 9, "high_ms": 12}
 
     monkeypatch.setattr(tool, "bench_step", step)
     args = options(**SCRATCH, batch_size=64, accum_steps=accum_steps, device="cpu")
     assert tool.measured_step(args, pairs=True) == pytest.approx((0.08, 0.072, 0.096))
-    assert found == [(8, measured)]
+    assert measured_with == [(8, measured)]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path, monkeypatch):

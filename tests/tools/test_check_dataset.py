@@ -27,7 +27,7 @@ def change(root, alter):
     return entries
 
 
-def test_a_sound_data_set_passes_with_its_counts(mini_root, monkeypatch, capsys):
+def test_a_good_data_set_passes_with_its_counts(mini_root, monkeypatch, capsys):
     assert check(monkeypatch, "AGDataAttr", mini_root) == 0
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if line.startswith("| train"))
@@ -51,8 +51,8 @@ def test_a_picture_in_two_splits_fails_even_under_another_name(copy, monkeypatch
     assert f"FAIL: pictures in both train and test: 1\n    {same}\n" in capsys.readouterr().out
 
 
-def test_the_faults_of_the_real_datas_splits_are_named(like_real, monkeypatch, capsys):
-    """Pictures of test in val fail; a person with an identity in two splits is a warning."""
+def test_the_faults_of_the_real_splits_are_reported(like_real, monkeypatch, capsys):
+    """Pictures of test in val are a failure; a person with an identity in two splits is a warning."""
     assert check(monkeypatch, "AGDataAttr", like_real) == 1
     shown = capsys.readouterr().out
     assert "FAIL: pictures in both val and test; choose by --val_dataset heldout: 8\n" in shown
@@ -84,21 +84,22 @@ def test_warnings_pass_unless_strict(copy, monkeypatch, capsys):
     assert "warning: captions over 77 tokens" in shown and "entry 1: 122 tokens" in shown
     assert "warning: captions that hardly describe a person: 3" in shown
     assert "'def' looks like code" in shown and "letters of another script" in shown
-    assert "warning: captions that stand for more than one identity: 1" in shown
+    assert "warning: captions with more than one identity: 1" in shown
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
 
 
-def test_what_the_reader_warned_of_is_a_warning(copy, monkeypatch, capsys):
+def test_a_warning_of_the_reader_is_a_warning(copy, monkeypatch, capsys):
     change(copy, lambda e: e.append(e[-1]))
     assert check(monkeypatch, "CUHK-PEDES", copy) == 0
     shown = capsys.readouterr().out
     assert (
-        "warning: oddities in the files: 2\n    said twice: 1 images of test, which count" in shown
+        "warning: unusual entries in the files: 2\n    repeated: 1 images of test, which count"
+        in shown
     )
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
 
 
-def test_a_class_that_training_lacks_is_a_warning(mini_copy, monkeypatch, capsys):
+def test_a_class_without_a_training_image_is_a_warning(mini_copy, monkeypatch, capsys):
     rows = json.loads((mini_copy / "attrs.json").read_text())
     rows = [{key: [*labels[:6], 1] for key, labels in row.items()} for row in rows]
     (mini_copy / "attrs.json").write_text(json.dumps(rows))
@@ -120,5 +121,5 @@ def test_a_class_that_training_lacks_is_a_warning(mini_copy, monkeypatch, capsys
         ("man", "fewer than three words"),
     ],
 )
-def test_what_hardly_describes_a_person(text, reason):
+def test_a_caption_that_hardly_describes_a_person_is_suspicious(text, reason):
     assert reason in tool.suspicious(text) and bool(reason) == bool(tool.suspicious(text))

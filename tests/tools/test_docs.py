@@ -1,4 +1,4 @@
-"""The documents say what the code says: `make docs` has been run, and what they name is there."""
+"""The documents agree with the code: `make docs` has been run, and what they name exists."""
 
 import ast
 import re
@@ -24,14 +24,18 @@ def test_every_file_and_package_says_what_it_is_for():
 
 
 def test_the_picture_shows_an_import_unless_it_follows_from_others(monkeypatch):
-    found = {name: set() for name in (*docs.PACKAGES, *docs.ENTRY_POINTS)}
-    found |= {"tools": {"processor", "model", "utils"}, "processor": {"model"}, "model": {"utils"}}
-    monkeypatch.setattr(docs, "imports", lambda path: found[path.relative_to(ROOT).parts[0]])
+    imported = {name: set() for name in (*docs.PACKAGES, *docs.ENTRY_POINTS)}
+    imported |= {
+        "tools": {"processor", "model", "utils"},
+        "processor": {"model"},
+        "model": {"utils"},
+    }
+    monkeypatch.setattr(docs, "imports", lambda path: imported[path.relative_to(ROOT).parts[0]])
     arrows = [line.strip() for line in docs.picture().splitlines() if "-->" in line]
     assert arrows == ["processor --> model", "model --> utils", "tools --> processor"]
 
 
-def test_a_part_takes_the_place_of_the_older_one_with_its_first_line():
+def test_a_part_replaces_the_older_one_with_the_same_first_line():
     page = "a\n\n| x | y |\n|---|---|\n| old | row |\n\n```mermaid\nflowchart TD\nold\n```\n\nb\n"
     page = docs.with_part(page, "| x | y |\n|---|---|\n| new | one |\n| and | two |")
     page = docs.with_part(page, "```mermaid\nflowchart TD\nnew\n```")
@@ -46,9 +50,9 @@ def test_every_function_that_the_architecture_names_is_in_its_file():
     for file, name in named:
         scope = ast.parse((ROOT / file).read_text()).body
         for part in name.split("."):
-            found = [node for node in scope if part in names(node)]
-            assert found, f"{file} has no {name}"
-            scope = getattr(found[0], "body", [])
+            nodes = [node for node in scope if part in names(node)]
+            assert nodes, f"{file} has no {name}"
+            scope = getattr(nodes[0], "body", [])
 
 
 def names(node: ast.AST) -> list[str]:

@@ -30,7 +30,7 @@ def small_run(monkeypatch, root, out, **more):
     return next(out.glob("*/*/configs.yaml"))
 
 
-def test_an_export_has_the_familys_names_and_evaluates_the_same(
+def test_an_export_has_the_familys_names_and_gives_the_same_features(
     mini_root, tmp_path, monkeypatch, capsys
 ):
     names = "supkl+queue+match2+dot+id+mlm"
@@ -38,19 +38,19 @@ def test_an_export_has_the_familys_names_and_evaluates_the_same(
     out = tmp_path / "exported"
     run(tool.main, monkeypatch, "--config_file", config, "--output", out)
     checkpoint, exported = (load_checkpoint(f / "best.pth") for f in (config.parent, out))
-    ours = checkpoint["model"]
-    assert exported["best"] == checkpoint["best"]  # so test.py still says what chose it
-    left = {"queue.text", "queue.aerial", "queue.pids", "classifier.weight", "classifier.bias"}
-    assert set(ours) - set(exported["model"]) == left
+    weights = checkpoint["model"]
+    assert exported["best"] == checkpoint["best"]  # so test.py still reports what chose the epoch
+    left_out = {"queue.text", "queue.aerial", "queue.pids", "classifier.weight", "classifier.bias"}
+    assert set(weights) - set(exported["model"]) == left_out
     assert "classifier of 8 identities is left out" in capsys.readouterr().out
-    assert all(torch.equal(value, ours[name]) for name, value in exported["model"].items())
+    assert all(torch.equal(value, weights[name]) for name, value in exported["model"].items())
     text = (out / "configs.yaml").read_text()
     assert "img_size: !!python/tuple\n- 32\n- 16\n" in text
     with pytest.raises(yaml.YAMLError):
-        yaml.safe_load(text)  # the tag is there, as in the family's own files
+        yaml.safe_load(text)  # because of the tag, as in the family's files
     args, _, notes = parse_test_options(["--config_file", str(out / "configs.yaml")])
     assert args.stride_size == 16 and args.output_dir == str(out) and not notes
-    # The same features, so the same figures.
+    # The same features, so the same metrics.
     features = []
     for file in (config, out / "configs.yaml"):
         args, path, _ = parse_test_options(["--config_file", str(file), "--num_workers", "0"])
@@ -59,7 +59,7 @@ def test_an_export_has_the_familys_names_and_evaluates_the_same(
         with torch.no_grad():
             features.append(model.encode_image(normalise(next(iter(image_loader(images, args, torch.device("cpu")))))))  # fmt: skip
     assert torch.equal(*features)
-    # SCRATCH's sizes are read off the weights here.
+    # Here the sizes in SCRATCH are read from the weights.
     run(test_entry.main, monkeypatch, "--config_file", out / "configs.yaml", "--root_dir", mini_root)  # fmt: skip
     assert "aerial, AG-ReID" in capsys.readouterr().out
 
@@ -68,7 +68,7 @@ def test_an_export_has_the_familys_names_and_evaluates_the_same(
 def test_exported_heads_have_the_shapes_that_the_original_loads_strictly(
     head, clip_file, tmp_path, monkeypatch
 ):
-    """The original's own names and shapes, filled, pass through here and come out the same."""
+    """Weights with the original's names and shapes come out with the same names and shapes."""
     shapes = golden()["head_state_shapes"][head]
     weights = {f"base_model.{n}": v for n, v in filled(golden()["clip_state_shapes"]).items()}
     weights["base_model.visual.positional_embedding"] = torch.zeros(13, 128)
@@ -96,7 +96,7 @@ def test_half_precision_and_other_architectures(tmp_path, clip_file, monkeypatch
 
 
 def exported(folder, monkeypatch, capsys, model=None, **values):
-    """Export a checkpoint of the golden CLIP; its options as written, its weights, what is told."""
+    """Export a checkpoint of the golden CLIP. Returns the options, the checkpoint and the output."""
     weights = {f"base_model.{n}": v for n, v in golden_clip().items()}
     weights["base_model.visual.positional_embedding"] = noise((13, 128), 3)
     content = {"img_size": [96, 32], "stride_size": 16}
@@ -108,16 +108,16 @@ def exported(folder, monkeypatch, capsys, model=None, **values):
 
 
 @torch.no_grad()
-def test_a_run_of_short_captions_is_exported_with_all_columns_and_the_same_features(
+def test_a_run_with_short_text_length_is_exported_with_all_columns_and_the_same_features(
     clip_file, tmp_path, monkeypatch, capsys
 ):
     """The original adds all 77 positions to a caption; attention is causal, so nothing changes."""
-    written, checkpoint, told = exported(
+    written, checkpoint, notes = exported(
         tmp_path, monkeypatch, capsys, pretrain_choice=str(clip_file), text_length=12
     )
     positions = checkpoint["model"]["base_model.positional_embedding"]
     assert written["text_length"] == len(positions) == 77
-    assert "text_length is 77" in told and "captions that --text_length 12 cuts short" in told
+    assert "text_length is 77" in notes and "captions that --text_length 12 cuts short" in notes
     captions, features = ["a man with a bag", "a woman in a red coat and boots"], []
     for folder in (tmp_path, tmp_path / "x"):
         args, path, _ = parse_test_options(["--config_file", str(folder / "configs.yaml")])
@@ -127,36 +127,38 @@ def test_a_run_of_short_captions_is_exported_with_all_columns_and_the_same_featu
     torch.testing.assert_close(*features, rtol=1e-5, atol=1e-5)
 
 
-def test_an_export_has_all_that_the_originals_test_needs(clip_file, tmp_path, monkeypatch, capsys):
-    """It builds the model from CLIP weights, gives `queue` its size, and loads strictly."""
+def test_an_export_has_everything_that_the_originals_test_needs(
+    clip_file, tmp_path, monkeypatch, capsys
+):
+    """It builds the model from CLIP weights, sets the size of `queue`, and loads strictly."""
     head = {"classifier.weight": torch.ones(7, 64), "classifier.bias": torch.ones(7)}
-    written, checkpoint, told = exported(
+    written, checkpoint, notes = exported(
         tmp_path, monkeypatch, capsys, head, pretrain_choice=f"ViT-B/16@{clip_file}",
         loss_names="supkl+queue+id", batch_size=6, slack=0.3, dataset_name="G2APS",
     )  # fmt: skip
     assert written["cont_queue_size"] == 18
     assert not set(head) & set(checkpoint["model"])
-    assert "classifier of 7 identities is left out" in told and "no data set G2APS" in told
-    assert "the original has no --slack 0.3\n" in told
+    assert "classifier of 7 identities is left out" in notes and "no data set G2APS" in notes
+    assert "the original has no --slack 0.3\n" in notes
     assert checkpoint["input"] == {"img_size": [96, 32], "stride_size": 16}
     clip = torch.load(written["pretrain_choice"], weights_only=True)
     for name, value in checkpoint["model"].items():
         assert torch.equal(clip[name.removeprefix("base_model.")], value)
     again = load_backbone(written["pretrain_choice"], (96, 32))
     assert torch.equal(again.state_dict()["visual.proj"], clip["visual.proj"])
-    assert not any("patches" in note for note in again.notes)  # it says its grid
+    assert not any("patches" in note for note in again.notes)  # its grid is stored in the file
 
 
 def test_a_run_of_openais_weights_is_exported_without_differences(tmp_path, monkeypatch, capsys):
-    written, _, told = exported(tmp_path, monkeypatch, capsys)
-    assert written["pretrain_choice"] == "ViT-B/16" and len(told.splitlines()) == 1
+    written, _, notes = exported(tmp_path, monkeypatch, capsys)
+    assert written["pretrain_choice"] == "ViT-B/16" and len(notes.splitlines()) == 1
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["best.pth", "configs.yaml"]
 
 
 @pytest.mark.parametrize("other", [{"image_mean": (0.5, 0.5, 0.5)}, {"mlp_ratio": 3.0}, {"quick_gelu": False},
                                    {"text_heads": 2}, {"head_width": 80}])  # fmt: skip
 def test_an_architecture_that_the_original_cannot_build_is_refused(other):
-    sizes = BackboneConfig(64, 2, 128, 16, 64, 2)
-    tool.check_openai(sizes, "best.pth")
+    config = BackboneConfig(64, 2, 128, 16, 64, 2)
+    tool.check_openai(config, "best.pth")
     with pytest.raises(UserError, match="best.pth has another activation, other heads or another"):
-        tool.check_openai(replace(sizes, **other), "best.pth")
+        tool.check_openai(replace(config, **other), "best.pth")

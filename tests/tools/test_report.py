@@ -26,7 +26,7 @@ GIVEN = argparse.Namespace(queries=2, root_dir="", attributes_file="", device="c
 
 @pytest.fixture(scope="module")
 def evaluated(mini_root, tmp_path_factory):
-    """Two short runs, evaluated."""
+    """Folders of two short runs, trained and evaluated."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as monkeypatch:
         for losses in ("supkl+match2+dot", "itc"):
@@ -44,7 +44,7 @@ def evaluated(mini_root, tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """Checks that tags are closed, and keeps each with its attributes."""
+    """Parses a page: asserts that tags are closed, and keeps each with its attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -71,11 +71,11 @@ class Page(html.parser.HTMLParser):
 
 
 def synthetic(**scalars):
-    """A run's curves without its folder."""
+    """A run with these curves and no folder."""
     return Run(Path("a"), "a", {}, scalars, "#ff0000")
 
 
-def test_a_page_of_two_runs_is_whole_and_needs_nothing_else(evaluated, tmp_path, monkeypatch):
+def test_a_page_of_two_runs_is_complete_and_has_no_external_links(evaluated, tmp_path, monkeypatch):
     out = tmp_path / "report.html"
     run(tool.main, monkeypatch, *evaluated, "--output", out, "--queries", 3, "--device", "cpu")
     text = out.read_text()
@@ -91,7 +91,7 @@ def test_a_page_of_two_runs_is_whole_and_needs_nothing_else(evaluated, tmp_path,
     for words in ("Recall against rank", "loss/supkl", "samples_per_second", "R@1", "All options",
                   "FIRM's accuracy"):  # fmt: skip
         assert words in text
-    # Two runs, three galleries, the worst and random ones, three captions, ten images.
+    # Two runs, three galleries, two sheets (worst, random), three captions, ten images.
     shown = re.findall(r"<title>(rank \d+: (?:hit|miss), identity \d+, .*?)</title><use href", text)
     assert len(shown) == 2 * 3 * 2 * 3 * 10
     pictures = page.all("image")
@@ -107,33 +107,31 @@ def test_the_same_runs_give_the_same_bytes(evaluated):
     assert tool.report(runs, GIVEN) == tool.report(runs, GIVEN)
 
 
-def test_frames_agree_with_the_results_of_every_caption(evaluated, tmp_path, monkeypatch):
-    """The first green frame of a sheet stands at the rank that test_queries.npz has."""
+def test_frames_agree_with_the_per_caption_results(evaluated, tmp_path, monkeypatch):
+    """The first green frame of a caption is at its rank in test_queries.npz."""
     out = tmp_path / "report.html"
     run(tool.main, monkeypatch, evaluated[0], "--output", out, "--queries", 20, "--device", "cpu")
-    found = re.findall(r"first match at rank (\d+) of.*?<div class=\"row\">(.*?)</div>", out.read_text(), re.DOTALL)  # fmt: skip
-    assert len(found) > 20
-    for rank, images in found:
+    captions = re.findall(r"first match at rank (\d+) of.*?<div class=\"row\">(.*?)</div>", out.read_text(), re.DOTALL)  # fmt: skip
+    assert len(captions) > 20
+    for rank, images in captions:
         frames = [bool(hit) for hit in re.findall(r'role="img"( class="hit")?>', images)]
-        assert frames == [told == "hit" for told in re.findall(r"<title>rank \d+: (\w+)", images)]
+        assert frames == [label == "hit" for label in re.findall(r"<title>rank \d+: (\w+)", images)]
         assert (frames.index(True) + 1 if any(frames) else 0) == (int(rank) if int(rank) <= 10 else 0)  # fmt: skip
     ranked = read_queries(evaluated[0] / "test_queries.npz", "test", "aerial")
-    assert {int(r) for r, _ in found} & {int(r) for r in ranked.rows_Q3[:, 0]}
+    assert {int(r) for r, _ in captions} & {int(r) for r in ranked.rows_Q3[:, 0]}
 
 
-def test_only_captions_that_are_shown_are_compared_with_the_gallery(
-    evaluated, tmp_path, monkeypatch
-):
+def test_only_shown_captions_are_compared_with_the_gallery(evaluated, tmp_path, monkeypatch):
     compared, best = [], tool.best_images
     monkeypatch.setattr(tool, "best_images", lambda c, i: compared.append(len(c)) or best(c, i))
     out = tmp_path / "report.html"
     run(tool.main, monkeypatch, evaluated[0], "--output", out, "--queries", 3, "--device", "cpu")
-    assert compared == [3] * 2 * 3  # the worst and random ones of three galleries
+    assert compared == [3] * 2 * 3  # two sheets of each of three galleries
     with pytest.raises(UserError, match="--queries -1: must be 0 or more"):
         run(tool.main, monkeypatch, evaluated[0], "--queries", -1)
 
 
-def test_results_of_other_captions_than_the_data_set_has_are_refused(
+def test_results_with_other_captions_than_the_data_set_are_refused(
     evaluated, mini_copy, tmp_path, monkeypatch
 ):
     path = mini_copy / "AG-ReID/agtext_test.json"
@@ -146,13 +144,13 @@ def test_results_of_other_captions_than_the_data_set_has_are_refused(
         run(tool.main, monkeypatch, *words, "--root_dir", mini_copy)
 
 
-def test_a_run_that_was_not_evaluated_is_told(evaluated, tmp_path, monkeypatch):
+def test_a_run_that_was_not_evaluated_is_refused(evaluated, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="evaluate the run first"):
         run(tool.main, monkeypatch, tmp_path, "--output", tmp_path / "x.html")
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_a_package_that_is_missing_is_named(package, evaluated, monkeypatch):
+def test_an_error_names_the_missing_package(package, evaluated, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "tools._report_charts")
     monkeypatch.delattr(sys.modules["tools"], "_report_charts")
@@ -160,8 +158,8 @@ def test_a_package_that_is_missing_is_named(package, evaluated, monkeypatch):
         tool.report([read_run(evaluated[0], "#ff0000")], GIVEN)
 
 
-def test_what_others_wrote_changes_no_tag_of_the_page(evaluated, monkeypatch):
-    """Names, tags, galleries, captions, options: the page is built as with harmless ones."""
+def test_untrusted_text_changes_no_tag_of_the_page(evaluated, monkeypatch):
+    """Hostile names, scalar tags, galleries, captions and options give the same HTML tags as harmless ones."""
     pages = {}
     for text in ("harm/less", HOSTILE):
         runs = [read_run(folder, "#ff0000") for folder in evaluated]
@@ -179,13 +177,13 @@ def test_what_others_wrote_changes_no_tag_of_the_page(evaluated, monkeypatch):
         monkeypatch.setattr(tool, "options_table", lambda _, t=text: [(t, t, "")])
         pages[text] = tool.report(runs, GIVEN)
     assert pages[HOSTILE].encode()
-    built = [[(tag, list(attrs)) for tag, attrs in Page(page).tags] for page in pages.values()]
-    assert built[0] == built[1]
+    trees = [[(tag, list(attrs)) for tag, attrs in Page(page).tags] for page in pages.values()]
+    assert trees[0] == trees[1]
     shown = html.unescape(pages[HOSTILE])
     assert "{{ 7 * 7 }} $\\frac \\x1b \\u202e \\ud800 &amp;" in shown and "\x1b" not in shown
 
 
-def test_the_table_can_be_narrowed_and_has_the_best_of_each_place_in_bold(evaluated):
+def test_the_table_can_be_filtered_and_has_the_best_value_of_each_gallery_in_bold(evaluated):
     runs = [read_run(folder, "#ff0000") for folder in evaluated]
     for one, value in zip(runs, (50, 60), strict=True):
         gallery = one.results["splits"]["test"]["galleries"]["ground"]
@@ -205,31 +203,31 @@ def test_runs_of_different_length_share_the_axis_of_epochs(monkeypatch):
     drawn, figure = [], charts.figure
     monkeypatch.setattr(charts, "figure", lambda *a: drawn.append(figure(*a)) or drawn[-1])
     short, long = ([(n, 1000.0 / n) for n in range(1, most + 1)] for most in (3, 12))
-    found = charts.training([synthetic(lr=short, **{"loss/a": long}), synthetic(**{"loss/a": short})])  # fmt: skip
-    assert {group: [c.title for c in of] for group, of in found.items()} == {"loss": ["loss/a"], "": ["lr"]}  # fmt: skip
+    groups = charts.training([synthetic(lr=short, **{"loss/a": long}), synthetic(**{"loss/a": short})])  # fmt: skip
+    assert {group: [c.title for c in of] for group, of in groups.items()} == {"loss": ["loss/a"], "": ["lr"]}  # fmt: skip
     axes = [one.axes[0] for one in drawn]
     assert len({a.get_xlim() for a in axes}) == len({a.get_position().bounds for a in axes}) == 1
     assert all(a.get_xlim()[0] < 1 and 12 < a.get_xlim()[1] < 13 for a in axes)
 
 
-def test_a_long_line_is_thinned_to_its_extremes_and_keeps_its_gaps():
+def test_a_long_line_is_thinned_to_its_extremes_and_keeps_gaps():
     points = [(n, math.sin(n)) for n in range(1, 5001)]
     points[1233] = (1234, 9.0)
     points[4321] = (4322, -9.0)
     points[2000:2003] = [(n, math.nan) for n in (2001, 2002, 2003)]
-    found = charts.thinned(points)
-    assert len(found) <= charts.MOST and found == sorted(set(found) & set(points), key=points.index)
-    assert {points[0], points[-1], points[1233], points[4321]} <= set(found)
-    assert any(2001 <= x <= 2003 and math.isnan(y) for x, y in found)
+    kept = charts.thinned(points)
+    assert len(kept) <= charts.MOST and kept == sorted(set(kept) & set(points), key=points.index)
+    assert {points[0], points[-1], points[1233], points[4321]} <= set(kept)
+    assert any(2001 <= x <= 2003 and math.isnan(y) for x, y in kept)
     assert charts.thinned(points[:500]) == points[:500]
     assert len(charts.thinned([(n, math.nan if n % 2 else 1.0) for n in range(9999)])) <= charts.MOST  # fmt: skip
     (line,) = charts.figure([("#ff0000", points)], "epoch", (1, 5000), None).axes[0].lines
     assert line.get_markevery() == [] and line.get_linewidth() <= 1
 
 
-def test_a_chart_takes_its_text_from_the_page_and_leaves_the_page_its_style():
+def test_a_chart_takes_the_pages_text_style_and_adds_no_style_sheet():
     chart = charts.training([synthetic(a=[(1, 1.0), (2, 2.0)])])[""][0]
-    assert chart.told == "a: 2 in the end, 1 to 2" and not chart.notes
+    assert chart.summary == "a: 2 in the end, 1 to 2" and not chart.notes
     assert "currentColor" in chart.svg and charts.INK not in chart.svg
     assert "<style" not in chart.svg and "width=" not in chart.svg.split(">")[0]
-    assert not re.search(r"fill: #(?!ff0000)", chart.svg)  # no background of its own
+    assert not re.search(r"fill: #(?!ff0000)", chart.svg)  # no background

@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import json
 import os
@@ -7,15 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-import tools.reproduce as tool
 from processor.queries import read_queries
 from tests.helpers import ROOT, SCRATCH, run
+from tools import _reproduce_jobs
+from tools import reproduce as tool
+from tools._reproduce_jobs import PROTOCOLS, Job, code_version, make_jobs
+from tools._reproduce_output import heading, tables_of
+from tools._reproduce_runner import Runner
+from tools._reproduce_table import TABLES, read_table
+from utils.config import read_preset, resolve, write_config
 from utils.errors import UserError
+from utils.files import lock
 from utils.metrics import METRICS
+from utils.options import OPTIONS
 
 BASE = {
     **SCRATCH, "img_size": [32, 16], "batch_size": 6, "test_batch_size": 8, "num_epoch": 3,
@@ -45,15 +55,15 @@ def arguments(table, root, out, *more):
 
 def jobs_of(table, root, out="x", seeds=(1,), **options):
     given = {"root_dir": str(root), "seeds": seeds, "output_dir": str(out), "mllm4text": ""}
-    jobs, _ = tool.make_jobs(tool.read_table(str(table)), tool.argparse.Namespace(**given), options)
+    jobs, _ = make_jobs(read_table(str(table)), argparse.Namespace(**given), options)
     return jobs
 
 
 @pytest.fixture
 def finish(monkeypatch):
-    """Jobs that are done at once, with these metrics, and by the named code."""
+    """A function that makes jobs finish at once, with metrics of 50, under the named code."""
 
-    def by(sources, protocol=None, epochs=None):
+    def by(sources, protocol=None, trained=None):
         code = {"commit": f"commit of {sources}", "sources": sources}
         monkeypatch.setattr(tool, "code_version", lambda: code)
 
@@ -66,10 +76,10 @@ def finish(monkeypatch):
             result = {"epoch": 3, "splits": {"test": {"galleries": galleries}}, **(protocol or {})}
             for name in ("test", "best_test"):
                 (folder / f"{name}_results.json").write_text(json.dumps(result))
-            if epochs is not None and program == "train.py":
-                epochs.append(job.row)
+            if trained is not None and program == "train.py":
+                trained.append(job.row)
 
-        monkeypatch.setattr(tool.Runner, "_call", call)
+        monkeypatch.setattr(Runner, "_call", call)
 
     return by
 
@@ -90,7 +100,7 @@ def test_a_table_is_run_written_and_traced_to_single_captions(
 ):
     out = tmp_path / "out"
     path = table([{**ROWS[0], "options": {**ROWS[0]["options"], "val_dataset": "both"}}])
-    # Both seeds at once, as on two GPUs.
+    # Two GPU names: both seeds run at once.
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--gpus", 0, 1) == 0
     results = list(done(out).values())
     assert [r["seed"] for r in sorted(results, key=lambda r: r["seed"])] == [1, 2]
@@ -99,16 +109,16 @@ def test_a_table_is_run_written_and_traced_to_single_captions(
         assert words in shown
         for result in results:
             archive = result[protocol]["queries"]
-            metrics = read_queries(tool.Path(archive), "test", "aerial").summary().metrics
+            metrics = read_queries(Path(archive), "test", "aerial").summary().metrics
             assert metrics == pytest.approx({name: result[protocol][name] for name in METRICS})
         mean = sum(r[protocol]["R@1"] for r in results) / 2
         markdown = (out / "small/table.md").read_text()
         assert f"{mean:.2f} ± " in markdown and f"{mean - 44.75:+.2f}" in markdown
     assert r"$\pm$" in (out / "small/table.tex").read_text()
     assert (out / "small/table.csv").read_text().startswith("method,seeds,R@1")
-    # Again: nothing runs, the table is the same.
+    # A second call runs nothing, and writes the same table.
     before = (out / "small/table.md").read_text()
-    monkeypatch.setattr(tool.Runner, "run", None)
+    monkeypatch.setattr(Runner, "run", None)
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2) == 0
     assert (out / "small/table.md").read_text() == before
 
@@ -124,25 +134,25 @@ def test_a_row_that_fails_is_reported_and_the_others_are_done(
     assert "broken (1 failed)" in shown and [r["row"] for r in done(out).values()] == ["itc"]
 
 
-def test_a_killed_table_goes_on_to_the_same_metrics(table, mini_root, tmp_path, monkeypatch):
+def test_a_killed_table_resumes_to_the_same_metrics(table, mini_root, tmp_path, monkeypatch):
     path = table(ROWS[:1])
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert reproduce(monkeypatch, path, mini_root, whole, "--seeds", 1) == 0
-    words = map(str, arguments(path, mini_root, cut, "--seeds", 1))
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
+    assert reproduce(monkeypatch, path, mini_root, complete, "--seeds", 1) == 0
+    words = map(str, arguments(path, mini_root, killed, "--seeds", 1))
     child = subprocess.Popen(
         [sys.executable, "tools/reproduce.py", *words], cwd=ROOT, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.time() + 100
-    while not list(cut.glob("small/*/logs/*/*/last.pth")) and time.time() < deadline:
+    while not list(killed.glob("small/*/logs/*/*/last.pth")) and time.time() < deadline:
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    assert not done(cut)
-    assert reproduce(monkeypatch, path, mini_root, cut, "--seeds", 1) == 0
-    (a,), (b,) = done(whole).values(), done(cut).values()
+    assert not done(killed)
+    assert reproduce(monkeypatch, path, mini_root, killed, "--seeds", 1) == 0
+    (a,), (b,) = done(complete).values(), done(killed).values()
     assert all(a["paper"][name] == b["paper"][name] for name in (*METRICS, "epoch"))
-    console = next(cut.glob("small/*/console.txt")).read_text()
+    console = next(killed.glob("small/*/console.txt")).read_text()
     assert "resumed after" in console
 
 
@@ -166,13 +176,11 @@ def test_a_job_survives_new_options_but_not_a_changed_default(
     table, mini_root, tmp_path, monkeypatch
 ):
     (job,) = jobs_of(table(ROWS[1:]), mini_root, tmp_path)
-    tool.write_config(job.folder / "options.yaml", job.args)
+    write_config(job.folder / "options.yaml", job.args)
 
     def default(name, value):
-        option = tool.OPTIONS.get(name) or tool.OPTIONS["slack"]
-        monkeypatch.setitem(
-            tool.OPTIONS, name, dataclasses.replace(option, name=name, default=value)
-        )
+        option = OPTIONS.get(name) or OPTIONS["slack"]
+        monkeypatch.setitem(OPTIONS, name, dataclasses.replace(option, name=name, default=value))
 
     default("new_option", 3)
     assert jobs_of(table(ROWS[1:]), mini_root, tmp_path)[0].folder == job.folder
@@ -182,40 +190,40 @@ def test_a_job_survives_new_options_but_not_a_changed_default(
     assert jobs_of(table(ROWS[1:]), mini_root, tmp_path)[0].folder == other.folder
 
 
-def test_finished_jobs_survive_other_code_which_is_told_and_strict_trains_again(
+def test_other_code_keeps_finished_jobs_with_a_note_and_strict_trains_them_again(
     table, mini_root, tmp_path, monkeypatch, capsys, finish
 ):
     out, path, trained = tmp_path / "out", table(ROWS), []
-    finish("one", epochs=trained)
+    finish("one", trained=trained)
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1) == 0
     assert "other code" not in capsys.readouterr().out and len(trained) == 2
-    finish("two", epochs=trained)
+    finish("two", trained=trained)
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2) == 0
     shown = capsys.readouterr().out
     assert shown.count("other code") == 1 and len(trained) == 4
-    assert ("2 of 4 jobs were done or begun with other code (commit of one; now commit of two): "
+    assert ("2 of 4 jobs ran with other code (commit of one; now commit of two): "
             "--strict trains them again") in shown  # fmt: skip
     codes = [[v["sources"] for v in r["code"]] for r in done(out).values()]
     assert sorted(codes) == [["one"], ["one"], ["two"], ["two"]]
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--strict") == 0
     assert len(trained) == 6 and "they are trained again" in capsys.readouterr().out
-    found = done(out)
-    assert {v["sources"] for n, r in found.items() if "backup" not in n for v in r["code"]} == {
+    results = done(out)
+    assert {v["sources"] for n, r in results.items() if "backup" not in n for v in r["code"]} == {
         "two"
     }
-    assert sum(".backup1" in name for name in found) == 2  # nothing is deleted
+    assert sum(".backup1" in name for name in results) == 2  # nothing is deleted
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--strict") == 0
     assert len(trained) == 6
 
 
-def test_the_version_of_the_code_is_its_commit_or_a_hash_where_git_is_not(tmp_path, monkeypatch):
+def test_the_version_of_the_code_is_its_commit_or_without_git_a_hash(tmp_path, monkeypatch):
     for name in ("train.py", "model/a.py", "model/deep/b.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(_reproduce_jobs, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    alone = tool.code_version()
-    assert alone["commit"] == f"sources {alone['sources'][:12]}"
+    without_git = code_version()
+    assert without_git["commit"] == f"sources {without_git['sources'][:12]}"
 
     def git(*words):
         who = ("-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false")
@@ -224,20 +232,22 @@ def test_the_version_of_the_code_is_its_commit_or_a_hash_where_git_is_not(tmp_pa
     git("init")
     git("add", "train.py", "model")
     git("commit", "-m", "x")
-    clean = tool.code_version()
-    assert re.fullmatch("[0-9a-f]{40}", clean["commit"]) and clean["sources"] == alone["sources"]
+    clean = code_version()
+    assert (
+        re.fullmatch("[0-9a-f]{40}", clean["commit"]) and clean["sources"] == without_git["sources"]
+    )
     (tmp_path / "notes.txt").write_text("no code")
-    assert tool.code_version() == clean
+    assert code_version() == clean
     (tmp_path / "model/deep/b.py").write_text("other")
-    changed = tool.code_version()
+    changed = code_version()
     assert (
         changed["commit"] == f"{clean['commit']}-dirty" and changed["sources"] != clean["sources"]
     )
     monkeypatch.setenv("PATH", "")
-    assert tool.code_version()["commit"].startswith("sources ")
+    assert code_version()["commit"].startswith("sources ")
 
 
-PAPER, CLEAN, VAL, LAST = (tool.PROTOCOLS[name] for name in ("paper", "clean", "val", "last"))
+PAPER, CLEAN, VAL, LAST = (PROTOCOLS[name] for name in ("paper", "clean", "val", "last"))
 
 
 @pytest.mark.parametrize(
@@ -255,29 +265,29 @@ PAPER, CLEAN, VAL, LAST = (tool.PROTOCOLS[name] for name in ("paper", "clean", "
         ("paper", "test", None, PAPER),
     ],
 )  # fmt: skip
-def test_a_table_says_what_chose_and_whether_that_is_in_test(
+def test_a_heading_names_what_chose_the_epoch_and_what_it_shares_with_test(
     protocol, chosen_on, overlap, expected, tmp_path
 ):
-    said = {"chosen_on": chosen_on, "overlap": overlap, "text": ""} if chosen_on else None
-    args = tool.argparse.Namespace(val_dataset="any", heldout=0.1)
+    recorded = {"chosen_on": chosen_on, "overlap": overlap, "text": ""} if chosen_on else None
+    args = argparse.Namespace(val_dataset="any", heldout=0.1)
     jobs = []
-    for seed, measured in ((1, said), (2, said and {**said, "overlap": None})):
-        jobs.append(tool.Job("row", seed, args, tmp_path / str(seed)))
+    for seed, of_job in ((1, recorded), (2, recorded and {**recorded, "overlap": None})):
+        jobs.append(Job("row", seed, args, tmp_path / str(seed)))
         jobs[-1].folder.mkdir()
-        found = {**dict.fromkeys(tool.METRICS, 1.0), "protocol": measured}
+        metrics = {**dict.fromkeys(METRICS, 1.0), "protocol": of_job}
         (jobs[-1].folder / "done.json").write_text(
-            json.dumps(dict.fromkeys(("paper", "clean", protocol), found))
+            json.dumps(dict.fromkeys(("paper", "clean", protocol), metrics))
         )
-    assert tool.heading(protocol, jobs) == expected
+    assert heading(protocol, jobs) == expected
     args.val_dataset = "both"
     apart = (
         ", trained without the 10 % of identities that are held out" if protocol == "paper" else ""
     )
-    assert tool.heading(protocol, jobs) == expected + apart
-    assert "clean" not in tool.heading(protocol, [tool.Job("row", 3, args, tmp_path / "not run")])
+    assert heading(protocol, jobs) == expected + apart
+    assert "clean" not in heading(protocol, [Job("row", 3, args, tmp_path / "not run")])
 
 
-def test_the_chooser_can_be_told_and_makes_another_table(
+def test_val_dataset_makes_other_jobs_and_another_title(
     table, mini_root, tmp_path, monkeypatch, finish
 ):
     out = tmp_path / "out"
@@ -289,7 +299,7 @@ def test_the_chooser_can_be_told_and_makes_another_table(
     assert next(iter(done(out).values()))["val"]["protocol"]["chosen_on"] == "val"
 
 
-def test_memory_options_reach_the_jobs_and_are_checked_as_train_py_checks_them(
+def test_memory_options_reach_the_jobs_and_are_checked_as_in_train_py(
     table, mini_root, tmp_path, monkeypatch, capsys, finish
 ):
     out, path = tmp_path / "out", table(ROWS[1:])
@@ -319,51 +329,49 @@ def test_a_dry_run_lists_jobs_with_hours_and_what_is_left_out(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", sorted(tool.TABLES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_table_that_ships_is_read_and_its_rows_resolve(path):
-    table = tool.read_table(path.stem)
+@pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_table_in_configs_is_read_and_its_rows_resolve(path):
+    table = read_table(path.stem)
     assert table.rows
     for row in table.rows:
-        assert tool.resolve({**row["values"]})
+        assert resolve({**row["values"]})
 
 
-def test_what_is_wrong_in_a_table_is_named(table, tmp_path):
+def test_an_error_names_the_faulty_entry_of_a_table(table, tmp_path):
     with pytest.raises(UserError, match="--table man: no such table. Did you mean 'main'"):
-        tool.read_table("man")
+        read_table("man")
     with pytest.raises(UserError, match="row x: unknown option 'lrr'"):
-        tool.read_table(str(table([{"name": "x", "options": {"lrr": 1}}])))
+        read_table(str(table([{"name": "x", "options": {"lrr": 1}}])))
     with pytest.raises(UserError, match="a row needs a name"):
-        tool.read_table(str(table([{"nam": "x"}])))
+        read_table(str(table([{"nam": "x"}])))
 
 
-def test_a_job_that_another_process_runs_is_left_to_it(
+def test_a_job_that_another_process_runs_is_not_run_again(
     table, mini_root, tmp_path, monkeypatch, capsys
 ):
     out, path = tmp_path / "out", table(ROWS[1:])
     jobs = jobs_of(path, mini_root, out)
     jobs[0].folder.mkdir(parents=True)
-    holder = tool.lock(jobs[0].folder, inherited=True)
+    holder = lock(jobs[0].folder, inherited=True)
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1) == 1
     assert "another process is at work here" in capsys.readouterr().out and not done(out)
     os.close(holder)
-    os.close(tool.lock(jobs[0].folder, inherited=True))  # free again
+    os.close(lock(jobs[0].folder, inherited=True))  # free again
 
 
-def test_ablations_are_marked_and_only_they_leave_the_papers_recipe(table, mini_root, tmp_path):
-    """Rows that mask no captions, or augment images, where the paper's command does otherwise."""
-    for path in sorted(tool.TABLES.glob("*.yaml")):
-        read = tool.read_table(path.stem)
+def test_a_row_is_marked_as_an_ablation_if_it_leaves_the_papers_recipe(table, mini_root, tmp_path):
+    """Such a row masks no captions, or augments images, and the paper's command does not."""
+    for path in sorted(TABLES.glob("*.yaml")):
+        shipped = read_table(path.stem)
         base = yaml.safe_load(path.read_text())["base"]
-        for row in read.rows:
-            recipe = tool.read_preset(path.parent / row.get("base", base))
+        for row in shipped.rows:
+            recipe = read_preset(path.parent / row.get("base", base))
             changed = any(
                 row["values"].get(n) != recipe.get(n) for n in ("MLM", "txt_aug", "img_aug")
             )
             assert bool(row.get("ablation")) == changed, (path.stem, row["name"])
-    marked = {r["name"] for r in tool.read_table("losses").rows if r.get("ablation")}
+    marked = {r["name"] for r in read_table("losses").rows if r.get("ablation")}
     assert {"AEA-FIRM without --MLM", "supkl+queue, --img_aug"} <= marked
     rows = [{**ROWS[1], "ablation": True}]
-    shown = next(
-        tool.tables_of(tool.read_table(str(table(rows))), jobs_of(table(rows), mini_root), {})
-    )
+    shown = next(tables_of(read_table(str(table(rows))), jobs_of(table(rows), mini_root), {}))
     assert shown[2][0][0] == "itc (ablation)"

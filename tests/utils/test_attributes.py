@@ -27,7 +27,7 @@ def test_the_shipped_file_is_found_from_any_folder(tmp_path, monkeypatch):
     assert read_attributes("configs/attributes.yaml")[0].name == "gender"
 
 
-def test_labels_that_the_file_has_no_sentences_for_are_refused():
+def test_labels_without_sentences_are_refused():
     attributes = read_attributes(ROOT / "configs/attributes.yaml")
     classes = {a.name: len(a.classes) for a in attributes}
     check_labels(attributes, classes, "AGDataAttr", "a.yaml")

@@ -1,4 +1,4 @@
-"""Files of weights, whoever wrote them and however they are named."""
+"""Files of weights from any code, in any format."""
 
 import argparse
 import io
@@ -17,12 +17,12 @@ from utils.errors import UserError
 WEIGHTS = {"a.weight": torch.ones(2), "b.module_list.0": torch.zeros(1)}
 
 
-def same(found, expected=WEIGHTS):
+def assert_same(found, expected=WEIGHTS):
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def saved(path, content):
+def save_and_load(path, content):
     torch.save(content, path)
     return load_checkpoint(path)
 
@@ -41,41 +41,47 @@ def saved(path, content):
         lambda w: {"model": {"module": w}, "args": {"lr": 1.0}},
     ],
 )
-def test_weights_are_found_in_what_they_are_wrapped_in(wrapped, tmp_path):
-    same(saved(tmp_path / "x.pth", wrapped(WEIGHTS))["model"])
+def test_weights_are_found_in_every_entry_that_other_code_uses(wrapped, tmp_path):
+    assert_same(save_and_load(tmp_path / "x.pth", wrapped(WEIGHTS))["model"])
 
 
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.module.module."]
 )
-def test_what_a_wrapper_adds_to_names_is_cut(prefix, tmp_path):
-    same(saved(tmp_path / "x.pth", {"model": {prefix + n: v for n, v in WEIGHTS.items()}})["model"])
+def test_names_that_wrappers_add_are_removed(prefix, tmp_path):
+    assert_same(
+        save_and_load(tmp_path / "x.pth", {"model": {prefix + n: v for n, v in WEIGHTS.items()}})[
+            "model"
+        ]
+    )
     inside = {
         "a._orig_mod.weight": WEIGHTS["a.weight"],
         "b._orig_mod.module_list.0": torch.zeros(1),
     }
-    same(saved(tmp_path / "y.pth", inside)["model"])
+    assert_same(save_and_load(tmp_path / "y.pth", inside)["model"])
 
 
-def test_what_stands_beside_the_weights_is_kept(tmp_path):
-    found = saved(tmp_path / "x.pth", {"state_dict": WEIGHTS, "epoch": 3, "best": {"R@1": 4.0}})
+def test_entries_other_than_the_weights_are_kept(tmp_path):
+    found = save_and_load(
+        tmp_path / "x.pth", {"state_dict": WEIGHTS, "epoch": 3, "best": {"R@1": 4.0}}
+    )
     assert found["epoch"] == 3 and found["best"] == {"R@1": 4.0} and "assumed" not in found
 
 
-def test_of_several_the_one_taken_is_told(tmp_path):
+def test_the_used_weights_are_reported_if_several_entries_have_some(tmp_path):
     ema = {name: value + 1 for name, value in WEIGHTS.items()}
-    found = saved(tmp_path / "x.pth", {"state_dict_ema": ema, "state_dict": WEIGHTS})
-    same(found["model"])
-    assert found["assumed"].endswith("the weights of 'state_dict' are taken, not 'state_dict_ema'")
+    found = save_and_load(tmp_path / "x.pth", {"state_dict_ema": ema, "state_dict": WEIGHTS})
+    assert_same(found["model"])
+    assert found["assumed"].endswith("the weights of 'state_dict' are used, not 'state_dict_ema'")
     model = build_model(options(pretrain_choice="scratch"), [], 0)
     states = {name: dict(model.state_dict()) for name in ("model", "model_ema")}
-    report = load_fitting(model, saved(tmp_path / "y.pth", states), "y.pth")
-    assert "the weights of 'model' are taken, not 'model_ema'" in report
+    report = load_fitting(model, save_and_load(tmp_path / "y.pth", states), "y.pth")
+    assert "the weights of 'model' are used, not 'model_ema'" in report
 
 
-def test_two_weights_of_one_name_are_refused(tmp_path):
+def test_two_weights_with_the_same_name_are_refused(tmp_path):
     with pytest.raises(UserError, match="weights for 'a.weight' twice, once as 'module.a.weight'"):
-        saved(tmp_path / "x.pth", {**WEIGHTS, "module.a.weight": torch.zeros(2)})
+        save_and_load(tmp_path / "x.pth", {**WEIGHTS, "module.a.weight": torch.zeros(2)})
 
 
 @pytest.mark.parametrize(
@@ -88,37 +94,40 @@ def test_two_weights_of_one_name_are_refused(tmp_path):
         ({str(n): n for n in range(50)}, r"0 \(int\), .*11 \(int\), \.\.\."),
     ],
 )
-def test_without_weights_the_entries_of_the_file_are_told(content, held, tmp_path):
+def test_a_file_without_weights_is_refused_with_its_entries(content, held, tmp_path):
     with pytest.raises(
-        UnusableFile, match=f"x.pth: no checkpoint: no weights in it; it holds {held}$"
+        UnusableFile, match=f"x.pth: not a checkpoint: no weights in it; it holds {held}$"
     ):
-        saved(tmp_path / "x.pth", content)
+        save_and_load(tmp_path / "x.pth", content)
 
 
-def test_a_file_that_holds_itself_is_no_endless_search(tmp_path):
+def test_a_file_that_holds_itself_is_refused(tmp_path):
     content = {"epoch": 3}
     content["model"] = content
     with pytest.raises(UnusableFile, match="'model' holds itself"):
-        saved(tmp_path / "x.pth", content)
+        save_and_load(tmp_path / "x.pth", content)
 
 
-def test_a_format_is_told_by_the_content_and_not_by_the_name(tmp_path):
+def test_the_content_shows_the_format_and_not_the_name(tmp_path):
     safetensors.torch.save_file(WEIGHTS, tmp_path / "s.pth")
     torch.save(WEIGHTS, tmp_path / "t.safetensors")
     torch.save(WEIGHTS, tmp_path / "o.safetensors", _use_new_zipfile_serialization=False)
     for name in ("s.pth", "t.safetensors", "o.safetensors"):
         found = load_checkpoint(tmp_path / name)["model"]
-        same(found, {name: WEIGHTS[name] for name in found})
+        assert_same(found, {name: WEIGHTS[name] for name in found})
     torch.jit.save(torch.jit.script(Archive(golden_clip())), tmp_path / "jit.safetensors")
     found = load_checkpoint(tmp_path / "jit.safetensors")["model"]
     assert torch.equal(found["visual.proj"], golden_clip()["visual.proj"])
-    for name, what in (("x.safetensors", "as safetensors"), ("x.pth", "not a file of torch.save")):
-        (tmp_path / name).write_bytes(b"neither of them")
-        with pytest.raises(UnusableFile, match=what):
+    for name, message in (
+        ("x.safetensors", "as safetensors"),
+        ("x.pth", "not a file of torch.save"),
+    ):
+        (tmp_path / name).write_bytes(b"neither of the formats")
+        with pytest.raises(UnusableFile, match=message):
             load_checkpoint(tmp_path / name)
 
 
-def test_a_refusal_says_how_to_convert_and_never_to_load_unsafely(tmp_path):
+def test_a_refusal_says_how_to_convert_and_not_how_to_load_unsafely(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"model": WEIGHTS, "args": argparse.Namespace(lr=1)}, path)
     with pytest.raises(UnusableFile) as first:
@@ -136,40 +145,40 @@ def test_a_refusal_says_how_to_convert_and_never_to_load_unsafely(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_never_written(value, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
     path = tmp_path / "last.pth"
     with pytest.raises(UserError, match="b holds NaN or infinite values. A lower --lr"):
         save_checkpoint(path, {"model": {"a": torch.ones(2), "b": torch.tensor([0, value])}})
     assert not list(tmp_path.iterdir())
     save_checkpoint(path, {"model": {"a": torch.ones(2)}, "optimizer": {"inf": value}}, keep=2)
     content = path.read_bytes()
-    dead = {"n": torch.tensor(3), "a": torch.full((2,), value).half(), "b": torch.tensor(value)}
+    bad = {"n": torch.tensor(3), "a": torch.full((2,), value).half(), "b": torch.tensor(value)}
     with pytest.raises(UserError, match="a and 1 more hold NaN .* the save before this one stays"):
-        save_checkpoint(path, {"model": dead}, keep=2)
+        save_checkpoint(path, {"model": bad}, keep=2)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
     assert path.read_bytes() == content
 
 
-def test_weights_that_are_not_finite_are_refused_by_name_wherever_they_are_read(tmp_path):
-    dead = {**golden_clip(), "visual.proj": golden_clip()["visual.proj"].clone()}
-    dead["visual.proj"][3, 5] = float("nan")
-    path = tmp_path / "dead.pt"
-    torch.save(dead, path)
-    says = "visual.proj holds NaN or infinite values"
-    with pytest.raises(UserError, match=f"{path}: {says}"):
+def test_weights_that_are_not_finite_are_refused_by_name_by_every_reader(tmp_path):
+    bad = {**golden_clip(), "visual.proj": golden_clip()["visual.proj"].clone()}
+    bad["visual.proj"][3, 5] = float("nan")
+    path = tmp_path / "bad.pt"
+    torch.save(bad, path)
+    message = "visual.proj holds NaN or infinite values"
+    with pytest.raises(UserError, match=f"{path}: {message}"):
         build_model(options(pretrain_choice=str(path)), [], 0)
-    family = {f"base_model.{name}": value for name, value in dead.items()}
-    family["base_model.visual.positional_embedding"] = torch.zeros(13, 128)
-    with pytest.raises(UserError, match=f"best.pth: base_model.{says}"):
-        build_evaluation_model(options(), {"model": family}, "best.pth")
+    finetuned = {f"base_model.{name}": value for name, value in bad.items()}
+    finetuned["base_model.visual.positional_embedding"] = torch.zeros(13, 128)
+    with pytest.raises(UserError, match=f"best.pth: base_model.{message}"):
+        build_evaluation_model(options(), {"model": finetuned}, "best.pth")
     torch.save(golden_clip(), path)
     model = build_model(options(pretrain_choice=str(path)), [], 0)
-    with pytest.raises(UserError, match=f"best.pth: base_model.{says}"):
-        load_fitting(model, {"model": family}, "best.pth")
+    with pytest.raises(UserError, match=f"best.pth: base_model.{message}"):
+        load_fitting(model, {"model": finetuned}, "best.pth")
 
 
-def test_infinite_masks_that_are_no_weights_of_ours_do_no_harm(tmp_path):
-    """OpenAI's own archives have the text encoder's."""
+def test_an_infinite_attention_mask_is_accepted(tmp_path):
+    """OpenAI's archives hold that of the text encoder."""
     mask = {"transformer.resblocks.0.attn_mask": torch.full((77, 77), -float("inf")).triu(1)}
     torch.save({**golden_clip(), **mask}, tmp_path / "x.pt")
     build_model(options(pretrain_choice=str(tmp_path / "x.pt")), [], 0)

@@ -12,7 +12,7 @@ from utils.files import write_atomically
 from utils.runs import new_run_dir
 
 
-class Evil:
+class Malicious:
     def __init__(self, target):
         self.target = target
 
@@ -21,10 +21,10 @@ class Evil:
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
-    target = tmp_path / "harm"
+    target = tmp_path / "made_by_the_file"
     for path, save in (
-        (tmp_path / "zip.pth", lambda p: torch.save({"model": Evil(str(target))}, p)),
-        (tmp_path / "plain.pth", lambda p: p.write_bytes(pickle.dumps(Evil(str(target))))),
+        (tmp_path / "zip.pth", lambda p: torch.save({"model": Malicious(str(target))}, p)),
+        (tmp_path / "plain.pth", lambda p: p.write_bytes(pickle.dumps(Malicious(str(target))))),
     ):
         save(path)
         with warnings.catch_warnings(), pytest.raises(UserError) as error:
@@ -35,7 +35,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 900, -20])
-def test_a_truncated_checkpoint_is_told(keep, tmp_path):
+def test_a_truncated_checkpoint_is_refused(keep, tmp_path):
     path = tmp_path / "cut.pth"
     save_checkpoint(path, {"model": {"w": torch.randn(100)}})
     path.write_bytes(path.read_bytes()[:keep])
@@ -43,17 +43,17 @@ def test_a_truncated_checkpoint_is_told(keep, tmp_path):
         load_checkpoint(path)
 
 
-def test_weights_whose_checkpoint_has_another_hash_are_refused(tmp_path):
-    path = tmp_path / "rotten.pth"
+def test_a_checkpoint_with_a_wrong_hash_is_refused(tmp_path):
+    path = tmp_path / "corrupted.pth"
     save_checkpoint(path, {"model": {"w": torch.zeros(3)}})
     content = torch.load(path, weights_only=True)
     content["model"]["w"][1] = 1
     torch.save(content, path)
-    with pytest.raises(UserError, match="corrupted: its content does not have the hash"):
+    with pytest.raises(UserError, match="corrupted: its content does not match the hash"):
         load_checkpoint(path)
 
 
-def test_a_missing_file_and_a_file_without_weights_are_told(tmp_path):
+def test_a_missing_file_and_a_file_without_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_checkpoint(tmp_path / "none.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
@@ -61,7 +61,7 @@ def test_a_missing_file_and_a_file_without_weights_are_told(tmp_path):
         load_checkpoint(tmp_path / "empty.pth")
 
 
-def test_a_full_disk_leaves_the_previous_file_whole_and_no_litter(tmp_path):
+def test_a_full_disk_leaves_the_previous_file_complete_and_no_other_files(tmp_path):
     path = tmp_path / "best.pth"
     save_checkpoint(path, {"model": {"w": torch.ones(1)}})
 
@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_previous_file_whole_and_no_litter(tmp_path):
     assert os.listdir(tmp_path) == ["best.pth"]
 
 
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+def test_runs_that_start_in_the_same_second_get_different_folders(tmp_path):
     folders = {new_run_dir(str(tmp_path), "X", "run") for _ in range(5)}
     assert len(folders) == 5 and all(folder.is_dir() for folder in folders)
 
@@ -90,7 +90,7 @@ def test_user_errors_become_one_line_and_status_2(capsys):
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o002])
-def test_files_get_the_rights_that_the_user_gives_to_new_ones(mask, tmp_path):
+def test_files_get_the_mode_of_the_users_umask(mask, tmp_path):
     before = os.umask(mask)
     try:
         write_atomically(tmp_path / "a", lambda file: file.write(b"x"))

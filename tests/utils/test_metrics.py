@@ -6,28 +6,28 @@ from utils.errors import UserError
 from utils.metrics import query_metrics, retrieval, summarize
 
 
-def golden_case(figures):
-    queries, gallery, n = figures["queries"], figures["gallery"], figures["identities"]
+def golden_case(case):
+    queries, gallery, n = case["queries"], case["gallery"], case["identities"]
     query_pids = 7 * torch.arange(queries) % n
     gallery_pids = (5 * torch.arange(gallery) + 1) % n
     same = (query_pids[:, None] == gallery_pids).float()
-    similarity = noise((queries, gallery), 3, phase=figures["phase"]) + 0.8 * same
+    similarity = noise((queries, gallery), 3, phase=case["phase"]) + 0.8 * same
     return similarity, query_pids, gallery_pids
 
 
-@pytest.mark.parametrize("figures", golden()["metrics"])
-def test_figures_equal_the_original(figures):
-    similarity, query_pids, gallery_pids = golden_case(figures)
+@pytest.mark.parametrize("case", golden()["metrics"])
+def test_metrics_equal_the_original(case):
+    similarity, query_pids, gallery_pids = golden_case(case)
     ranking = similarity[0].argsort(descending=True)
-    assert ranking.tolist() == figures["first_row_ranking"]  # the inputs are the same
+    assert ranking.tolist() == case["first_row_ranking"]  # the inputs are the same
     rows = query_metrics(similarity, query_pids, gallery_pids)
     result = summarize(rows, len(gallery_pids))
-    expected = [figures["cmc"][i] for i in (0, 4, 9)] + [figures["mAP"], figures["mINP"]]
+    expected = [case["cmc"][i] for i in (0, 4, 9)] + [case["mAP"], case["mINP"]]
     assert list(result.metrics.values()) == pytest.approx(expected, abs=1e-3)
 
 
-def slow(similarity, query_pids, gallery_pids):
-    """By the definition: sort each query's gallery, matches last among equals, walk down it."""
+def by_definition(similarity, query_pids, gallery_pids):
+    """A plain implementation: sort each query's gallery, matches last among equals, and count."""
     rows = []
     for scores, pid in zip(similarity.tolist(), query_pids.tolist(), strict=True):
         items = [(-s, g == pid) for s, g in zip(scores, gallery_pids.tolist(), strict=True)]
@@ -50,21 +50,21 @@ def test_random_cases_with_ties_equal_the_definition(seed):
     gallery_pids = torch.randint(pids, (gallery,), generator=generator)
     torch.testing.assert_close(
         query_metrics(similarity, query_pids, gallery_pids),
-        slow(similarity, query_pids, gallery_pids),
+        by_definition(similarity, query_pids, gallery_pids),
         equal_nan=True,
     )
 
 
-def test_ties_that_rounding_has_parted_are_ties_in_any_order_and_any_chunk():
-    """The same picture twice, and features that have all collapsed: kernels round the last bits by
-    an item's position, which must not decide who is first."""
+def test_similarities_that_differ_by_rounding_are_ties_in_any_order_and_chunk():
+    """Every image twice, and features that are all equal: an item's position affects the rounding of
+    its similarity, which must not decide the ranks."""
     generator = torch.Generator().manual_seed(0)
 
-    def rounded(features):  # more than kernels do
+    def rounded(features):  # by more than the kernels' rounding
         return features + 4e-8 * torch.randn(features.shape, generator=generator)
 
     query, pids = torch.nn.functional.normalize(torch.randn(24, 64, generator=generator), dim=1), torch.arange(24)  # fmt: skip
-    twice = torch.cat([query, query.roll(1, 0)])  # each picture twice: of its person, and another
+    twice = torch.cat([query, query.roll(1, 0)])  # each image with its identity and another one
     gallery_pids = torch.cat([pids, pids])
     collapsed = query[:1].expand(48, 64)
     found = set()
@@ -78,7 +78,7 @@ def test_ties_that_rounding_has_parted_are_ties_in_any_order_and_any_chunk():
 
 
 @pytest.mark.parametrize(("queries", "images"), [(3, 20), (4, 16)])
-def test_lists_of_other_lengths_than_their_features_are_refused(queries, images):
+def test_another_number_of_identities_than_of_features_is_refused(queries, images):
     features = torch.randn(4, 8), torch.randn(20, 8)
     with pytest.raises(ValueError, match="expected .N, D. and .N."):
         retrieval(*features, torch.zeros(queries), torch.zeros(images))
@@ -116,7 +116,7 @@ def test_queries_without_a_match_are_left_out_and_counted():
         retrieval(features, features, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 9]))
 
 
-def test_chunks_change_nothing():
+def test_the_chunk_size_does_not_change_the_metrics():
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(n, 8, generator=generator) for n in (50, 40)]
     tensors += [torch.randint(9, (n,), generator=generator) for n in (50, 40)]
@@ -133,7 +133,7 @@ def test_features_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_counting_and_sorting_give_the_same_ranks(seed, monkeypatch):
-    """Few matches are counted, many are searched for in the sorted row; ties and all."""
+    """Few matches are counted, many are searched in the sorted row; ties included."""
     import utils.metrics as module
 
     generator = torch.Generator().manual_seed(seed)

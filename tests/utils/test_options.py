@@ -91,9 +91,12 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--num_epoch x", "--num_epoch takes a value of type int, got 'x' (--help"),
         ("--config_file nowhere.yaml", "nowhere.yaml: No such file or directory"),
         ("--vision_layers 2", "--vision_layers 2 is for --pretrain_choice scratch"),
-        ("--num_epoch 5", "--warmup_epochs 5 leaves nothing of --num_epoch 5"),
+        ("--num_epoch 5", "--warmup_epochs 5 must be less than --num_epoch 5"),
         ("--milestones 9 3", "--milestones must increase"),
-        ("--sampler identity --batch_size 10", "no multiple of --num_instance 4"),
+        (
+            "--sampler identity --batch_size 10",
+            "--batch_size 10 must be a multiple of --num_instance 4",
+        ),
         ("--resume --output_dir /none", "--resume: /none/ has no run 'baseline'"),
         ("--resume maybe", "resume is 'maybe'; choose one of: no, yes, auto"),
         ("--resume_ckpt_file last.pth", "--resume_ckpt_file PATH needs --resume"),
@@ -104,20 +107,20 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--lr inf", "lr is out of range, got inf"),
         ("--seed 99999999999", "seed is out of range"),
         (f"--name {'a' * 101}", "name of the run, 1 to 100 characters"),
-        ("--masked_token_rate 0.95", "exceed 1 together"),
+        ("--masked_token_rate 0.95", "add up to more than 1"),
         ("--val_dataset heldout --heldout 1", "must be more than 0 and less than 1, got 1.0"),
         ("--heldout 0.2", "--heldout 0.2 is for --val_dataset heldout and both"),
-        ("--val_dataset last --heldout_seed 1", "--val_dataset last holds nothing out"),
+        ("--val_dataset last --heldout_seed 1", "--val_dataset last holds no identities out"),
         ("--pretrain_choice scratch --vision_width 100", "multiple of 64"),
     ],
 )
-def test_options_that_cannot_work_are_refused_with_the_reason(line, message):
+def test_invalid_options_are_refused_with_the_reason(line, message):
     with pytest.raises(UserError) as error:
         parse_options(line.split())
     assert message in str(error.value)
 
 
-def test_evaluation_reads_the_originals_configs_with_tuple_tags_and_foreign_keys(tmp_path):
+def test_evaluation_reads_configs_of_the_original_with_tuple_tags_and_unknown_keys(tmp_path):
     path = preset(
         tmp_path,
         "img_size: !!python/tuple\n- 384\n- 128\nmilestones: !!python/tuple\n- 20\n- 50\n"
@@ -171,15 +174,15 @@ def test_config_is_plain_yaml(tmp_path):
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["img_size"] == [384, 128]
 
 
-def test_a_preset_takes_from_its_base_what_it_does_not_set(tmp_path):
+def test_a_preset_inherits_from_its_base_the_options_that_it_does_not_set(tmp_path):
     (tmp_path / "a.yaml").write_text("lr: 2e-4\nnum_epoch: 7\nname: a\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\nname: b\nslack: 0.3\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/c.yaml").write_text("base: ../b.yaml\nnum_epoch: 9\n")
-    found = read_preset(tmp_path / "sub/c.yaml")
-    assert found == {"lr": 2e-4, "num_epoch": 9, "name": "b", "slack": 0.3}
+    values = read_preset(tmp_path / "sub/c.yaml")
+    assert values == {"lr": 2e-4, "num_epoch": 9, "name": "b", "slack": 0.3}
     (tmp_path / "a.yaml").write_text("base: sub/c.yaml\n")
-    with pytest.raises(UserError, match="c.yaml: is its own base, by way of"):
+    with pytest.raises(UserError, match="c.yaml: is its own base, through"):
         read_preset(tmp_path / "sub/c.yaml")
     (tmp_path / "a.yaml").write_text("base: none.yaml\n")
     with pytest.raises(UserError, match="none.yaml: No such file"):
@@ -187,7 +190,7 @@ def test_a_preset_takes_from_its_base_what_it_does_not_set(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_preset_that_ships_is_accepted_and_repeats_nothing_of_its_base(path):
+def test_every_shipped_preset_is_accepted_and_repeats_no_option_of_its_base(path):
     if path.stem == "attributes":
         return
     assert parse_options(["--config_file", str(path)])
@@ -199,16 +202,16 @@ def test_every_preset_that_ships_is_accepted_and_repeats_nothing_of_its_base(pat
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
 @pytest.mark.parametrize("eps", [1e-8, 1e-6, 5e-5])
-def test_an_epsilon_that_half_precision_cannot_hold_is_refused_for_training(
+def test_an_epsilon_that_is_too_small_for_half_precision_is_refused_for_training(
     optimizer, eps, tmp_path
 ):
-    words = ["--precision", "half", "--optimizer", optimizer, "--adam_eps", str(eps)]
+    arguments = ["--precision", "half", "--optimizer", optimizer, "--adam_eps", str(eps)]
     with pytest.raises(UserError, match="too small for --precision half: .* Give 6e-05 or more"):
-        parse_options(words)
+        parse_options(arguments)
     for change in (["--adam_eps", "6e-5"], ["--optimizer", "SGD"], ["--precision", "fp16"]):
-        parse_options([*words, *change])
-    # The weights of any run may be evaluated in half precision.
-    write_config(tmp_path / "configs.yaml", parse_options([*words, "--precision", "bf16"]))
+        parse_options([*arguments, *change])
+    # Every run may be evaluated in half precision.
+    write_config(tmp_path / "configs.yaml", parse_options([*arguments, "--precision", "bf16"]))
     given = ["--config_file", str(tmp_path / "configs.yaml"), "--precision", "half"]
     assert parse_test_options(given)[0].precision == "half"
 
@@ -216,22 +219,20 @@ def test_an_epsilon_that_half_precision_cannot_hold_is_refused_for_training(
 def test_options_are_an_easydict_that_is_written_as_a_plain_mapping(tmp_path):
     args = parse_options(["--img_size", "128", "48"])
     assert type(args) is EasyDict and args.img_size == args["img_size"] == [128, 48]
-    args.seed = 3  # as code that holds them sets an option
+    args.seed = 3  # code may set an option
     write_config(tmp_path / "configs.yaml", args)
     plain = {name: args[name] for name in OPTIONS}
     expected = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
     assert (tmp_path / "configs.yaml").read_text() == expected
-    again = pickle.loads(pickle.dumps(args))  # to loader processes, and to those of torchrun
+    again = pickle.loads(pickle.dumps(args))  # loader processes get the options by pickle
     assert again == args and again.seed == again["seed"] == 3 and again.milestones == [20, 50]
 
 
-def test_no_option_hides_what_a_dict_does():
+def test_no_option_hides_a_method_of_dict():
     assert not set(OPTIONS) & set(dir(EasyDict))
 
 
-def test_home_is_found_in_every_path_option_of_the_command_line_and_of_presets(
-    tmp_path, monkeypatch
-):
+def test_the_home_folder_is_expanded_in_every_path_option_and_preset(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for option in OPTIONS.values():
         home = str(tmp_path) if option.path else "~"
@@ -246,7 +247,9 @@ def test_home_is_found_in_every_path_option_of_the_command_line_and_of_presets(
     assert args.output_dir == str(tmp_path)
 
 
-def test_a_home_that_nobody_knows_is_told(monkeypatch):
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME and passwd entry
+def test_an_unknown_home_folder_is_an_error(monkeypatch):
+    monkeypatch.setattr(
+        "os.path.expanduser", lambda path: path
+    )  # as without HOME and an entry in passwd
     with pytest.raises(UserError, match="~/data: no home folder is known here; set HOME"):
         parse_options(["--root_dir", "~/data"])

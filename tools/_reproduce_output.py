@@ -1,0 +1,135 @@
+"""What reproduce.py prints: the table of all jobs, and the plan of --dry_run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from operator import methodcaller
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.registry import read_dataset
+from processor.queries import CHECKPOINTS
+from tools._reproduce_jobs import PROTOCOLS, Job, epochs_done
+from tools._reproduce_table import Table
+from tools.bench import measured_step
+from utils.files import write_atomically
+from utils.logger import say
+from utils.metrics import METRICS
+from utils.tables import as_csv, console, in_latex, in_markdown, latex, markdown
+from utils.text import visible
+
+
+def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder: Path) -> None:
+    """Print the table, then write table.md, table.tex and table.csv. Raises UserError if they
+    cannot be written."""
+    tables = list(tables_of(table, jobs, left_out))
+    for about, titles, rows in tables:
+        say(f"{visible(table.title)}: {about}\n{console(titles, rows)}\n")
+    note = "Mean ± standard deviation over seeds, percent. One gallery: the first view's images."
+    texts = {
+        "md": [
+            f"# {in_markdown(table.title)}\n",
+            *(f"{about[0].upper()}{about[1:]}:\n\n{markdown(t, r)}\n" for about, t, r in tables),
+            note,
+        ],
+        "tex": [f"% {in_latex(about)}\n{latex(t, r)}" for about, t, r in tables],
+        "csv": [as_csv(t, r) for _, t, r in tables],
+    }
+    for name, lines in texts.items():
+        text = "\n".join(lines).rstrip("\n") + "\n"
+        write_atomically(folder / f"table.{name}", methodcaller("write", text.encode()))
+
+
+def tables_of(
+    table: Table, jobs: list[Job], left_out: dict[str, str]
+) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(heading, titles, rows) of each protocol: mean and standard deviation over seeds, and the
+    published metrics."""
+    titles = ["method", "seeds", *METRICS, "published R@1", "difference"]
+    for protocol in PROTOCOLS:
+        if not any(protocol in CHECKPOINTS[job.args.val_dataset] for job in jobs):
+            continue
+        rows = []
+        for row in table.rows:
+            metrics = [j.results[protocol] for j in jobs if j.row == row["name"] and j.results
+                       and protocol in j.results]  # fmt: skip
+            cells = [mean_and_deviation([m[name] for m in metrics]) for name in METRICS]
+            published = row.get("published", {}).get("R@1")
+            difference = ""
+            if metrics and published is not None:
+                difference = f"{statistics.mean(m['R@1'] for m in metrics) - published:+.2f}"
+            failed = [j for j in jobs if j.row == row["name"] and j.error and not j.results]
+            name = row["name"]
+            notes = ["ablation"] if row.get("ablation") else []
+            if name in left_out:
+                notes.append(left_out[name])
+            elif failed:
+                notes.append(f"{len(failed)} failed")
+            name += f" ({'; '.join(notes)})" if notes else ""
+            seeds = ", ".join(str(j.seed) for j in jobs if j.row == row["name"] and j.results)
+            of_paper = "" if published is None else f"{published:.2f}"
+            rows.append([name, seeds, *cells, of_paper, difference])
+        yield heading(protocol, jobs), titles, rows
+
+
+def heading(protocol: str, jobs: list[Job]) -> str:
+    """Which split chose a protocol's epochs, and whether it shares images or people with test, as
+    measured."""
+    text = PROTOCOLS[protocol]
+    heldout = {getattr(job.args, "heldout", 0) for job in jobs if job.args.val_dataset == "both"}
+    if protocol == "paper" and any(heldout):
+        percent = ", ".join(f"{100 * share:g} %" for share in sorted(heldout))
+        text += f", trained without the {percent} of identities that are held out"
+    measured = [
+        j.results[protocol].get("protocol") for j in jobs if j.results and protocol in j.results
+    ]
+    overlaps = [of_job["overlap"] for of_job in measured if of_job and of_job.get("overlap")]
+    images, people = (max((o.get(k, 0) for o in overlaps), default=0) for k in ("images", "people"))
+    if images or people:
+        text += f"; {images} of its images and {people} of its people are in test too"
+    elif protocol in ("clean", "val") and measured:
+        apart = {"clean": " (the clean protocol: test had no part in it)",
+                 "val": "; none of its images or people is in test"}[protocol]  # fmt: skip
+        text += apart if all(measured) else "; whether test has the same people is unknown"
+    return text
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """The mean; with two or more values, also the standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
+    """The jobs that would run, with estimated hours from measured steps of each row."""
+    rows = []
+    per_epoch: dict[str, list[float]] = {}  # hours by a step's median, minimum and maximum
+    total = [0.0] * 3
+    for job in tqdm(jobs, desc="measure steps", leave=False, disable=None):
+        left = 0 if job.results else job.args.num_epoch - epochs_done(job)
+        state = f"resumes after epoch {epochs_done(job)}" if left and job.last else "to run"
+        state = "done" if job.results else "to evaluate" if not left else state
+        if left and job.row not in per_epoch:
+            data = read_dataset(job.args)
+            steps = -(-len(data.train) // job.args.batch_size)
+            seconds = measured_step(job.args, data.has_pairs)
+            per_epoch[job.row] = [steps * one / 3600 for one in seconds]
+        hours = [left * one for one in per_epoch[job.row]] if left else [0.0] * 3
+        total = [a + b for a, b in zip(total, hours, strict=True)]
+        rows.append([job.row, state, job.seed, left, with_range(hours) if left else ""])
+    rows += [[name, reason, "", "", ""] for name, reason in left_out.items()]
+    text = console(["method", "state", "seed", "epochs left", "hours"], rows, left=2)
+    return (
+        f"{text}\n{with_range(total)} hours of training on this machine, one job at a time, by the "
+        "median step (minimum to maximum in brackets); loading and evaluation come on top"
+    )
+
+
+def with_range(hours: list[float]) -> str:
+    """A median with its range: "9.7 (9.1 to 10.4)"."""
+    digits = ".1f" if hours[0] >= 1 else ".2g"
+    median, least, most = (f"{h:{digits}}" for h in hours)
+    return f"{median} ({least} to {most})"
