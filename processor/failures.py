@@ -31,11 +31,11 @@ def explain_failures(
         raise UserError(memory_advice(args, device, what)) from None
     except (RuntimeError, OSError, EOFError) as error:
         message = str(error)
-        # A worker's death is noticed anywhere, also while a file is written: then it comes wrapped.
+        # A worker's death raises an error anywhere. While a file is written, it comes wrapped.
         if "DataLoader worker" in str(error.__context__):
             message = str(error.__context__)
-        elif not isinstance(error, RuntimeError):  # a batch on its way from a worker that died
-            message = _death_of_worker()
+        elif not isinstance(error, RuntimeError):  # a worker may have died while it sent a batch
+            message = _wait_for_worker_error()
         if "can't allocate memory" in message:  # from the CPU's allocator
             raise UserError(memory_advice(args, device, what)) from None
         if re.search(r"shared memory|\bshm\b", message):
@@ -54,18 +54,6 @@ def explain_failures(
             + (f"while it read {', '.join(reading)}" if reading else "before it read an image")
             + ". If it was killed, the machine's memory may have run out: give fewer --num_workers"
         ) from None
-
-
-def _death_of_worker(seconds: float = 2) -> str:
-    """PyTorch's message on a loader process that died, if it notices one in this time."""
-    until = time.monotonic() + seconds
-    try:
-        while time.monotonic() < until:
-            torch._C._error_if_any_worker_fails()  # what PyTorch calls when a child has ended
-            time.sleep(0.05)
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
@@ -95,3 +83,15 @@ def memory_advice(args: EasyDict, device: torch.device, what: str) -> str:
         f"out of memory in training at --batch_size {args.batch_size} ({options}; {measured}). "
         f"Try {', or '.join(advice)}"
     )
+
+
+def _wait_for_worker_error(seconds: float = 2) -> str:
+    """PyTorch's message about a loader process that died, or "" if none is known in time."""
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            torch._C._error_if_any_worker_fails()  # as PyTorch does when a child process has ended
+            time.sleep(0.05)
+    except RuntimeError as error:
+        return str(error)
+    return ""

@@ -190,6 +190,6 @@ def load_run(
         "attributes_file": attributes_file, "image_cache": image_cache,
         "test_batch_size": batch_size, "num_workers": num_workers,
     }  # fmt: skip
-    given = {n: OPTIONS[n].coerce(v, "load_run") for n, v in values.items() if v is not None}
-    args, notes = options_of_run(config, given)
+    options = {n: OPTIONS[n].coerce(v, "load_run") for n, v in values.items() if v is not None}
+    args, notes = options_of_run(config, options)
     return Run(args, load_checkpoint(path), path, choose_device(args.device), notes)

@@ -94,19 +94,20 @@ class TrainStep:
         parts = split_batch(batch, self.args.accum_steps)
         with torch.no_grad(), context:
             encoded = [model.encode(part) for part in parts]
-        whole = {k: torch.cat([e[k] for e in encoded]).requires_grad_() for k in encoded[0]}
+        features = {k: torch.cat([e[k] for e in encoded]).requires_grad_() for k in encoded[0]}
         with context:
-            values = model.losses({**whole, **model.encode_sentences()}, batch)
+            values = model.losses({**features, **model.encode_sentences()}, batch)
         self.scaler.scale(values["total"]).backward()
-        gradients = {k: v.grad for k, v in whole.items() if v.grad is not None}
+        gradients = {k: v.grad for k, v in features.items() if v.grad is not None}
         start = 0
         for part in parts:
             stop = start + len(part["pids"])
             with context:
-                features = model.encode(part)
-            used = [name for name in features if name in gradients]
+                encoded_part = model.encode(part)
+            used = [name for name in encoded_part if name in gradients]
             torch.autograd.backward(
-                [features[name] for name in used], [gradients[name][start:stop] for name in used]
+                [encoded_part[name] for name in used],
+                [gradients[name][start:stop] for name in used],
             )
             start = stop
         self.processes.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])

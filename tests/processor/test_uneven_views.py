@@ -1,4 +1,4 @@
-"""A data set whose views have galleries of different lengths, through all that reads a split."""
+"""A data set whose views have galleries of different lengths, in all code that reads a split."""
 
 import json
 from argparse import Namespace
@@ -24,12 +24,12 @@ CPU = torch.device("cpu")
 
 
 def uneven(root, kept: slice = slice(None, None, 3)) -> Data:
-    """Of mini-TBAGPR's splits all aerial images, and of the ground images every third."""
+    """mini-TBAGPR with all aerial images and every third ground image of each gallery."""
     data = read("AGDataAttr", root)
     for split in data.splits.values():
-        whole = split.galleries["ground"]
+        ground = split.galleries["ground"]
         split.galleries["ground"] = Gallery(
-            whole.images[kept], whole.pids[kept], whole.sources[kept]
+            ground.images[kept], ground.pids[kept], ground.sources[kept]
         )
     data.warnings = ["repeated: 1 samples of train"]
     return data
@@ -37,7 +37,7 @@ def uneven(root, kept: slice = slice(None, None, 3)) -> Data:
 
 @pytest.fixture
 def uneven_root(request, mini_root, monkeypatch):
-    """mini-TBAGPR's folder, which is read as `uneven` from now on."""
+    """mini-TBAGPR's folder, whose reader returns `uneven` during the test."""
     data = uneven(mini_root, *getattr(request, "param", ()))
     spec = replace(DATASETS["AGDataAttr"], read=lambda args: data)
     monkeypatch.setitem(DATASETS, "AGDataAttr", spec)
@@ -51,21 +51,21 @@ def test_every_gallery_is_ranked_with_its_own_identities(mini_root, clip_file):
     features, split = evaluator.encode(model), data.splits["test"]
     sizes = {view: len(images) for view, images in features.views.items()}
     assert sizes == {"aerial": 12, "ground": 4}
-    found = {name: ranked.summary() for name, ranked in evaluator.galleries(features).items()}
-    assert {name: r.gallery for name, r in found.items()} == {
+    results = {name: ranked.summary() for name, ranked in evaluator.galleries(features).items()}
+    assert {name: r.gallery for name, r in results.items()} == {
         "aerial": 12, "ground": 4, "aerial + ground": 16, "aerial, AG-ReID": 6, "aerial, G2APS-AG": 6
     }  # fmt: skip
     captions, pids = features.captions, torch.tensor(split.caption_pids)
     ground = torch.tensor(split.galleries["ground"].pids)
-    assert found["ground"] == rank(captions, features.views["ground"], pids, ground).summary()
-    assert found["ground"].unmatched == int((~torch.isin(pids, ground)).sum())
-    whole = torch.cat(list(features.views.values()))
-    assert found["aerial + ground"] == rank(captions, whole, pids, torch.tensor(split.image_pids)).summary()  # fmt: skip
+    assert results["ground"] == rank(captions, features.views["ground"], pids, ground).summary()
+    assert results["ground"].unmatched == int((~torch.isin(pids, ground)).sum())
+    images = torch.cat(list(features.views.values()))
+    assert results["aerial + ground"] == rank(captions, images, pids, torch.tensor(split.image_pids)).summary()  # fmt: skip
 
 
 @pytest.fixture
 def evaluated(uneven_root, clip_file, tmp_path, monkeypatch, capsys):
-    """A run's folder with weights and, by test.py, its results on the uneven data set."""
+    """A run's folder with weights and test.py's results on the uneven data set."""
     weights = load_backbone(str(clip_file), (96, 32)).state_dict()
     state = {"model": {f"base_model.{n}": v for n, v in weights.items()}, "epoch": 1}
     torch.save(state, tmp_path / "best.pth")
@@ -76,25 +76,25 @@ def evaluated(uneven_root, clip_file, tmp_path, monkeypatch, capsys):
     return tmp_path
 
 
-def test_results_and_report_show_every_gallery_as_long_as_it_is(evaluated):
+def test_results_and_report_show_every_gallery_at_its_own_length(evaluated):
     results = json.loads((evaluated / "test_results.json").read_text())
     galleries = results["splits"]["test"]["galleries"]
     assert [galleries[name]["gallery"] for name in ("aerial", "ground", "aerial + ground")] == [12, 4, 16]  # fmt: skip
     with np.load(evaluated / "test_queries.npz") as queries:
         captions = galleries["aerial"]["queries"] + galleries["aerial"]["unmatched"]
         assert len(queries["test/ground/first"]) == captions
-    given = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
-    sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
-    # Worst and random, two captions each: ten images of 12, all 4, ten of 16.
+    args = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
+    sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), args)
+    # Two worst and two random captions each, with ten images of 12, all 4, and ten of 16.
     assert [len(best) for sheet in sheets for *_, best in sheet.captions] == [10] * 4 + [4] * 4 + [10] * 4  # fmt: skip
-    told = [rank.split()[-1] for sheet in sheets for _, rank, _ in sheet.captions]
-    assert told == ["12"] * 4 + ["4"] * 4 + ["16"] * 4
+    sizes = [rank.split()[-1] for sheet in sheets for _, rank, _ in sheet.captions]
+    assert sizes == ["12"] * 4 + ["4"] * 4 + ["16"] * 4
 
 
 def test_the_check_counts_and_reads_every_view(uneven_root, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_:
         run(check_tool.main, monkeypatch, "--dataset_name", "AGDataAttr", "--root_dir", uneven_root, "--num_workers", 0)  # fmt: skip
-    assert stopped.value.code == 0
+    assert exit_.value.code == 0
     row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| test"))
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["6", "12", "4"]
 
@@ -103,15 +103,16 @@ def test_the_check_counts_and_reads_every_view(uneven_root, monkeypatch, capsys)
 def test_a_view_without_images_is_left_out_everywhere(evaluated):
     results = json.loads((evaluated / "test_results.json").read_text())
     assert list(results["splits"]["test"]["galleries"])[:2] == ["aerial", "aerial + ground"]
-    given = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
-    sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), given)
+    args = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
+    sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), args)
     assert [len(best) for sheet in sheets for *_, best in sheet.captions] == [10] * 8
 
 
-def test_attributes_are_judged_in_the_views_that_have_images(mini_root, clip_file):
+def test_attribute_accuracy_covers_only_views_that_have_images(mini_root, clip_file):
     data = uneven(mini_root, slice(0))
     args = options(pretrain_choice=str(clip_file), loss_names="match2+dot")
     model = build_training_model(args, ["match2", "dot"], num_classes=0)
     evaluator = Evaluator(data, "test", args, CPU)
-    found = evaluator.attribute_accuracy(model, evaluator.encode(model))
-    assert list(found) == list(data.attribute_names) and all(list(x) == ["aerial"] for x in found.values())  # fmt: skip
+    accuracy = evaluator.attribute_accuracy(model, evaluator.encode(model))
+    assert list(accuracy) == list(data.attribute_names)
+    assert all(list(row) == ["aerial"] for row in accuracy.values())

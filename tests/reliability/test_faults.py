@@ -326,7 +326,7 @@ def test_a_loader_process_that_dies_in_an_evaluation_names_the_image_it_read(
         (
             "unable to allocate shared memory(shm) for file </torch_1>: No space left on device",
             UserError,
-            "/dev/shm is full: .* --shm-size 8g.*, or --num_workers 0",
+            "/dev/shm is full: .* --shm-size 8g.*, or give --num_workers 0",
         ),
         (
             "Caught RuntimeError in DataLoader worker process 0.\nsizes differ",
