@@ -245,7 +245,10 @@ def test_json_that_is_deep_or_large_is_refused(text, linked):
 def test_an_identity_number_that_is_huge_takes_no_memory(mini_copy):
     path = mini_copy / "AG-ReID/agtext_train.json"
     rows = json.loads(path.read_text())
-    for pid, message in ((2**31 - 1, "contiguous; . is missing"), (10**30, "from 0 to 2147483647, got 1000")):
+    for pid, message in (
+        (2**31 - 1, "contiguous; . is missing"),
+        (10**30, "from 0 to 2147483647, got 1000"),
+    ):
         rows[3][0] = pid
         path.write_text(json.dumps(rows))
         with pytest.raises(UserError, match=message):
