@@ -14,6 +14,7 @@ import test as test_entry
 import train as train_entry
 from processor.history import read_history
 from processor.queries import read_queries
+from processor.state import PARTS
 from tests.helpers import SCRATCH, golden_clip, run
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -67,6 +68,7 @@ def test_a_run_leaves_what_the_documentation_says(finished):
         assert list(load_checkpoint(finished / f"{name}.pth")["data"]["counts"]) == ["train", "val", "test"]  # fmt: skip
     best, last = (load_checkpoint(finished / f"{n}.pth") for n in ("best", "last"))
     assert last["epoch"] == 3 and best["epoch"] == best["best"]["epoch"]
+    assert set(last) == {*PARTS, "epoch", "batches", "input", "data"}
     assert last["input"] == best["input"] == {"img_size": [32, 16], "stride_size": 16}
     assert last["best"]["test"]["epoch"] == best["epoch"]
     assert (last["model"]["queue.pids"] >= 0).any()

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from utils.config import read_preset
-from utils.documents import load_yaml
+from utils.documents import read_yaml_file
 from utils.errors import UserError, suggest
-from utils.files import expand, read_file
+from utils.files import expand
 from utils.metrics import METRICS
 from utils.options import OPTIONS
 from utils.text import HIDDEN
@@ -49,11 +47,9 @@ def read_table(name: str) -> Table:
             f"--table {name}: no such table.{suggest(name, known)} Known: {', '.join(known)}"
         )
     try:
-        content = load_yaml(read_file(path))
+        content = read_yaml_file(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not {"title", "base", "rows"} <= set(content):
         raise UserError(f"{path}: a table needs the keys title, base, rows, and may have options")
     _check_fields(content, TABLE_KEYS, str(path))

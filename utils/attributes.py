@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from utils.documents import load_yaml
+from utils.documents import read_yaml_file
 from utils.errors import UserError
-from utils.files import read_file
 from utils.text import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
 TOO_LONG = f"has more than {MAX_TEXT} characters, or a word of more than {MAX_WORD}"
@@ -34,11 +31,9 @@ def read_attributes(path: str | Path) -> list[Attribute]:
     shipped = Path(__file__).parent.parent / path
     try:
         use_shipped = shipped.exists() and not Path(path).exists()
-        entries = load_yaml(read_file(shipped if use_shipped else path))
+        entries = read_yaml_file(path, shipped if use_shipped else path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (--attributes_file)") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: expected a list of attributes")
     attributes: list[Attribute] = []

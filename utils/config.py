@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from easydict import EasyDict
 
-from utils.documents import load_yaml
+from utils.documents import read_yaml_file
 from utils.errors import UserError, suggest
-from utils.files import expand, read_file, write_atomically
+from utils.files import expand, write_atomically
 from utils.options import OPTIONS, SCRATCH_ONLY
 
 MAX_ENCODER_WEIGHTS = 5e9  # twice as many as CLIP's largest encoder has
@@ -116,11 +116,9 @@ def check(condition: bool, message: str) -> None:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; no code of the file runs. Raises UserError."""
     try:
-        values = load_yaml(read_file(path))
+        values = read_yaml_file(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --config_file names a YAML file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: expected lines of 'option: value'")
     return values

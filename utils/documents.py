@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from utils.errors import UserError
+from utils.files import read_file
 
 MAX_YAML = 2**18  # bytes; files of options have some hundreds
 MAX_NUMBER = 40  # characters; a long 0x... or 1:59:59 of YAML would take hours to convert
@@ -27,6 +31,21 @@ def load_json(content: bytes) -> Any:
         return mapping
 
     return json.loads(content, object_pairs_hook=unique)
+
+
+def read_yaml_file(path: str | Path, source: str | Path | None = None) -> Any:
+    """The value of a YAML file.
+
+    Args:
+        path: the name in messages.
+        source: the file to read, if another.
+
+    Raises OSError if it cannot be read, and UserError if it is not valid.
+    """
+    try:
+        return load_yaml(read_file(source or path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
 def load_yaml(content: bytes) -> Any:
