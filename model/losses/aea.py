@@ -94,7 +94,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, text_BD: Tensor, aerial_BD: Tensor, pids_B: Tensor) -> None:
-        """Put a batch in front; the oldest entries fall out at the end."""
+        """Put a batch in front; the oldest entries leave it."""
         # Not in place: the backward pass of this step still reads the old buffers.
         for name, new in (("text", text_BD), ("aerial", aerial_BD), ("pids", pids_B)):
             old = getattr(self, name)
