@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.files import (
+from datasets.reading import (
     EntryChecks,
     ImageFolder,
     checked_caption,
@@ -32,7 +32,7 @@ from datasets.files import (
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.attributes import Attribute
 from utils.errors import UserError, suggest
-from utils.text import has_lone_surrogate
+from utils.tokenizer import has_lone_surrogate
 
 PEDES = {  # by name: the JSON file, and the key of the image path in its entries
     "CUHK-PEDES": ("reid_raw.json", "file_path"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets.files import (
+from datasets.reading import (
     EntryChecks,
     ImageFolder,
     checked_caption,

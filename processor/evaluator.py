@@ -12,8 +12,8 @@ from prettytable import PrettyTable
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.files import same_content
 from datasets.loaders import ImageLoader, caption_batches, image_loader
+from datasets.reading import same_content
 from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
@@ -21,7 +21,7 @@ from model.aeafirm import AEAFIRM
 from utils.devices import at_least_float32, autocast
 from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 from utils.errors import UserError
-from utils.metrics import METRICS, Ranked, Retrieval, rank
+from utils.metrics import METRICS, Ranked, Retrieval, rank_gallery
 from utils.text import visible
 from utils.uncertainty import bootstrap
 
@@ -172,7 +172,7 @@ class Evaluator:
                     captions[q], features.views[view][g], caption_pids[q], image_pids[view][g]
                 )  # fmt: skip
         return {
-            name: rank(*tensors)
+            name: rank_gallery(*tensors)
             for name, tensors in sets.items()
             if name == next(iter(sets)) or torch.isin(tensors[2], tensors[3]).any()
         }

@@ -18,6 +18,7 @@ from datasets.loaders import TrainLoader
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
+from processor.best import epoch_and_best
 from processor.evaluator import Evaluator
 from utils.command_line import command_line_only_arguments
 from utils.distributed import Processes
@@ -155,21 +156,6 @@ def compare_data(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any]
     if changed is not None:
         notes = [f"{split} is not what it was in training: {how}" for split, how in changed.items()]
     return {**current, "changed": changed}, notes
-
-
-def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """The entries `epoch` and `best` of a checkpoint, or None and {} if they are missing or of
-    other code. `best` has `split`, `epoch` and, unless no split selected, metrics in percent."""
-    epoch: Any = checkpoint.get("epoch")
-    best: Any = checkpoint.get("best")
-    valid = isinstance(best, dict) and all(
-        type(value) is (str if key == "split" else int if key == "epoch" else float)
-        for key, value in best.items()
-    )
-    valid = valid and {"epoch", "split"} <= set(best)
-    valid = valid and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
-    valid = valid and (best["split"] == LAST_EPOCH or set(METRICS) <= set(best))
-    return (epoch if type(epoch) is int else None), (best if valid else {})
 
 
 def compare_metrics(best: dict[str, Any], result: Retrieval) -> str:

@@ -18,7 +18,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from processor.queries import read_queries
+from processor.results import read_queries
 from tools._report_runs import Points, Run
 
 MOST = 500  # points that are drawn of a line

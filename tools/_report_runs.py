@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from processor.queries import check_metrics, read_results
+from processor.results import check_metrics, read_results
 from utils.errors import UserError
 from utils.metrics import METRICS
 from utils.runs import EVENTS

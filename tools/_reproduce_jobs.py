@@ -19,9 +19,9 @@ from typing import Any
 
 from easydict import EasyDict
 
+from processor.best import epoch_and_best
 from processor.history import HISTORY, read_history
-from processor.queries import CHECKPOINTS
-from processor.summary import epoch_and_best
+from processor.results import CHECKPOINTS
 from tools._reproduce_table import Table, slug
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint

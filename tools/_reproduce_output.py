@@ -10,12 +10,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.registry import read_dataset
-from processor.queries import CHECKPOINTS
+from processor.results import CHECKPOINTS
 from tools._reproduce_jobs import PROTOCOLS, Job, epochs_done
 from tools._reproduce_table import Table
 from tools.bench import measured_step
+from utils.console import say
 from utils.files import write_atomically
-from utils.logger import say
 from utils.metrics import METRICS
 from utils.tables import as_csv, console, in_latex, in_markdown, latex, markdown
 from utils.text import visible

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from processor.queries import CHECKPOINTS, check_metrics, read_results, stem
+from processor.results import CHECKPOINTS, check_metrics, read_results, stem
 from tools._reproduce_jobs import ROOT, Job, epochs_done, epochs_logged
 from utils.command_line import command_line_only_arguments
 from utils.config import write_config
+from utils.console import say
 from utils.errors import UserError
 from utils.files import append, lock, write_atomically
-from utils.logger import say
 from utils.metrics import METRICS
 from utils.text import visible
 

@@ -52,12 +52,12 @@ from model.weights import config_from_choice
 from processor.step import TrainStep
 from solver.build import build_optimizer
 from utils.command_line import parse_options
+from utils.console import say
 from utils.devices import autocast, choose_device, choose_precision
 from utils.documents import load_json
 from utils.errors import UserError, run_main
 from utils.files import expand, read_file, write_atomically
-from utils.logger import say
-from utils.metrics import query_metrics, retrieval
+from utils.metrics import query_metrics, rank_gallery
 from utils.text import visible
 
 PARTS = ("data", "step", "encode", "rank")
@@ -372,7 +372,7 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
         name = f"rank {QUERIES} x {size}"
         once = Clock(device, min(3, clock.repeat))
         before = memory_mib(device)
-        seconds = once(partial(retrieval, query, gallery, query_pids, gallery_pids), 1)
+        seconds = once(partial(rank_gallery, query, gallery, query_pids, gallery_pids), 1)
         yield row(name, seconds, memory_mib=memory_mib(device) - before)
         part = 3_200 if size == GALLERIES[0] else 320  # so many queries; the others take as long
         similarity, pids = query[:part] @ gallery.T, query_pids[:part]

@@ -36,10 +36,11 @@ from datasets.registry import read_dataset
 from datasets.transforms import read_image
 from utils.attributes import read_attributes
 from utils.command_line import parse_some
+from utils.console import say
 from utils.devices import allow_open_files, cores
 from utils.errors import UserError, run_main
-from utils.logger import say
-from utils.text import tokenizer, visible
+from utils.text import visible
+from utils.tokenizer import tokenizer
 
 SHOWN = 5  # examples of each finding
 # What descriptions of people do not contain, but captions written by a program sometimes do.

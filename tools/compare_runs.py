@@ -34,11 +34,11 @@ import utils  # noqa: F401  before torch is loaded
 
 import torch
 
-from processor.queries import CHECKPOINTS, read_queries, read_results, stem
+from processor.results import CHECKPOINTS, read_queries, read_results, stem
 from utils.config import read_yaml
+from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import path_option
-from utils.logger import say
 from utils.metrics import METRICS, Ranked
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import CONFIG

@@ -24,7 +24,7 @@ from datasets.registry import datasets_table
 from model.losses.registry import losses_table
 from utils import option_docs
 from utils.command_line import PROJECT
-from utils.logger import say
+from utils.console import say
 
 ROOT = Path(PROJECT)
 ENTRY_POINTS = ("train.py", "test.py")

@@ -27,12 +27,12 @@ from easydict import EasyDict
 
 from model.build import PREFIX, build_evaluation_model
 from model.weights import OPENAI_MODELS, BackboneConfig
-from processor.summary import epoch_and_best
+from processor.best import epoch_and_best
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
+from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import expand, write_atomically
-from utils.logger import say
 from utils.options import MAY_DIFFER, OPTIONS, SCRATCH_ONLY
 from utils.text import visible
 

@@ -31,12 +31,12 @@ from torch import Tensor
 from datasets.records import Image, Split
 from datasets.transforms import read_image
 from processor.inference import load_run
-from processor.queries import read_queries
+from processor.results import read_queries
 from tools._report_runs import Run, percentages, read_run
 from utils.command_line import options_of_run
+from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
-from utils.logger import say
 from utils.metrics import METRICS
 from utils.options import OPTIONS
 from utils.runs import CONFIG

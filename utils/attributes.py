@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.documents import read_yaml_file
 from utils.errors import UserError
-from utils.text import MAX_TEXT, MAX_WORD, is_cut, text_problem
+from utils.tokenizer import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
 TOO_LONG = f"has more than {MAX_TEXT} characters, or a word of more than {MAX_WORD}"
 

@@ -14,7 +14,8 @@ from typing import Any, NoReturn, TypeGuard
 from easydict import EasyDict
 
 from utils.config import check, check_training, read_preset, read_yaml, resolve
-from utils.errors import UserError, rank
+from utils.console import process_rank
+from utils.errors import UserError
 from utils.files import expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
@@ -293,7 +294,7 @@ def _newest_checkpoint(values: dict[str, Any]) -> Path | None:
         check(os.access(folder, os.X_OK), f"{folder}: {os.strerror(errno.EACCES)} (--resume)")
     where = Path(output_dir, dataset.strip("*"))
     check(auto, f"--resume: {where}/ has no run '{name}' with a {LAST}")
-    if rank() == 0:  # the other ranks would find the lock of rank 0
+    if process_rank() == 0:  # the other ranks would find the lock of rank 0
         refuse_if_in_use(runs)
     return None
 

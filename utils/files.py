@@ -20,8 +20,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from utils.console import LOGGER_NAME, say
 from utils.errors import UserError
-from utils.logger import LOGGER_NAME, say
 from utils.text import visible
 
 # Errors of file systems that cannot sync a folder, or change the mode of a file.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.files import read_json
+from datasets.reading import read_json
 from datasets.transforms import read_image
 
 from .build import JSON_NAME

@@ -27,11 +27,11 @@ from PIL import Image
 
 import datasets.image_cache
 import datasets.mini.build
-from datasets.files import read_json, same_content
 from datasets.fingerprint import fingerprint
 from datasets.image_cache import ImageFiles
 from datasets.loaders import train_loader
 from datasets.mini import render
+from datasets.reading import read_json, same_content
 from datasets.samplers import IdentitySampler
 from datasets.text import REMEMBERED, tokenize
 from datasets.transforms import MAX_SIDE, BrokenImage, load_image, read_image
@@ -40,9 +40,9 @@ from tests.helpers import ROOT, golden, options, read, run
 from tests.reliability.runs import forks
 from tools import check_dataset
 from utils.attributes import read_attributes
+from utils.console import LOGGER_NAME
 from utils.errors import UserError
-from utils.logger import LOGGER_NAME
-from utils.text import MAX_WORD, is_cut, text_problem, tokenizer
+from utils.tokenizer import MAX_WORD, is_cut, text_problem, tokenizer
 
 SIZE = (24, 8)
 CPU = torch.device("cpu")

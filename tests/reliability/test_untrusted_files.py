@@ -22,10 +22,10 @@ from tests.reliability.runs import flags, folder_of, start, train_small_run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.config import read_yaml
+from utils.console import say
 from utils.distributed import SINGLE_PROCESS
 from utils.errors import UserError
 from utils.files import append, lock, read_file, write_atomically
-from utils.logger import say
 from utils.run_log import setup_logger
 from utils.runs import open_run
 from utils.text import Multiline, visible

@@ -23,8 +23,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import writer as tensorboard
 
-from processor import queries
-from processor.queries import per_query, read_queries, read_results, write_results
+from processor import results as results_module
+from processor.results import per_query, read_queries, read_results, write_results
 from tests.helpers import run
 from tools import _report_charts as charts
 from tools import compare_runs, report, reproduce
@@ -213,7 +213,7 @@ def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path, monkeypatch, a
         write_atomically(path, write, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("processor.queries.write_atomically", killed)
+        patch.setattr("processor.results.write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluated(folder, seed=1)
     other = evaluated(tmp_path / "b")
@@ -407,7 +407,7 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("tried", ARCHIVES)
 def test_a_corrupted_archive_of_results_is_refused(tried, tmp_path, attempt, monkeypatch):
-    monkeypatch.setattr(queries, "MAX_CAPTIONS", 2**17)
+    monkeypatch.setattr(results_module, "MAX_CAPTIONS", 2**17)
     path = tmp_path / "test_queries.npz"
     path.write_bytes(ARCHIVES[tried]())
     with pytest.raises(UserError, match="test_queries.npz: not results of test.py") as error:

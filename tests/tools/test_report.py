@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 import test as test_entry
 import tools.report as tool
 import train as train_entry
-from processor.queries import read_queries
+from processor.results import read_queries
 from tests.helpers import SCRATCH, run
 from tools import _report_charts as charts
 from tools._report_runs import Run, read_run

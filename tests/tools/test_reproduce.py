@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from processor.queries import read_queries
+from processor.results import read_queries
 from tests.helpers import ROOT, SCRATCH, run
 from tools import _reproduce_jobs
 from tools import reproduce as tool

@@ -6,7 +6,7 @@ from utils.attributes import read_attributes
 from utils.config import read_preset
 from utils.documents import load_yaml
 from utils.errors import UserError
-from utils.text import text_problem
+from utils.tokenizer import text_problem
 
 
 def test_a_duplicate_key_in_a_preset_is_refused_with_both_lines(tmp_path):

@@ -15,7 +15,7 @@ from datasets.records import Image, TrainSample
 from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import open_file, read_file
-from utils.text import MAX_TEXT, MAX_WORD, is_cut, text_problem
+from utils.tokenizer import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
 LARGEST_PID = 2**31 - 1
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from datasets.files import ImageFolder, exists, read_json
+from datasets.reading import ImageFolder, exists, read_json
 from utils.errors import UserError
 
 
