@@ -29,6 +29,7 @@ from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import open_file, read_file, write_atomically
 from utils.metrics import METRICS, Ranked
+from utils.uncertainty import bootstrap
 
 COLUMNS = ("first", "ap", "inp")  # of `query_metrics`
 EVALUATION_ID = "evaluation"  # the entry of both files that tells evaluations apart
@@ -59,6 +60,12 @@ def per_query(split: str, galleries: dict[str, Ranked]) -> dict[str, np.ndarray]
         for column, values in zip(COLUMNS, ranked.rows_Q3.unbind(1), strict=True):
             arrays[f"{split}/{name}/{column}"] = values.numpy()
     return arrays
+
+
+def intervals(ranked: Ranked, samples: int, seed: int) -> dict[str, list[float]]:
+    """95 % confidence interval of each metric, from bootstrap `samples` of identities."""
+    low, high = bootstrap(ranked.percentages(), ranked.pids_Q, samples, seed).tolist()
+    return {name: [a, b] for name, a, b in zip(METRICS, low, high, strict=True)}
 
 
 def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, np.ndarray]) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from easydict import EasyDict
-from prettytable import PrettyTable
 
 from datasets.fingerprint import changes, fingerprint
 from datasets.heldout import HELDOUT
@@ -22,7 +21,7 @@ from processor.best import epoch_and_best
 from processor.evaluator import Evaluator
 from utils.command_line import command_line_only_arguments
 from utils.distributed import Processes
-from utils.metrics import METRICS, Retrieval
+from utils.metrics import Retrieval
 from utils.runs import LAST_EPOCH
 from utils.text import visible
 
@@ -174,19 +173,3 @@ def evaluation_commands(config: Path, checkpoints: Sequence[Path], args: EasyDic
         command += command_line_only_arguments(args)
         lines.append(visible(f"evaluate {path.name} with: {shlex.join(command)}"))
     return "\n".join(lines)
-
-
-def best_table(best: dict[str, dict[str, Any]]) -> str:
-    """A table of the best epochs, with the metrics of all splits at each.
-
-    Args:
-        best: `Best.by_split`.
-    """
-    table = PrettyTable(["best epoch", "chosen on", "metrics of", *METRICS])
-    table.float_format = ".2"
-    for chosen_on, row in best.items():
-        for split, metrics in row["metrics"].items():
-            table.add_row([row["epoch"], chosen_on, split, *metrics.values()])
-        if chosen_on == LAST_EPOCH:
-            table.add_row([row["epoch"], "no split: the last epoch", *[""] * (1 + len(METRICS))])
-    return table.get_string()

@@ -19,7 +19,7 @@ Points = list[tuple[float, float]]
 
 
 @dataclass
-class Run:
+class ReportedRun:
     """The content of a run's folder."""
 
     folder: Path
@@ -29,12 +29,12 @@ class Run:
     colour: str
 
 
-def read_run(folder: Path, colour: str) -> Run:
+def read_run(folder: Path, colour: str) -> ReportedRun:
     """A run by its folder. Raises UserError if the folder is no evaluated run."""
     path = folder / "test_results.json"
     results = read_results(path, folder / "test_queries.npz")
     check_metrics(results, path)
-    return Run(folder, folder.absolute().name, results, read_scalars(folder), colour)
+    return ReportedRun(folder, folder.absolute().name, results, read_scalars(folder), colour)
 
 
 def percentages(gallery: dict[str, Any]) -> list[float]:

@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.files import open_file, read_file
 from utils.metrics import METRICS
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
-from utils.runs import differences
+from utils.runs import differing_options
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("train.py", "test.py", "datasets", "model", "processor", "solver", "utils")
@@ -123,7 +123,7 @@ def make_jobs(
     `options` apply to all rows. Raises UserError for a row whose options contradict each other.
     """
     jobs, left_out = [], {}
-    data = fingerprint(Path(given.root_dir))
+    data = hash_folder(Path(given.root_dir))
     for row in table.rows:
         if row.get("needs") == "finetune" and not given.mllm4text:
             left_out[row["name"]] = "needs --mllm4text, a checkpoint of MLLM4Text-ReID"
@@ -158,12 +158,12 @@ def job_folder(prefix: Path, args: EasyDict, content: list[Any]) -> Path:
         text = json.dumps([options, *content], sort_keys=True)
         folder = Path(f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
         config = folder / "options.yaml"
-        if not (config.is_file() and differences(every, read_yaml(config), ())):
+        if not (config.is_file() and differing_options(every, read_yaml(config), ())):
             break
     return folder
 
 
-def fingerprint(root: Path) -> str:
+def hash_folder(root: Path) -> str:
     """A hash of a data set: the contents of its JSON files, names and sizes of all other files.
 
     Follows links, as the readers of data sets do; counts each folder of a circle once. Raises

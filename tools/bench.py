@@ -36,7 +36,6 @@ import resource
 import torch
 import torch.nn.functional as F
 from easydict import EasyDict
-from prettytable import PrettyTable
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +57,7 @@ from utils.documents import load_json
 from utils.errors import UserError, run_main
 from utils.files import expand, read_file, write_atomically
 from utils.metrics import query_metrics, rank_gallery
-from utils.text import visible
+from utils.tables import console
 
 PARTS = ("data", "step", "encode", "rank")
 GALLERIES = (3_200, 20_000, 100_000)
@@ -386,9 +385,7 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
 
 def table_of(rows: list[Row]) -> str:
     """The measurements as a table."""
-    table = PrettyTable(["what", "ms", "quartiles", "per second", "share", "notes"])
-    table.align = "r"
-    table.align["what"] = table.align["notes"] = "l"
+    cells = []
     for r in rows:
         notes = []
         if "tflop" in r:
@@ -398,7 +395,7 @@ def table_of(rows: list[Row]) -> str:
             )
         if "memory_mib" in r:
             notes.append(f"{r['memory_mib']:.0f} MiB")
-        table.add_row(
+        cells.append(
             [
                 r["what"],
                 f"{r['median_ms']:.1f}",
@@ -408,7 +405,7 @@ def table_of(rows: list[Row]) -> str:
                 "; ".join(notes),
             ]
         )
-    return table.get_string()
+    return console(["what", "ms", "quartiles", "per second", "share", "notes"], cells)
 
 
 def compare(paths: list[str]) -> str:
@@ -417,21 +414,18 @@ def compare(paths: list[str]) -> str:
     for path in paths:
         try:
             rows = load_json(read_file(path))["rows"]
-            files.append({visible(row["what"]): float(row["median_ms"]) for row in rows})
+            files.append({str(row["what"]): float(row["median_ms"]) for row in rows})
             if not all(0 < value < math.inf for value in files[-1].values()):
                 raise ValueError("a median is not a positive time")
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise UserError(f"{path}: no result of tools/bench.py: {error}") from None
     old, new = files
-    one, other = map(visible, paths)
-    table = PrettyTable(["what", f"{one}, ms", f"{other}, ms", "times faster"])
-    table.align = "r"
-    table.align["what"] = "l"
-    for name in old:
-        if name in new:
-            a, b = old[name], new[name]
-            table.add_row([name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"])
-    return table.get_string()
+    rows = [
+        [name, f"{old[name]:.1f}", f"{new[name]:.1f}", f"{old[name] / new[name]:.2f}"]
+        for name in old
+        if name in new
+    ]
+    return console(["what", *(f"{path}, ms" for path in paths), "times faster"], rows)
 
 
 def machine(device: torch.device) -> str:

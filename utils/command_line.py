@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.files import expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
-from utils.runs import CONFIG, LAST, differences, is_named, refuse_if_in_use, run_folders
+from utils.runs import CONFIG, LAST, differing_options, is_named, refuse_if_in_use, run_folders
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # test.py accepts these options, and reads the others from the run's configs.yaml.
@@ -162,7 +162,7 @@ def changed_options(args: EasyDict, config: Path) -> list[str]:
         return [f"{config}: missing, so changes of options are unknown"]
     previous = resolve(read_preset(config))
     ignored = ("resume", "resume_ckpt_file", "output_dir", "image_cache")
-    messages = [f"changed: {change}" for change in differences(args, previous, ignored)]
+    messages = [f"changed: {change}" for change in differing_options(args, previous, ignored)]
     if previous.image_cache and not args.image_cache:
         messages.append(_not_trusted(config, "image_cache", previous.image_cache))
     return messages
@@ -344,7 +344,7 @@ def _refuse_changes(
     """
     if args.resume == "auto":
         free = set(MAY_DIFFER) - {"attributes_file", "finetune"} | {"num_epoch"}
-        changed = differences(args, previous, free)
+        changed = differing_options(args, previous, free)
         check(
             not changed,
             f"--resume auto: {folder} runs with other options: {', '.join(changed)}. Give another "

@@ -112,7 +112,9 @@ def run_folders(output_dir: str, dataset_name: str) -> list[Path]:
     return sorted((path for path in paths if path.is_dir()), key=saved, reverse=True)
 
 
-def differences(now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]) -> list[str]:
+def differing_options(
+    now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]
+) -> list[str]:
     """Options that differ between two runs, as "--lr 1e-4 (was 1e-5)"."""
     return [
         f"--{name} {now[name]} (was {then[name]})"

@@ -32,9 +32,9 @@ from datasets.registry import read_dataset
 from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
 from processor.best import epoch_and_best
+from processor.result_tables import best_table
 from processor.resume import read_state, resume
 from processor.step import TrainStep
-from processor.summary import best_table
 from processor.trainer import Trainer
 from tests.helpers import ROOT, golden_clip, options, run
 from tests.reliability.runs import train_small_run

@@ -35,7 +35,7 @@ from datasets.reading import read_json, same_content
 from datasets.samplers import IdentitySampler
 from datasets.text import REMEMBERED, tokenize
 from datasets.transforms import MAX_SIDE, BrokenImage, load_image, read_image
-from processor.evaluator import attribute_table
+from processor.result_tables import attribute_table
 from tests.helpers import ROOT, golden, options, read, run
 from tests.reliability.runs import forks
 from tools import check_dataset
