@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.documents import load_json
+from utils.documents import read_json_file
 from utils.errors import UserError
-from utils.files import open_file, read_file, write_atomically
+from utils.files import open_file, write_atomically
 from utils.metrics import METRICS, Ranked
 from utils.uncertainty import bootstrap
 
@@ -151,13 +151,9 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
     Raises UserError if the file is missing or not written by test.py, or if the two files are of
     different evaluations.
     """
-    try:
-        results = load_json(read_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; evaluate the run first (test.py)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: not results of test.py: {reason}; {AGAIN}") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; evaluate the run first (test.py)")
+    results = read_json_file(path, "not results of test.py: ", f"; {AGAIN}")
     if not isinstance(results, dict):
         raise UserError(
             f"{path}: not results of test.py: it holds a {type(results).__name__}; {AGAIN}"

@@ -28,12 +28,11 @@ from utils.checkpoint import load_checkpoint
 from utils.config import read_yaml, resolve
 from utils.documents import load_json
 from utils.errors import UserError
-from utils.files import open_file, read_file
+from utils.files import PROJECT, add_to_hash, read_file
 from utils.metrics import METRICS
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import differing_options
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = ("train.py", "test.py", "datasets", "model", "processor", "solver", "utils")
 PROTOCOLS = {
     "paper": "best epoch chosen on test (the paper's protocol)",
@@ -221,9 +220,7 @@ def file_hash(path: Path) -> str:
 def _feed(digest: Any, path: Path, option: str) -> None:
     """Add a file to a hash. Raises UserError if it cannot be read."""
     try:
-        with open_file(path) as file:
-            while part := file.read(2**20):  # hashlib.file_digest is not in Python 3.10
-                digest.update(part)
+        add_to_hash(digest, path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} ({option})") from None
 
@@ -234,15 +231,16 @@ def code_version() -> dict[str, str]:
     `sources` is a hash of its files. `commit` is for people: with -dirty if files are modified;
     without git, the start of the hash.
     """
-    files = [p for name in CODE for p in (ROOT / name, *(ROOT / name).rglob("*.py")) if p.is_file()]
+    parts = [PROJECT / name for name in CODE]
+    files = [path for part in parts for path in (part, *part.rglob("*.py")) if path.is_file()]
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(f"\n{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+        digest.update(f"\n{path.relative_to(PROJECT)}\0".encode() + path.read_bytes())
     sources = digest.hexdigest()
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+            ["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

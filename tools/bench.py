@@ -53,9 +53,9 @@ from solver.build import build_optimizer
 from utils.command_line import parse_options
 from utils.console import say
 from utils.devices import autocast, choose_device, choose_precision
-from utils.documents import load_json
+from utils.documents import read_json_file
 from utils.errors import UserError, run_main
-from utils.files import expand, read_file, write_atomically
+from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, rank_gallery
 from utils.tables import console
 
@@ -413,11 +413,11 @@ def compare(paths: list[str]) -> str:
     files = []
     for path in paths:
         try:
-            rows = load_json(read_file(path))["rows"]
+            rows = read_json_file(path, "no result of tools/bench.py: ")["rows"]
             files.append({str(row["what"]): float(row["median_ms"]) for row in rows})
             if not all(0 < value < math.inf for value in files[-1].values()):
                 raise ValueError("a median is not a positive time")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path}: no result of tools/bench.py: {error}") from None
     old, new = files
     rows = [

@@ -42,7 +42,7 @@ from utils.files import path_option
 from utils.metrics import METRICS, Ranked
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import CONFIG
-from utils.tables import console
+from utils.tables import console, mean_and_deviation
 from utils.text import visible
 from utils.uncertainty import bootstrap_difference, permutation_p
 
@@ -246,12 +246,6 @@ def compare(
         if len(side) == 1:
             lines.append(f"{name}: one seed, so this says nothing about other seeds")
     return "\n".join(lines)
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """The mean; with two or more values, also the standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def main() -> None:

@@ -16,12 +16,11 @@ from easydict import EasyDict
 from utils.config import check, check_training, read_preset, read_yaml, resolve
 from utils.console import process_rank
 from utils.errors import UserError
-from utils.files import expand
+from utils.files import PROJECT, expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
 from utils.runs import CONFIG, LAST, differing_options, is_named, refuse_if_in_use, run_folders
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # test.py accepts these options, and reads the others from the run's configs.yaml.
 TEST_OPTIONS = (
     "root_dir", "device", "precision", "test_batch_size", "num_workers", "image_cache",
@@ -117,7 +116,7 @@ def options_of_run(config_file: Path, given: dict[str, Any]) -> tuple[EasyDict, 
     }
     for name in COMMAND_LINE_ONLY:
         value, default = recorded.pop(name, ""), OPTIONS[name].default
-        if value not in ("", default, os.path.join(PROJECT, default)) and name not in given:
+        if value not in ("", default, str(PROJECT / default)) and name not in given:
             notes.append(_not_trusted(config_file, name, value))
     return resolve({**recorded, **given}), notes
 

@@ -43,10 +43,11 @@ from tools._reproduce_output import write_tables
 from tools._reproduce_table import read_table
 from tools.compare_runs import compare
 from utils.attributes import read_attributes
-from utils.checkpoint import digest, load_checkpoint, refuse_oversized, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.config import write_config
 from utils.errors import UserError
+from utils.expansion import refuse_oversized
 from utils.files import lock, remove_unfinished
 from utils.options import OPTIONS
 from utils.run_log import setup_logger
