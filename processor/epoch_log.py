@@ -87,7 +87,7 @@ class EpochLog:
 
     def close(self) -> None:
         """Close the bar and the TensorBoard file. A full disk ends the curves, not the run."""
-        # PyTorch raises the death of a loader process wherever the main process is, so also here.
+        # PyTorch may raise the error of a dead loader process at any point, so also here.
         with suppress(RuntimeError):
             self.bar.close()
         with suppress(OSError, RuntimeError):

@@ -192,7 +192,7 @@ def check_captions(parts: dict[str, Part], report: Report) -> None:
                 odd.append(f"{caption.where}: {reason}: {caption.text:.80}")
             owners[" ".join(caption.text.lower().split())][name, caption.pid] = caption.where
     report.add(False, "captions over 77 tokens, which are truncated", long)
-    report.add(False, "captions that hardly describe a person", odd)
+    report.add(False, "captions that may not describe a person", odd)
     shared = [
         f"{text:.60} ({', '.join(list(entries.values())[:3])})"
         for text, entries in owners.items()

@@ -41,7 +41,7 @@ class Inputs:
     # `attributes` and `pair_attributes` [B, A], if the data set has them
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     sentence_SD: Tensor | None = None  # FIRM's sentences, if a loss needs them
-    # tokens and masked captions of this process's samples only
+    # the batch and all outputs of the encoders, of this process's samples only
     local: Mapping[str, Tensor] = field(default_factory=dict)
     # the losses' modules by their checkpoint names (`registry.Loss.modules`)
     modules: Mapping[str, Any] = field(default_factory=dict)

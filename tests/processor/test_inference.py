@@ -49,6 +49,25 @@ def test_features_are_bit_identical_to_the_evaluators(folder, expected, workers)
     assert not trained.notes and trained.epoch and not trained.model.training
 
 
+def test_a_caption_with_any_punctuation_has_the_same_features_in_any_batch(trained):
+    captions = [
+        "a man wears a coat with the word 'go!'.",
+        "a man with a bag " * 8,
+        "her shirt: 'Hey!'.",
+    ]
+    alone = torch.cat([trained.encode_text(caption) for caption in captions])
+    torch.testing.assert_close(trained.encode_text(captions), alone, rtol=0, atol=1e-5)
+    assert (alone @ alone.T).tril(-1).max() < 0.9999  # three different features
+
+
+def test_loading_leaves_the_random_numbers_of_the_caller(folder):
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    load_run(folder, device="cpu")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_features_have_unit_length_so_products_are_cosines(trained, expected):
     split, features = expected
     paths = [image.path for image in split.galleries["aerial"].images]
@@ -93,7 +112,7 @@ def test_an_empty_list_gives_no_features_and_a_single_caption_one(trained):
 def test_a_broken_image_is_reported_with_its_path(trained, tmp_path):
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"no image")
-    for name, reason in ((path, "it is none of JPEG"), (tmp_path / "gone.jpg", "No such file")):
+    for name, reason in ((path, "it is not one of JPEG"), (tmp_path / "gone.jpg", "No such file")):
         with pytest.raises(UserError, match=f"{name}: the image cannot be read: {reason}"):
             trained.encode_image([name])
 
