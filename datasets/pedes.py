@@ -170,7 +170,9 @@ class _Reader:
     def _labels(self, values: Any, entry: str) -> tuple[int, ...]:
         names = [a.name for a in self.attributes]
         if not isinstance(values, dict) or sorted(values) != sorted(names):
-            raise UserError(f"{entry}: expected an object with {', '.join(names)}")
+            raise UserError(
+                f"{entry}: expected an object with {', '.join(names)} (those of --attributes_file)"
+            )
         labels = []
         for attribute in self.attributes:
             value = str(values[attribute.name])

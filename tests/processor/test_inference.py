@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from datasets.transforms import read_image
 from processor import inference
 from processor.inference import load_run
-from tests.helpers import options
+from tests.helpers import ROOT, options
 from tests.reliability.runs import train_small_run
 from utils.errors import UserError
 
@@ -136,6 +136,15 @@ def test_a_cache_and_attributes_named_in_an_untrusted_config_are_not_used(folder
     trusted = load_run(run, device="cpu", image_cache=cache, attributes_file=attributes_file)
     assert torch.equal(trusted.evaluator().encode(trusted.model).views["aerial"], features)
     assert list(cache.glob("*.npy")) and len(trusted.notes) == 1
+
+
+def test_an_evaluation_refuses_sentences_of_other_attributes_than_the_labels(folder, tmp_path):
+    """Otherwise the accuracies would compare one attribute's labels with another's predictions."""
+    attributes = yaml.safe_load((ROOT / "configs/attributes.yaml").read_text())
+    (tmp_path / "attributes.yaml").write_text(yaml.safe_dump(attributes[::-1], sort_keys=False))
+    trained = load_run(folder, device="cpu", attributes_file=tmp_path / "attributes.yaml")
+    with pytest.raises(UserError, match="the labels of AGDataAttr are gender .*; give --attrib"):
+        trained.evaluator("test")
 
 
 def test_options_may_differ_from_configs_yaml(folder, trained, mini_copy):

@@ -99,6 +99,17 @@ def test_a_warning_of_the_reader_is_a_warning(copy, monkeypatch, capsys):
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
 
 
+def test_attributes_that_training_would_refuse_are_a_warning(
+    mini_copy, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "a.yaml").write_text("- {attribute: gender, classes: {a: [x], b: [y]}}")
+    assert (
+        check(monkeypatch, "AGDataAttr", mini_copy, "--attributes_file", tmp_path / "a.yaml") == 0
+    )
+    shown = capsys.readouterr().out
+    assert "warning: not fit for the loss match2: 1" in shown and "give --attributes_file" in shown
+
+
 def test_a_class_without_a_training_image_is_a_warning(mini_copy, monkeypatch, capsys):
     rows = json.loads((mini_copy / "attrs.json").read_text())
     rows = [{key: [*labels[:6], 1] for key, labels in row.items()} for row in rows]
