@@ -19,8 +19,8 @@ def hold_out(data: Data, fraction: float, seed: int) -> Data:
 
     All identities of one person (AG-ReID has several) are held out together, people who are also in
     test only after all others. Each source keeps at least one identity and loses at least one. The
-    choice depends only on the source, its identities and `seed`. The identities that remain get new
-    contiguous numbers. Raises UserError if a source shows only one person.
+    random order depends only on the source, its identities and `seed`. The identities that remain
+    get new contiguous numbers. Raises UserError if a source shows only one person.
     """
     person_of, in_test = people_of(data, "train"), set(people_of(data, "test").values())
     sources = data.splits["test"].sources

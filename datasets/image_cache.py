@@ -44,7 +44,9 @@ MAX_WORKERS = 256
 COMPARED = 8  # images that are decoded again when a cache is opened, in a tenth of a second
 TOLERANCE = 3  # mean difference in grey levels; other versions of a decoder differ by less than 1
 VERSION = 3  # increase it when the same image gives other bytes
-SAFE = os.O_NOFOLLOW | os.O_NONBLOCK  # opens no link, and does not wait for the reader of a pipe
+SAFE = (
+    os.O_NOFOLLOW | os.O_NONBLOCK
+)  # does not follow links, and does not wait for the reader of a pipe
 
 
 class ImageFiles(Dataset[Tensor]):
@@ -222,7 +224,7 @@ class _Cache:
             if not isinstance(self.broken, dict) or not all(
                 isinstance(text, str) for text in self.broken.values()
             ):
-                raise ValueError(f"{_broken_list(path).name} is no list of broken images")
+                raise ValueError(f"{_broken_list(path).name} is not a list of broken images")
         except Exception as error:  # NumPy's parser raises many kinds on a corrupted header
             self._refuse(error)
 

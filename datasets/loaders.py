@@ -68,7 +68,8 @@ def train_loader(
         if not len(sampler):
             raise UserError(
                 f"--sampler identity: {len(set(pids))} identities are fewer than the "
-                f"{sampler.per_batch} that a batch of {args.batch_size} needs"
+                f"{sampler.per_batch} that a batch of {args.batch_size} needs; give a smaller "
+                "--batch_size, a larger --num_instance or --sampler random"
             )
     else:
         sampler = RandomSampler(len(dataset), *sampling)

@@ -90,7 +90,7 @@ def images_of(data: Data, split: str) -> Iterator[tuple[int, Image]]:
 def people_of(data: Data, split: str) -> dict[int, Person]:
     """By identity of a split its person, comparable between splits where the data set allows it:
     by the person's number in AG-ReID's file names, or by an id that means the same in every split.
-    Otherwise each identity of each split is a person of its own."""
+    Otherwise each identity of each split is a separate person."""
     ids = data.ids.get(split)
     people: dict[int, Person] = {}
     for pid, image in images_of(data, split):

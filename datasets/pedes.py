@@ -76,7 +76,7 @@ class _Reader:
     Args:
         images: the folder that image paths are relative to.
         image_key: the entries' key of the image path.
-        keys: the keys that an entry may have; None ignores unknown keys.
+        keys: the keys that an entry may have; without any, unknown keys are ignored.
     """
 
     def __init__(
@@ -136,7 +136,9 @@ class _Reader:
         if type(row["id"]) not in (int, str):
             raise UserError(f"{entry}: id must be an integer or text, got {row['id']!r}")
         if has_lone_surrogate(str(row["id"])):
-            raise UserError(f"{entry}: id is {row['id']!r}, with half a character in it")
+            raise UserError(
+                f"{entry}: id is {row['id']!r}, with half a character (a lone surrogate) in it"
+            )
         # Otherwise 7 and "7", or "anna" and "anna ", would be two people.
         self.checks.require_same(
             ("the id", normalise_path(str(row["id"])).strip()), row["id"], entry
@@ -168,7 +170,9 @@ class _Reader:
     def _labels(self, values: Any, entry: str) -> tuple[int, ...]:
         names = [a.name for a in self.attributes]
         if not isinstance(values, dict) or sorted(values) != sorted(names):
-            raise UserError(f"{entry}: expected an object with {', '.join(names)}")
+            raise UserError(
+                f"{entry}: expected an object with {', '.join(names)} (those of --attributes_file)"
+            )
         labels = []
         for attribute in self.attributes:
             value = str(values[attribute.name])

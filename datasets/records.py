@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from utils.errors import UserError
+
 
 class Image(NamedTuple):
     """An image file, and its attribute labels if the data set has attributes."""
@@ -97,3 +99,32 @@ class Data:
     @property
     def num_identities(self) -> int:
         return 1 + max(sample.pid for sample in self.train)
+
+    def check(self) -> None:
+        """Raise UserError if a reader has not kept the rules of these records."""
+        classes = tuple(self.attribute_classes.values())
+
+        def refuse(wrong: bool, what: str) -> None:
+            if wrong:
+                raise UserError(f"the reader of {self.name} returned {what}")
+
+        def valid(image: Image) -> bool:
+            labels = image.attributes
+            return len(labels) == len(classes) and all(
+                map(lambda v, n: 0 <= v < n, labels, classes)
+            )
+
+        pids = {sample.pid for sample in self.train}
+        refuse(not pids, "no training samples")
+        refuse(pids != set(range(len(pids))), "training identities other than 0, 1, 2, ...")
+        for s in self.train:
+            refuse(len(s.images) != len(self.views), f"not one image per view for {s.entry}")
+            refuse(not all(map(valid, s.images)), f"labels that fit no classes for {s.entry}")
+        refuse("test" not in self.splits, "no test split")
+        for name, split in self.splits.items():
+            galleries = split.galleries
+            refuse(tuple(galleries) != self.views, f"galleries of {name} other than its views")
+            images = (image for gallery in galleries.values() for image in gallery.images)
+            refuse(not all(map(valid, images)), f"labels that fit no classes in {name}")
+            found = set(galleries[self.views[0]].pids) & set(split.caption_pids)
+            refuse(not found, f"no image of {self.views[0]} in {name} for any caption")

@@ -109,7 +109,9 @@ def _read_stored(args: EasyDict) -> Data:
         raise UserError(f"--dataset_name {name}: unknown.{suggest(name, DATASETS)} Known: {known}")
     if args.views != "ag" and name != "AGSGData":
         raise UserError(f"--views {args.views}: only for AGSGData, not for --dataset_name {name}")
-    return DATASETS[name].read(args)
+    data = DATASETS[name].read(args)
+    data.check()
+    return data
 
 
 def selecting_splits(val_dataset: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Captions: tokenizing, and the augmentations of `--txt_aug` and `--MLM`.
 
-Shapes: B captions of L tokens each. After the end of a caption all ids are 0.
+Shapes: B captions of L tokens each. After the end token all ids are 0; before it, 0 is the
+token "!".
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def tokenize(captions: Sequence[str], length: int) -> Tensor:
 
 
 def trim(ids_BL: Tensor) -> Tensor:
-    """Remove the columns that hold only padding (0)."""
-    return ids_BL[:, : int((ids_BL != 0).any(dim=0).sum())].long()
+    """Remove the columns after the last end token (the largest id), which hold only padding."""
+    return ids_BL[:, : int(ids_BL.argmax(dim=1).max()) + 1].long()
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def mask_tokens(
     Each word token is chosen with probability 0.15. Of the chosen tokens, `mask_rate` become the
     mask, `keep_rate` stay as they are, and the others become a random id. If no token is chosen,
     the first word token becomes the mask. Labels are the original ids of the chosen tokens, and 0
-    elsewhere. Start, end and padding are never chosen.
+    elsewhere. Start, end, padding and the token "!" (id 0) are never chosen.
     """
-    word_L = _words(ids_L)
+    word_L = _words(ids_L) & (ids_L > 0)  # the label 0 means "not chosen"
     chance_L, fate_L = torch.rand((2, len(ids_L)), generator=generator)
     random_L = torch.randint(1, MASK_ID, (len(ids_L),), generator=generator).to(ids_L.dtype)
     chosen_L = word_L & (chance_L < MASK_RATE)
@@ -131,7 +132,8 @@ def delete_words(ids_L: Tensor, generator: torch.Generator) -> Tensor:
 
 def _words(ids_L: Tensor) -> Tensor:
     """Which tokens belong to words, [L] bool: not start, end, mask or padding."""
-    return (ids_L > 0) & (ids_L < MASK_ID)
+    position_L = torch.arange(len(ids_L))
+    return (position_L > 0) & (position_L < ids_L.argmax()) & (ids_L < MASK_ID)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PADDING = 10  # pixels around the image before the random crop
 ERASED_AREA = (0.02, 0.4)  # fraction of the image
-ERASED_SHAPE = (0.3, 1 / 0.3)  # height / width
+ERASED_SHAPE = (0.3, 3.3)  # height / width
 ERASING_TRIES = 10  # to find a rectangle that fits; if none does, nothing is erased
 # Other formats of PIL can start programs (EPS), or are not used for photographs.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
@@ -96,9 +96,9 @@ def read_image(
         at_least: height and width; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at
             least at this size. This takes a fraction of the time.
     """
-    advice = "Replace the file" + (", or take its entry out of the JSON" if entry else "")
+    advice = "Replace the file" + (", or remove its entry from the JSON" if entry else "")
     try:
-        # Not opened by PIL: it would wait for ever on a pipe, and it memory-maps some files, where
+        # Not opened by PIL: it would wait forever on a pipe, and it memory-maps some files, where
         # a truncation by another program would kill the process (SIGBUS).
         with open_file(path) as file:
             if (length := os.fstat(file.fileno()).st_size) > MAX_BYTES:
@@ -117,7 +117,7 @@ def read_image(
                 image.close()  # also frees its pixels
             return _turned(upright, turn)
     except UnidentifiedImageError:
-        error = f"it is none of {', '.join(FORMATS)}"
+        error = f"it is not one of {', '.join(FORMATS)}"
     except MemoryError:
         raise
     except Exception as reason:  # decoders raise many kinds of errors on corrupted files
@@ -165,7 +165,7 @@ def train_transform(
 
     Flips with probability 0.5. With `--img_aug` also pads with 10 black pixels and crops at random,
     and with probability 0.5 erases a rectangle of 2 to 40 % of the area: its colour becomes the
-    mean, which is 0 after normalising.
+    mean, which is 0 after normalising. (IRRA fills with the mean after normalising, a light grey.)
 
     Args:
         uniform_BK: uniform random numbers in [0, 1); K is UNIFORM_AUGMENTED, or UNIFORM_PLAIN to

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.backbone import Backbone
 from model.losses.firm import MatchingHead, SentenceTable, predict_attributes
-from model.losses.inputs import Inputs, ModuleConfig, PartialMean, add_losses
+from model.losses.inputs import Inputs, ModuleConfig, PartialMean, add_losses, checked_scalar
 from model.losses.registry import LOSSES
 from utils.devices import at_least_float32
 from utils.distributed import SINGLE_PROCESS, Processes
@@ -140,7 +140,8 @@ class AEAFIRM(nn.Module):
                 loss = row.compute(inputs)
             if isinstance(loss, PartialMean):
                 loss = self._mean_over_processes(loss, batch)
-            losses[name] = (self.options[row.weight] if row.weight else 1.0) * loss
+            weight = self.options[row.weight] if row.weight else 1.0
+            losses[name] = weight * checked_scalar(loss, name)
         for row in self.rows.values():
             if row.after:
                 row.after(inputs)

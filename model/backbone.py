@@ -94,8 +94,8 @@ class Backbone(open_clip.CLIP):
         return {"img_size": list(self.image_size), "stride_size": stride}
 
     def reset_from_scratch(self) -> None:
-        """Initial values for training from scratch: open_clip's, and CLIP's for the text tower."""
-        width, layers = self.config.text_width, self.config.text_layers
+        """CLIP's initial values for training from scratch. open_clip sets them in the text encoder
+        only."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for transformer in (self.transformer, getattr(self.visual, "transformer", None)):

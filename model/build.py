@@ -55,7 +55,7 @@ def build_sentences(args: EasyDict) -> SentenceTable:
     attributes = [attributes[column] for column in columns]
     texts = [text for a in attributes for group in a.sentences for text in group]
     ids_SL = open_clip.tokenize(texts, context_length=args.text_length)
-    ids_SL = ids_SL[:, : int((ids_SL != 0).sum(dim=1).max())]
+    ids_SL = ids_SL[:, : int(ids_SL.argmax(dim=1).max()) + 1]
     counts = [[len(group) for group in a.sentences] for a in attributes]
     return SentenceTable(counts, ids_SL, args.negatives, columns)
 
@@ -110,7 +110,7 @@ def build_model(
     weights: dict[str, Tensor] | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> AEAFIRM:
-    """The model that the options describe, on the CPU.
+    """The model that the options describe, on the CPU. `--seed` gives its initial weights.
 
     Args:
         loss_names: checked names (`losses.registry.parse_loss_names`).
@@ -118,16 +118,17 @@ def build_model(
         weights: see `build_backbone`.
         processes: see `AEAFIRM`.
     """
-    torch.manual_seed(args.seed)
     attributes = any(LOSSES[name].attributes for name in loss_names)
-    model = AEAFIRM(
-        build_backbone(args, weights),
-        loss_names,
-        args,
-        num_classes=num_classes,
-        sentences=build_sentences(args) if attributes else None,
-        processes=processes,
-    )
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.default_generator.manual_seed(args.seed)
+        model = AEAFIRM(
+            build_backbone(args, weights),
+            loss_names,
+            args,
+            num_classes=num_classes,
+            sentences=build_sentences(args) if attributes else None,
+            processes=processes,
+        )
     if args.precision == "half":
         open_clip.model.convert_weights_to_fp16(model)
     return model.double() if args.precision == "fp64" else model

@@ -31,14 +31,13 @@ from torch import Tensor
 from utils.errors import UserError, suggest
 from utils.files import expand
 
-OPENAI_MODELS = {
-    name: name.replace("/", "-").replace("@", "-")
-    for name in (
-        "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
-        "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
-    )
-}  # fmt: skip
-OPENAI_MODELS["ViT-L/14@336px"] = "ViT-L-14-336"  # open_clip's name for it
+# By OpenAI's name, the name in open_clip.
+OPENAI_MODELS = {name: name for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")} | {
+    "ViT-B/32": "ViT-B-32",
+    "ViT-B/16": "ViT-B-16",
+    "ViT-L/14": "ViT-L-14",
+    "ViT-L/14@336px": "ViT-L-14-336",
+}
 WEIGHTS_CACHE = Path("~/.cache/clip")  # OpenAI's CLIP, IRRA and open_clip use it too
 
 
@@ -146,7 +145,7 @@ def config_from_name(model: str, tag: str = "") -> BackboneConfig:
                    for key in part if key not in keys]  # fmt: skip
     if unsupported:
         raise UserError(
-            f"--pretrain_choice {model}{tag and '/'}{tag}: this model is no plain CLIP (it has "
+            f"--pretrain_choice {model}{tag and '/'}{tag}: this model is not a plain CLIP (it has "
             f"{', '.join(unsupported)}); use a model with open_clip's own image and text encoder"
         )
     layers = vision["layers"]
@@ -169,7 +168,7 @@ def config_from_name(model: str, tag: str = "") -> BackboneConfig:
 
 
 def config_from_weights(weights: dict[str, Tensor], where: str) -> BackboneConfig:
-    """The architecture that the shapes of a state dict show. Raises UserError if it is no CLIP.
+    """The architecture that the shapes of a state dict show. Raises UserError if it is not a CLIP.
 
     Args:
         weights: a state dict in OpenAI's naming.
@@ -189,7 +188,7 @@ def config_from_weights(weights: dict[str, Tensor], where: str) -> BackboneConfi
         for name, count in dimensions.items():
             shape = weights[name].shape
             if len(shape) != count or 0 in shape:
-                raise UserError(f"{where}: {name} has the shape {tuple(shape)}: this is no CLIP")
+                raise UserError(f"{where}: {name} has the shape {tuple(shape)}: this is not a CLIP")
         conv1 = weights[first]
         for name in ("ln_final.weight",) if resnet else (first, "ln_final.weight"):
             if weights[name].shape[0] % 64:  # channels of a head
@@ -404,7 +403,7 @@ def _check_hub_reachable(config: dict[str, Any]) -> None:
 
 
 def _possible_grids(count: int, shape: float) -> list[tuple[int, int]]:
-    """Rows and columns that so many patches may have, the most likely first.
+    """Rows and columns that this many patches may have, the most likely first.
 
     A square number is a square grid first, as in CLIP. Other numbers come from pedestrian images:
     the grid whose shape (rows / columns) is nearest to `shape` is first. The shapes may differ

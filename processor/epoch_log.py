@@ -87,7 +87,7 @@ class EpochLog:
 
     def close(self) -> None:
         """Close the bar and the TensorBoard file. A full disk ends the curves, not the run."""
-        # PyTorch raises the death of a loader process wherever the main process is, so also here.
+        # PyTorch may raise the error of a dead loader process at any point, so also here.
         with suppress(RuntimeError):
             self.bar.close()
         with suppress(OSError, RuntimeError):
@@ -214,9 +214,11 @@ class EpochLog:
 def _losses_text(means: dict[str, float]) -> str:
     if math.isnan(means["total"]):
         return "loss: no finite step yet"
-    losses = {k: v for k, v in means.items() if k not in ("total", "grad_norm")}
-    parts = f" ({', '.join(f'{k} {v:.3f}' for k, v in losses.items())})" if len(losses) > 1 else ""
-    return f"loss {means['total']:.3f}{parts}"
+    shown = {k: f"{k} {v:.3f}" for k, v in means.items() if k not in ("total", "grad_norm")}
+    logged = [text for name, text in shown.items() if "/" in name]  # by `Inputs.log`
+    losses = [text for name, text in shown.items() if "/" not in name]
+    parts = f" ({', '.join(losses)})" if len(losses) > 1 else ""
+    return f"loss {means['total']:.3f}{parts}" + "".join(f"  {text}" for text in logged)
 
 
 def _excepthook(args: threading.ExceptHookArgs) -> None:

@@ -42,7 +42,7 @@ class Evaluator:
 
     Args:
         data: the data set.
-        split: "val" or "test".
+        split: "val", "heldout" or "test".
         views: the views to encode; the first is the paper's gallery (aerial).
         processes: they share the encoding, and all of them get all features.
     """
@@ -62,8 +62,8 @@ class Evaluator:
         self.attribute_names = data.attribute_names
         self.views = {view: self.split.galleries[view] for view in views or data.views}
         self.images = {view: gallery.images for view, gallery in self.views.items()}
-        # An image that occurs twice in a gallery is encoded once. Its feature could else differ in
-        # the last digits with its place in a batch.
+        # An image that occurs twice in a gallery is encoded once. Otherwise its features could
+        # differ in the last digits, since its places in the batches differ.
         self.rows: dict[str, Tensor] = {}
         self.loaders: dict[str, ImageLoader] = {}
         for view, images in self.images.items():
@@ -137,7 +137,8 @@ class Evaluator:
 
     def evaluate(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Retrieval:
         """Metrics of all captions on the first view's images, as in the paper."""
-        return next(iter(self.galleries(self.encode(model, between)).values())).summary()
+        sets = self._sets(self.encode(model, between))
+        return rank_gallery(*next(iter(sets.values()))).summary()
 
     def galleries(self, features: Features) -> dict[str, Ranked]:
         """Results of every query on every gallery.
@@ -145,6 +146,15 @@ class Evaluator:
         Galleries: each view, all views together, and the first view of each source with that
         source's captions. A gallery without a match for any caption is left out, except the first.
         """
+        sets = self._sets(features)
+        return {
+            name: rank_gallery(*tensors)
+            for name, tensors in sets.items()
+            if name == next(iter(sets)) or torch.isin(tensors[2], tensors[3]).any()
+        }
+
+    def _sets(self, features: Features) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """By gallery: features of its captions and images, identities of both."""
         split, captions = self.split, features.captions
         caption_pids, caption_sources = (
             torch.tensor(values, device=captions.device)
@@ -168,11 +178,7 @@ class Evaluator:
                 sets[f"{view}, {source}"] = (
                     captions[q], features.views[view][g], caption_pids[q], image_pids[view][g]
                 )  # fmt: skip
-        return {
-            name: rank_gallery(*tensors)
-            for name, tensors in sets.items()
-            if name == next(iter(sets)) or torch.isin(tensors[2], tensors[3]).any()
-        }
+        return sets
 
     @torch.no_grad()
     def attribute_accuracy(self, model: AEAFIRM, features: Features) -> dict[str, dict[str, float]]:

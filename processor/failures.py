@@ -31,7 +31,7 @@ def explain_failures(
         raise UserError(memory_advice(args, device, what)) from None
     except (RuntimeError, OSError, EOFError) as error:
         message = str(error)
-        # A worker's death raises an error anywhere. While a file is written, it comes wrapped.
+        # A worker's death raises an error anywhere; while a file is written, inside another error.
         if "DataLoader worker" in str(error.__context__):
             message = str(error.__context__)
         elif not isinstance(error, RuntimeError):  # a worker may have died while it sent a batch

@@ -39,6 +39,7 @@ from datasets.transforms import convert_image, load_image
 from model.build import build_evaluation_model
 from processor.best import epoch_and_best
 from processor.evaluator import Evaluator, encode_images
+from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import options_of_run
 from utils.devices import autocast, choose_device, choose_precision
@@ -82,7 +83,11 @@ class Run:
     def data(self) -> Data:
         """The run's data set, read from `args.root_dir` at the first call. Raises UserError."""
         if self._data is None:
-            self._data, notes = read_for_test(self.args)
+            data, notes = read_for_test(self.args)
+            if self.model.sentences is not None and data.attribute_classes:
+                file = self.args.attributes_file
+                check_labels(read_attributes(file), data.attribute_classes, data.name, file)
+            self._data = data
             self.notes += notes
         return self._data
 

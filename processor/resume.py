@@ -74,10 +74,11 @@ def resume(trainer: Trainer, saved: SavedState) -> list[str]:
     if len(set(processes.all_gather_objects(hash_))) > 1:
         raise UserError(f"{path}: processes find different checkpoints there; share the folder")
     notes = saved.warnings + _check_data(trainer, state, path)
-    # Put the intact save in place of the corrupted one, which would else be kept as an older save.
+    _load(trainer, state, path)
+    # Put the intact save in place of the corrupted one, which would otherwise be kept as an older
+    # save.
     if processes.is_rank_0 and saved.source != path:
         restore(path, saved.source)
-    _load(trainer, state, path)
     progress, best = trainer.progress, trainer.best
     complete = progress.epoch == trainer.args.num_epoch
     file_notes = []
@@ -104,7 +105,7 @@ def _check_data(trainer: Trainer, state: dict[str, Any], path: Path) -> list[str
                 f"{path}: it was trained before --heldout existed, when --val_dataset both meant "
                 "val and test; resume with --val_dataset val or test"
             )
-        return [f"{path}: keeps no fingerprint of its data, so changes cannot be detected"]
+        return [f"{path}: has no fingerprint of its data, so changes cannot be detected"]
     notes = [f"{split}: {change}" for split, change in changed.items()]
     # A split matters if it selected before and selects now.
     selected = {*selecting} & {*(state["best"] or selecting)}

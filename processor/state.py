@@ -67,8 +67,8 @@ class OptimizerState:
 
 
 class Generators:
-    """The model's random generator, and the global ones of every process. This project does not
-    use the global ones, but a method built on it may (dropout).
+    """The model's random generator, and the global ones of every process, which it seeds. Training
+    here does not use the global ones, but a method built on it may (dropout).
 
     Args:
         model_generator: the model's own.

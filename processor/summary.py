@@ -151,7 +151,7 @@ def compare_data(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any]
     """
     current = fingerprint(data)
     changed = changes(checkpoint.get("data"), current)
-    notes = ["the checkpoint keeps no fingerprint of its data, so changes cannot be detected"]
+    notes = ["the checkpoint has no fingerprint of its data, so changes cannot be detected"]
     if changed is not None:
         notes = [f"{split} is not what it was in training: {how}" for split, how in changed.items()]
     return {**current, "changed": changed}, notes
@@ -159,7 +159,7 @@ def compare_data(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any]
 
 def compare_metrics(best: dict[str, Any], result: Retrieval) -> str:
     """A line for the log: does an evaluation give the metrics of training at the best epoch?"""
-    same = all(f"{best[k]:.2f}" == f"{value:.2f}" for k, value in result.metrics.items())
+    same = all(abs(best[k] - value) < 0.01 for k, value in result.metrics.items())
     metrics = " ".join(f"{k} {best[k]:.2f}" for k in result.metrics)
     return f"training at epoch {best['epoch']}: {metrics}: {'equal' if same else 'DIFFERENT'}"
 

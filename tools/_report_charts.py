@@ -22,7 +22,7 @@ from processor.results import read_queries
 from tools._report_runs import Points, ReportedRun
 
 MOST = 500  # points that are drawn of a line
-MARKED = 40  # with at most so many points, each gets a marker
+MARKED = 40  # with up to this many points, each gets a marker
 INK = "#010203"  # a placeholder for currentColor, which Matplotlib does not know
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "svg.fonttype": "none", "lines.markersize": 4,

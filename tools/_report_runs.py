@@ -30,7 +30,7 @@ class ReportedRun:
 
 
 def read_run(folder: Path, colour: str) -> ReportedRun:
-    """A run by its folder. Raises UserError if the folder is no evaluated run."""
+    """A run by its folder. Raises UserError if the folder is not an evaluated run."""
     path = folder / "test_results.json"
     results = read_results(path, folder / "test_queries.npz")
     check_metrics(results, path)

@@ -125,7 +125,7 @@ def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
     text = console(["method", "state", "seed", "epochs left", "hours"], rows, left=2)
     return (
         f"{text}\n{with_range(total)} hours of training on this machine, one job at a time, by the "
-        "median step (minimum to maximum in brackets); loading and evaluation come on top"
+        "median step (minimum to maximum in brackets); loading and evaluation are not included"
     )
 
 

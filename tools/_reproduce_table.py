@@ -81,13 +81,13 @@ def read_table(name: str) -> Table:
                 )
         base = row["base"] if "base" in row else content["base"]
         if HIDDEN.search(base):
-            raise UserError(f"{where}: base: {base!r:.60} is no name of a file")
+            raise UserError(f"{where}: base: {base!r:.60} is not the name of a file")
         values = read_preset(path.parent / expand(base))
         for key, value in {**content.get("options", {}), **row.get("options", {})}.items():
             if key not in OPTIONS:
                 raise UserError(f"{where}: unknown option '{key}'")
             if key in NOT_IN_TABLES:
-                raise UserError(f"{where}: {key} is no option of a row: this tool sets it")
+                raise UserError(f"{where}: {key} is not an option of a row: this tool sets it")
             values[key] = OPTIONS[key].coerce(value, where)
         rows.append({**row, "values": values})
     return Table(path.stem, content["title"], rows)

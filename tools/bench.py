@@ -373,7 +373,7 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
         before = memory_mib(device)
         seconds = once(partial(rank_gallery, query, gallery, query_pids, gallery_pids), 1)
         yield row(name, seconds, memory_mib=memory_mib(device) - before)
-        part = 3_200 if size == GALLERIES[0] else 320  # so many queries; the others take as long
+        part = 3_200 if size == GALLERIES[0] else 320  # this many queries; the others take as long
         similarity, pids = query[:part] @ gallery.T, query_pids[:part]
         metrics = once(partial(query_metrics, similarity, pids, gallery_pids), 1)
         yield row(f"  metrics of {part} queries", metrics)

@@ -33,7 +33,7 @@ from datasets.overlap import overlap
 from datasets.records import Data, Image
 from datasets.registry import read_dataset
 from datasets.transforms import read_image
-from utils.attributes import read_attributes
+from utils.attributes import check_labels, read_attributes
 from utils.command_line import parse_some
 from utils.console import say
 from utils.devices import allow_open_files, cores
@@ -98,7 +98,8 @@ def parts_of(data: Data) -> dict[str, Part]:
     images = {view: list(dict.fromkeys(of_view)) for view, of_view in images.items()}
     parts = {
         "train": Part(
-            [Caption(s.caption, s.pid, s.entry) for s in samples],
+            # An entry gives several samples if its images are paired in several ways.
+            list(dict.fromkeys(Caption(s.caption, s.pid, s.entry) for s in samples)),
             [image for of_view in images.values() for image in of_view],
             {s.pid for s in samples},
             {view: len(of_view) for view, of_view in images.items()},
@@ -193,7 +194,7 @@ def check_captions(parts: dict[str, Part], report: Report) -> None:
                 odd.append(f"{caption.where}: {reason}: {caption.text:.80}")
             owners[" ".join(caption.text.lower().split())][name, caption.pid] = caption.where
     report.add(False, "captions over 77 tokens, which are truncated", long)
-    report.add(False, "captions that hardly describe a person", odd)
+    report.add(False, "captions that may not describe a person", odd)
     shared = [
         f"{text:.60} ({', '.join(list(entries.values())[:3])})"
         for text, entries in owners.items()
@@ -243,7 +244,7 @@ def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report)
             for name, part in parts.items()
         }
         for value in range(count):
-            title = named.get(attribute, range(count))[value]
+            title = dict(enumerate(named.get(attribute, ()))).get(value, value)
             shares = [100 * c[value] / c.total() for c in counts.values()]
             rows.append(["" if value else attribute, title, *(f"{s:.1f}" for s in shares)])
             if not counts["train"][value]:
@@ -270,6 +271,11 @@ def main() -> None:
     say(f"{data.name} in {visible(args.root_dir)}\n{overview(parts)}")
     if data.attribute_classes:
         say(f"\n{label_balance(data, parts, args.attributes_file, report)}")
+        try:
+            attributes = read_attributes(args.attributes_file)
+            check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
+        except UserError as error:
+            report.add(False, "not fit for the loss match2", [str(error)])
     if not data.ids:
         say(
             "\nIdentities are numbered per split here. So a person in two splits is found only by "

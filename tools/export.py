@@ -155,8 +155,8 @@ def lost_in_original(args: EasyDict, config: BackboneConfig) -> list[str]:
     notes = []
     if args.text_length < config.context_length:
         notes.append(
-            f"text_length is {config.context_length}, because the original always encodes so many "
-            "columns. Features stay the same, except for captions that "
+            f"text_length is {config.context_length}, because the original always encodes this "
+            "many columns. Features stay the same, except for captions that "
             f"--text_length {args.text_length} cuts short"
         )
     if args.dataset_name not in DATASETS:

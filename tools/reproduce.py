@@ -78,7 +78,7 @@ def main() -> None:
     given.seeds = [OPTIONS["seed"].coerce_one(seed, "--seeds") for seed in given.seeds]
     if len(set(given.seeds)) < len(given.seeds):
         seeds = " ".join(map(str, given.seeds))
-        raise UserError(f"--seeds {seeds}: a seed twice is no second sample; give each once")
+        raise UserError(f"--seeds {seeds}: a seed twice is not a second sample; give each once")
     table = read_table(given.table)
     changed = [f"{name} {options[name]}" for name in OTHER_JOBS if name in options]
     if changed:  # the title must not hide that these jobs are other ones

@@ -87,7 +87,7 @@ def check_labels(
     if list(with_sentences.items()) != list(classes.items()):
         raise UserError(
             f"{path}: has sentences for {_listed(with_sentences)}; the labels of {data} are "
-            f"{_listed(classes)} (--attributes_file)"
+            f"{_listed(classes)}; give --attributes_file a file with these, in this order"
         )
 
 

@@ -81,7 +81,10 @@ class Processes:
 
     def from_rank_0(self, value: Any) -> Any:
         """Send a small object of rank 0 to every process."""
-        return self.all_gather_objects(value)[0]
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, group=self.control)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all processes, up to TIMEOUT: one of them may write files."""
@@ -152,7 +155,7 @@ def start(device_name: str) -> tuple[Processes, torch.device]:
     """Join the process group if torchrun started this process. Returns the group and the device.
 
     NCCL sends tensors between GPUs, gloo between CPUs. Raises UserError if this machine has fewer
-    GPUs than processes, or if another program than torchrun has set WORLD_SIZE.
+    GPUs than processes, or if a program other than torchrun has set WORLD_SIZE.
     """
     device = choose_device(device_name)
     if os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
@@ -164,7 +167,7 @@ def start(device_name: str) -> tuple[Processes, torch.device]:
     if wrong:
         raise UserError(
             f"WORLD_SIZE={variables['WORLD_SIZE']} says that this is one of several processes, but "
-            f"{' '.join(wrong)} is no number; start them with torchrun, or unset WORLD_SIZE"
+            f"{' '.join(wrong)} is not a number; start them with torchrun, or unset WORLD_SIZE"
         )
     size, _, local_rank, local_size = map(int, variables.values())
     if device.type == "cuda":

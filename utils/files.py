@@ -107,7 +107,7 @@ def write_atomically(
             file.flush()
             _if_supported(path.parent, "synced to disk", lambda: os.fsync(file.fileno()))
             mode = 0o666 & ~umask()  # NamedTemporaryFile makes private files
-            _if_supported(path.parent, "given rights", lambda: os.fchmod(file.fileno(), mode))
+            _if_supported(path.parent, "given permissions", lambda: os.fchmod(file.fileno(), mode))
         before()
         os.replace(temporary, path)
         _if_supported(path.parent, "synced to disk", lambda: _sync_folder(path.parent))
@@ -156,10 +156,8 @@ def lock(folder: Path, inherited: bool = False, name: str = "lock", wait: bool =
             return descriptor
         linked = os.fstat(descriptor).st_nlink > 1
         os.close(descriptor)
-        where = "in a copy of it that shares its files (cp -al)" if linked else "here"
-        raise UserError(
-            f"{folder}: another process is at work {where}; run it again later"
-        ) from None
+        what = "a copy of it that shares its files (cp -al)" if linked else "this folder"
+        raise UserError(f"{folder}: another process is using {what}; try again later") from None
     return descriptor
 
 

@@ -54,7 +54,7 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.name and process_rank() == 0:
             with suppress(OSError):  # print may be what the signal interrupted; it is not reentrant
-                os.write(2, b"\nfinishing this step, then saving; Ctrl-C leaves at once\n")
+                os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to exit now\n")
         self.name = self.name or signal.Signals(number).name
 
 

@@ -136,7 +136,7 @@ GROUPS: dict[str, list[Option]] = {
         Option("loss_names",      str,   "sdm+id+mlm",
             help="losses, joined by +; see docs/training.md"),
         Option("slack",           float, 0.15, ge=0,
-            help="AEA: extra target weight of the caption's own view"),
+            help="AEA: extra target weight of same-identity keys of the first block (text-aerial)"),
         Option("queue_batches",   int,   3, ge=1, le=1000, help="AEA: past batches in the queue"),
         Option("negatives",       str,   "next", choices=("next", "random"),
             help="FIRM: class of the negative sentence; next: class + 1, as in the original code; "
@@ -151,7 +151,8 @@ GROUPS: dict[str, list[Option]] = {
     ],
     "Optimizer": [
         Option("optimizer",      str,   "Adam", choices=("Adam", "AdamW", "SGD"), help="optimizer"),
-        Option("lr",             float, 1e-5, gt=0, help="learning rate of the backbone"),
+        Option("lr",             float, 1e-5, gt=0,
+            help="base learning rate: backbone, FIRM's head"),
         Option("lr_factor",      float, 5.0, gt=0,
             help="learning rate of new layers (cross*, classifier, mlm_head), times --lr"),
         Option("bias_lr_factor", float, 2.0, gt=0, help="learning rate of biases, times --lr"),

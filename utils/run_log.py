@@ -60,7 +60,7 @@ class _File(logging.FileHandler):
 
 
 class _FinalMessageFile(_File):
-    """The log file of another process than rank 0, which writes only its final message."""
+    """The log file of a process other than rank 0, which writes only its final message."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == FINAL_MESSAGE:

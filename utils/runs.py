@@ -69,7 +69,9 @@ def open_run(args: EasyDict, processes: Processes) -> Path:
         for other in (f for f in run_folders(*path[:2]) if is_named(f, args.name)):
             refuse_if_in_use([other])
             if os.path.isfile(other / LAST):  # False in an unreadable folder of another user
-                raise UserError(f"{other}: begun by another process meanwhile; run this again")
+                raise UserError(
+                    f"{other}: another process has just started this run; run this command again"
+                )
         folder = new_run_dir(*path)
         lock(folder)
         os.close(start_lock)

@@ -30,7 +30,7 @@ def text_problem(text: object) -> str:
     if not isinstance(text, str):
         return f"is {text!r:.60}, not text"
     if has_lone_surrogate(text):
-        return f"{text!r:.60} holds half a character (a lone surrogate); save it as UTF-8"
+        return f"{text!r:.60} contains half a character (a lone surrogate); save it as UTF-8"
     return "" if has_words(text) else f"{text!r:.60} has no words"
 
 

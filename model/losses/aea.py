@@ -4,8 +4,9 @@ Shapes: B samples, D joint space, Q slots of the queue, K keys = 2B + Q.
 
 AEA does not align a caption with each view separately. The caption's similarities to the batch's
 aerial images, ground images and past aerial images form one softmax. The target spreads over all
-keys of the caption's identity, and a slack gives the aerial images more weight. So a caption may
-align first with the view that is nearer to it.
+keys of the caption's identity, and a slack gives those of the first block more weight: the aerial
+images. So a caption may align first with the view that is nearer to it. The aerial images are
+anchors in the same way, with the captions as the first block of keys.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, text_BD: Tensor, aerial_BD: Tensor, pids_B: Tensor) -> None:
-        """Put a batch in front; the oldest entries leave it."""
+        """Put a batch in front; the oldest entries are dropped."""
         # Not in place: the backward pass of this step still reads the old buffers.
         for name, new in (("text", text_BD), ("aerial", aerial_BD), ("pids", pids_B)):
             old = getattr(self, name)

@@ -41,7 +41,7 @@ class Inputs:
     # `attributes` and `pair_attributes` [B, A], if the data set has them
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     sentence_SD: Tensor | None = None  # FIRM's sentences, if a loss needs them
-    # tokens and masked captions of this process's samples only
+    # the batch and all outputs of the encoders, of this process's samples only
     local: Mapping[str, Tensor] = field(default_factory=dict)
     # the losses' modules by their checkpoint names (`registry.Loss.modules`)
     modules: Mapping[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Inputs:
 
         It is not part of the total. Name it after the loss: "match2/accuracy".
         """
-        self.logged[name] = value.detach()
+        self.logged[name] = checked_scalar(value, name).detach()
 
 
 class ModuleConfig(NamedTuple):
@@ -93,6 +93,18 @@ class ModuleConfig(NamedTuple):
     loss_names: tuple[str, ...]  # all losses of the run
     options: EasyDict
     sentences: nn.Module | None  # FIRM's `SentenceTable`, if a loss needs it
+
+
+def checked_scalar(value: Any, name: str) -> Tensor:
+    """A loss, or a value to log. Raises TypeError unless it is a tensor without dimensions."""
+    if not isinstance(value, Tensor) or value.dim():
+        got = (
+            f"tensor of shape {list(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise TypeError(f"'{name}' is a {got}; expected a scalar tensor")
+    return value
 
 
 def add_losses(losses: Iterable[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from model.losses import (
 )
 from model.losses.inputs import Inputs, ModuleConfig, PartialMean
 from utils.errors import UserError, suggest
+from utils.options import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def parse_loss_names(text: str) -> list[str]:
             raise UserError(f"--loss_names {text}: '{name}' is named twice")
     for name in names:
         row = LOSSES[name]
+        if row.weight and row.weight not in OPTIONS:
+            raise UserError(f"loss '{name}': utils/options.py has no option '{row.weight}'")
         if row.any_of and not set(row.any_of) & set(names):
             raise UserError(f"--loss_names {text}: '{name}' needs {' or '.join(row.any_of)} too")
         if row.one_of and len(set(row.one_of) & set(names)) != 1:

@@ -42,6 +42,19 @@ def test_trimming_removes_only_padding():
     assert trim(ids).tolist() == ids[:, :7].tolist() and (ids[:, 7:] == 0).all()
 
 
+def test_an_exclamation_mark_is_a_word_although_its_id_is_that_of_padding():
+    """Before other punctuation, CLIP's token of "!" is 0."""
+    ids = tokenize(["go!'."], 77)[0]
+    assert ids[:6].tolist() == [49406, 861, 0, 4645, 49407, 0]
+    assert trim(ids[None]).tolist() == [ids[:5].tolist()]
+    for change in (delete_words, mask_or_remove_tokens, lambda *args: mask_tokens(*args)[0]):
+        for seed in range(40):
+            changed = change(ids, seeded(seed))
+            assert (changed == 49407).sum() == 1 and changed.argmax() <= 4
+    left = {tuple(delete_words(ids, seeded(seed))[1:4].tolist()) for seed in range(200)}
+    assert left == {(861, 0, 4645), (0, 4645, 49407), (861, 49407, 0)}  # words: go, !'.
+
+
 def test_masking_chooses_only_words_at_its_rates():
     ids = tokenize(["a woman in a red coat carrying a black backpack"], 77)[0]
     words = (ids > 0) & (ids < MASK_ID)

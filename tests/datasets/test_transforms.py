@@ -163,7 +163,7 @@ def test_the_error_of_a_broken_image_names_its_entry_if_it_has_one(tmp_path, mon
     path = tmp_path / "x.jpg"
     path.write_bytes(b"no picture")
     with pytest.raises(
-        BrokenImage, match=r"x.jpg .a.json, entry 3.: .*take its entry out of the JSON"
+        BrokenImage, match=r"x.jpg .a.json, entry 3.: .*remove its entry from the JSON"
     ):
         read_image(str(path), "a.json, entry 3")
     with pytest.raises(BrokenImage, match=r"Replace the file\.$"):

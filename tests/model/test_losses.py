@@ -61,6 +61,32 @@ def test_the_total_is_the_sum_of_the_losses_without_logged_scalars(clip_file, mo
     assert torch.equal(losses["total"], expected["sdm"] + expected["itc"])
 
 
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (lambda inputs: inputs.scale, "'sdm' is a float; expected a scalar tensor"),
+        (
+            lambda inputs: inputs.unit["text"].sum(dim=1),
+            r"'sdm' is a tensor of shape \[4\]; expected a scalar",
+        ),
+        (lambda inputs: inputs.log("sdm/x", inputs.pids_B), r"'sdm/x' is a tensor of shape \[4\]"),
+    ],
+)
+def test_a_loss_or_logged_value_that_is_no_scalar_is_named(
+    compute, message, clip_file, monkeypatch
+):
+    monkeypatch.setitem(LOSSES, "sdm", Loss("a loss under development", compute))
+    net = build_model(options(pretrain_choice=str(clip_file)), ["sdm"], 0).eval()
+    with pytest.raises(TypeError, match=message):
+        net(golden_batch())
+
+
+def test_a_row_whose_weight_is_no_option_is_refused(monkeypatch):
+    monkeypatch.setitem(LOSSES, "sdm", Loss("a loss under development", weight="sdm_wieght"))
+    with pytest.raises(UserError, match="loss 'sdm': utils/options.py has no option 'sdm_wieght'"):
+        parse_loss_names("sdm")
+
+
 def test_reduction_none_returns_values_per_sample_whose_mean_is_the_loss():
     torch.manual_seed(0)
     a, b = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))

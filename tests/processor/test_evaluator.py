@@ -5,6 +5,7 @@ import shutil
 
 import torch
 
+import processor.evaluator as evaluator_module
 from datasets.transforms import normalise
 from model.build import build_model
 from processor.evaluator import Evaluator
@@ -39,6 +40,16 @@ def test_an_image_that_occurs_twice_has_one_feature_in_any_batch_and_order(mini_
         galleries = evaluator.galleries(features).items()
         results.add(tuple((name, *r.summary().metrics.values()) for name, r in galleries))
     assert len(results) == 1
+
+
+def test_an_epochs_evaluation_ranks_the_first_view_alone(mini_copy, monkeypatch):
+    args = options(**SCRATCH)
+    model = build_model(args, [], num_classes=0)
+    evaluator = Evaluator(read("AGData", mini_copy), "test", args, CPU)
+    expected = evaluator.galleries(evaluator.encode(model))["aerial"].summary()
+    ranked, rank = [], evaluator_module.rank_gallery
+    monkeypatch.setattr(evaluator_module, "rank_gallery", lambda *x: ranked.append(x) or rank(*x))
+    assert evaluator.evaluate(model) == expected and len(ranked) == 1
 
 
 def test_features_follow_the_gallery_if_images_are_repeated(mini_copy):

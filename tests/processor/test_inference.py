@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from datasets.transforms import read_image
 from processor import inference
 from processor.inference import load_run
-from tests.helpers import options
+from tests.helpers import ROOT, options
 from tests.reliability.runs import train_small_run
 from utils.errors import UserError
 
@@ -47,6 +47,25 @@ def test_features_are_bit_identical_to_the_evaluators(folder, expected, workers)
     assert images.dtype == torch.float32 and images.device.type == "cpu"
     assert not images.requires_grad
     assert not trained.notes and trained.epoch and not trained.model.training
+
+
+def test_a_caption_with_any_punctuation_has_the_same_features_in_any_batch(trained):
+    captions = [
+        "a man wears a coat with the word 'go!'.",
+        "a man with a bag " * 8,
+        "her shirt: 'Hey!'.",
+    ]
+    alone = torch.cat([trained.encode_text(caption) for caption in captions])
+    torch.testing.assert_close(trained.encode_text(captions), alone, rtol=0, atol=1e-5)
+    assert (alone @ alone.T).tril(-1).max() < 0.9999  # three different features
+
+
+def test_loading_leaves_the_random_numbers_of_the_caller(folder):
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    load_run(folder, device="cpu")
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_features_have_unit_length_so_products_are_cosines(trained, expected):
@@ -93,7 +112,7 @@ def test_an_empty_list_gives_no_features_and_a_single_caption_one(trained):
 def test_a_broken_image_is_reported_with_its_path(trained, tmp_path):
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"no image")
-    for name, reason in ((path, "it is none of JPEG"), (tmp_path / "gone.jpg", "No such file")):
+    for name, reason in ((path, "it is not one of JPEG"), (tmp_path / "gone.jpg", "No such file")):
         with pytest.raises(UserError, match=f"{name}: the image cannot be read: {reason}"):
             trained.encode_image([name])
 
@@ -117,6 +136,15 @@ def test_a_cache_and_attributes_named_in_an_untrusted_config_are_not_used(folder
     trusted = load_run(run, device="cpu", image_cache=cache, attributes_file=attributes_file)
     assert torch.equal(trusted.evaluator().encode(trusted.model).views["aerial"], features)
     assert list(cache.glob("*.npy")) and len(trusted.notes) == 1
+
+
+def test_an_evaluation_refuses_sentences_of_other_attributes_than_the_labels(folder, tmp_path):
+    """Otherwise the accuracies would compare one attribute's labels with another's predictions."""
+    attributes = yaml.safe_load((ROOT / "configs/attributes.yaml").read_text())
+    (tmp_path / "attributes.yaml").write_text(yaml.safe_dump(attributes[::-1], sort_keys=False))
+    trained = load_run(folder, device="cpu", attributes_file=tmp_path / "attributes.yaml")
+    with pytest.raises(UserError, match="the labels of AGDataAttr are gender .*; give --attrib"):
+        trained.evaluator("test")
 
 
 def test_options_may_differ_from_configs_yaml(folder, trained, mini_copy):

@@ -250,7 +250,7 @@ def test_broken_images_in_a_row_end_the_run_even_if_they_are_skipped(mini_copy):
     images = ImageFiles([__file__] * 2 * len(data.train), (96, 32))
     dataset = TrainDataset(data.train, images, skip=True)
     with pytest.raises(
-        UserError, match="3 broken images in a row .*, the last: .*it is none of JPEG"
+        UserError, match="3 broken images in a row .*, the last: .*it is not one of JPEG"
     ):
         dataset[Key(0, 0, (1, 2))]
 
@@ -283,7 +283,7 @@ def test_a_format_that_starts_programs_is_refused(tmp_path):
     from datasets.transforms import read_image
 
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(UserError, match="a.jpg: the image cannot be read: it is none of JPEG"):
+    with pytest.raises(UserError, match="a.jpg: the image cannot be read: it is not one of JPEG"):
         read_image(str(tmp_path / "a.jpg"))
 
 
@@ -480,6 +480,11 @@ def test_the_previous_save_replaces_a_corrupted_checkpoint(
     data = bytearray((folder / "last.pth").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "last.pth").write_bytes(data)
+    with pytest.raises(UserError, match="does not fit these options"):
+        config = ["--config_file", folder / "configs.yaml", "--resume", "--embed_dim", 128]
+        run(train_entry.main, monkeypatch, *config)
+    assert (folder / "last.pth").read_bytes() == data  # a refused start changes no file
+    capsys.readouterr()
     run(train_entry.main, monkeypatch, *argv, "--resume", "auto")
     shown = capsys.readouterr().out
     assert re.search(r".*/last.pth: .*corrupted.*\nused instead: .*/last.1.pth", shown)

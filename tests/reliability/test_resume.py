@@ -236,7 +236,7 @@ def test_a_run_that_another_process_trains_is_refused(mini_root, tmp_path, monke
     argv = flags(mini_root, tmp_path, num_epoch=500, resume="auto")
     process = start(argv)
     wait_for(lambda: list(tmp_path.glob("*/*/last.pth")))
-    with pytest.raises(UserError, match="another process is at work here"):
+    with pytest.raises(UserError, match="another process is using this folder"):
         run(train_entry.main, monkeypatch, *argv)
     process.terminate()
     process.join()
@@ -245,7 +245,7 @@ def test_a_run_that_another_process_trains_is_refused(mini_root, tmp_path, monke
     argv = flags(mini_root, tmp_path / "b", num_epoch=500, save_period=500, resume="auto")
     process = start(argv)
     wait_for(lambda: list(tmp_path.glob("b/*/*/configs.yaml")))
-    with pytest.raises(UserError, match="another process is at work here"):
+    with pytest.raises(UserError, match="another process is using this folder"):
         run(train_entry.main, monkeypatch, *argv)
     assert sum(path.is_dir() for path in tmp_path.glob("b/*/*")) == 1
     process.kill()
@@ -501,7 +501,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(capfd):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.name == "SIGINT"
-        message = "\nfinishing this step, then saving; Ctrl-C leaves at once\n"
+        message = "\nfinishing this step, then saving; press Ctrl-C again to exit now\n"
         assert capfd.readouterr().err == message
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -142,7 +142,7 @@ def test_a_copy_by_hard_links_shares_its_lock_and_reports_it(tmp_path):
         os._exit(0)
     while not (tmp_path / "b/lock").exists():
         time.sleep(0.01)
-    with pytest.raises(UserError, match="in a copy of it that shares its files"):
+    with pytest.raises(UserError, match="using a copy of it that shares its files"):
         lock(tmp_path / "b")
     os.kill(holder, 9)
     os.waitpid(holder, 0)
@@ -403,7 +403,7 @@ def test_two_starts_in_the_same_second_are_one_run(mini_root, tmp_path, attempt)
     folders = [p for p in (tmp_path / "out/AGDataAttr").iterdir() if p.is_dir()]
     assert len(folders) == 1
     output = (tmp_path / f"{refused}.txt").read_text()
-    assert "another process is at work here" in output
+    assert "another process is using this folder" in output
     attempt(
         "8", "two starts with --resume auto in the same second", "two runs", output.splitlines()[-1]
     )

@@ -99,7 +99,7 @@ def test_a_table_is_checked_completely_before_anything_runs(changes, message, ta
 
 def test_an_option_that_the_tool_sets_is_refused_in_a_row(table, mini_root, tmp_path, attempt):
     rows = [{"name": "x", "options": {"seed": 7}}]
-    with pytest.raises(UserError, match="row x: seed is no option of a row") as error:
+    with pytest.raises(UserError, match="row x: seed is not an option of a row") as error:
         read_table(str(table(rows=rows)))
     attempt("1", "a row with options: {seed: 7}", "ignored", error.value)
     rows = [{"name": "x", "options": {"warmup_epochs": 9}}]
@@ -120,7 +120,7 @@ def test_a_table_whose_entries_refer_to_each_other_gets_a_short_error(table, att
 
 
 def test_a_base_whose_name_has_a_zero_byte_is_refused(table):
-    with pytest.raises(UserError, match="row sdm: base: .* is no name of a file"):
+    with pytest.raises(UserError, match="row sdm: base: .* is not the name of a file"):
         read_table(str(table(base="a\0b")))
 
 

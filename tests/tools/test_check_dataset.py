@@ -82,7 +82,7 @@ def test_warnings_pass_unless_strict(copy, monkeypatch, capsys):
     assert "pass, with warnings" in shown and "FAIL" not in shown
     assert "warning: images with a side under 16 pixels: 1" in shown
     assert "warning: captions over 77 tokens" in shown and "entry 1: 122 tokens" in shown
-    assert "warning: captions that hardly describe a person: 3" in shown
+    assert "warning: captions that may not describe a person: 3" in shown
     assert "'def' looks like code" in shown and "letters of another script" in shown
     assert "warning: captions with more than one identity: 1" in shown
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
@@ -97,6 +97,17 @@ def test_a_warning_of_the_reader_is_a_warning(copy, monkeypatch, capsys):
         in shown
     )
     assert check(monkeypatch, "CUHK-PEDES", copy, "--strict") == 1
+
+
+def test_attributes_that_training_would_refuse_are_a_warning(
+    mini_copy, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "a.yaml").write_text("- {attribute: gender, classes: {a: [x], b: [y]}}")
+    assert (
+        check(monkeypatch, "AGDataAttr", mini_copy, "--attributes_file", tmp_path / "a.yaml") == 0
+    )
+    shown = capsys.readouterr().out
+    assert "warning: not fit for the loss match2: 1" in shown and "give --attributes_file" in shown
 
 
 def test_a_class_without_a_training_image_is_a_warning(mini_copy, monkeypatch, capsys):

@@ -354,7 +354,7 @@ def test_a_job_that_another_process_runs_is_not_run_again(
     jobs[0].folder.mkdir(parents=True)
     holder = lock(jobs[0].folder, inherited=True)
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1) == 1
-    assert "another process is at work here" in capsys.readouterr().out and not done(out)
+    assert "another process is using this folder" in capsys.readouterr().out and not done(out)
     os.close(holder)
     os.close(lock(jobs[0].folder, inherited=True))  # free again
 
