@@ -329,7 +329,7 @@ def test_a_run_that_another_process_has_started_meanwhile_is_not_started_again(
     argv = flags(mini_root, tmp_path / "out", num_epoch=1, warmup_epochs=0, resume="auto")
     args = parse_options(argv)  # before there is a run
     run(train_entry.main, monkeypatch, *argv)
-    with pytest.raises(UserError, match="begun by another process meanwhile"):
+    with pytest.raises(UserError, match="another process has just started this run"):
         open_run(args, SINGLE_PROCESS)
     assert folder_of(tmp_path / "out")
 
