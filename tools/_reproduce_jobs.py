@@ -55,6 +55,11 @@ class Job:
     new_results: dict[str, Any] | None = None  # if this process has run the job
 
     @property
+    def label(self) -> str:
+        """Its name in messages."""
+        return f"{self.row}, seed {self.seed}"
+
+    @property
     def results(self) -> dict[str, Any] | None:
         """The metrics of a finished job, else None. Raises UserError if they are corrupted."""
         path = self.folder / "done.json"
@@ -62,7 +67,7 @@ class Job:
             return self.new_results
         if self.retrain or not path.is_file():
             return None
-        results = _read(path, dict)
+        results = read_record(path, dict)
         for protocol in (name for name in PROTOCOLS if name in results):
             try:
                 overlap = (results[protocol].get("protocol") or {}).get("overlap") or {}
@@ -80,7 +85,7 @@ class Job:
     def code(self) -> list[dict[str, str]]:
         """The versions of the code that the job ran with, as `code_version` gives them."""
         path = self.folder / "code.json"
-        versions = _read(path, list) if path.is_file() else []
+        versions = read_record(path, list) if path.is_file() else []
         for version in versions:
             if not isinstance(version, dict) or not all(
                 isinstance(version.get(key), str) for key in ("commit", "sources")
@@ -97,8 +102,8 @@ class Job:
         return paths[-1] if paths else None
 
 
-def _read(path: Path, kind: type) -> Any:
-    """The content of done.json or code.json, a `kind`. Raises UserError."""
+def read_record(path: Path, kind: type) -> Any:
+    """The content of a JSON file of a job's folder, a `kind`. Raises UserError."""
     try:
         content = load_json(read_file(path))
     except OSError as error:

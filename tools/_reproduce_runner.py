@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,11 +33,15 @@ class Runner:
 
     Args:
         bar: counts epochs over all jobs.
+        gpus: values of CUDA_VISIBLE_DEVICES; one job at a time runs on each.
         code: the present `code_version`.
+        launcher: arguments of Python before the script: torchrun's, for several processes.
     """
 
-    def __init__(self, bar: tqdm, gpus: list[str], code: dict[str, str]) -> None:
-        self.bar, self.code = bar, code
+    def __init__(
+        self, bar: tqdm, gpus: list[str], code: dict[str, str], launcher: Sequence[str] = ()
+    ) -> None:
+        self.bar, self.code, self.launcher = bar, code, launcher
         self.gpus: queue.Queue[str | None] = queue.Queue()
         slots: list[str | None] = [*gpus]
         for gpu in slots or [None]:
@@ -50,9 +55,9 @@ class Runner:
         if self.stopping:
             return
         gpu = self.gpus.get()
-        self.bar.set_postfix_str(f"{job.row}, seed {job.seed}")
+        self.bar.set_postfix_str(job.label)
         begun = f"resumes after epoch {epochs_done(job)}" if job.last else "starts"
-        say(visible(f"{job.row}, seed {job.seed}: {begun}; {job.folder / 'console.txt'}"))
+        say(visible(f"{job.label}: {begun}; {job.folder / 'console.txt'}"))
         try:
             started = time.time()
             self._open(job)
@@ -85,30 +90,23 @@ class Runner:
             write_atomically(job.folder / "done.json", lambda file: file.write(text.encode()))
             scores = ", ".join(f"{p} R@1 {values['R@1']:.2f}" for p, values in metrics.items())
             seconds = job.new_results["seconds"]
-            say(visible(f"{job.row}, seed {job.seed}: done in {seconds:.0f} s, {scores}"))
+            say(visible(f"{job.label}: done in {seconds:.0f} s, {scores}"))
         except (UserError, OSError) as error:  # a full disk must not end the other jobs
             job.error = str(UserError(str(error)))
             if not self.stopping:
-                say(visible(f"FAILED {job.row}, seed {job.seed}: {job.error}"))
+                say(visible(f"FAILED {job.label}: {job.error}"))
         finally:
             if job.folder in self.locks:
                 os.close(self.locks.pop(job.folder))
             self.gpus.put(gpu)
 
     def _open(self, job: Job) -> None:
-        """Make and lock the folder, and record the code; rename a folder that is to be retrained.
-
-        Nothing is deleted.
-        """
+        """Make and lock the folder, and record the code; first set aside a job to be retrained."""
+        if job.retrain:
+            set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         self.locks[job.folder] = lock(job.folder, inherited=True)
-        if job.retrain:
-            names = (Path(f"{job.folder}.backup{n}") for n in itertools.count(1))
-            job.folder.rename(next(name for name in names if not name.exists()))
-            os.close(self.locks.pop(job.folder))
-            job.retrain = False
-            self._open(job)
-        elif self.code not in job.code:
+        if self.code not in job.code:
             text = json.dumps([*job.code, self.code], indent=2)
             write_atomically(job.folder / "code.json", lambda file: file.write(text.encode()))
 
@@ -120,15 +118,19 @@ class Runner:
         log = append(console)
         try:
             child = subprocess.Popen(
-                [sys.executable, *command], cwd=PROJECT, env=environment, text=True,
+                [sys.executable, *self.launcher, *command], cwd=PROJECT, env=environment, text=True,
                 errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)
-            for line in child.stdout or ():
+            if self.stopping:  # `stop` may not have seen this child
+                child.terminate()
+            for text in child.stdout or ():
                 with suppress(OSError):  # a full disk loses these lines, not the job
-                    log.write(line)
+                    log.write(text)
                     log.flush()
+                if text.strip("=\n"):  # torchrun ends its report with a rule
+                    line = " ".join(text.split()).removeprefix("traceback : ")
                 if (now := epochs_logged(job)) > epochs:
                     self.bar.update(now - epochs)
                     epochs = now
@@ -138,13 +140,23 @@ class Runner:
             with suppress(OSError):
                 log.close()
         if code:
-            raise UserError(f"{' '.join(line.split()) or f'exit status {code}'} (see {console})")
+            killed = f"{command[0]} was killed by {signal.Signals(-code).name}" if code < 0 else ""
+            raise UserError(f"{killed or line or f'exit status {code}'} (see {console})")
 
     def stop(self) -> None:
         """Terminate the child processes; their last checkpoints stay."""
         self.stopping = True
         for child in list(self.children):
             child.terminate()
+
+
+def set_aside(job: Job) -> None:
+    """Rename the folder of a job that is to be retrained. Nothing is deleted."""
+    holder = lock(job.folder, inherited=True)
+    names = (Path(f"{job.folder}.backup{n}") for n in itertools.count(1))
+    job.folder.rename(next(name for name in names if not name.exists()))
+    os.close(holder)
+    job.retrain = False
 
 
 def run_jobs(jobs: list[Job], gpus: list[str], code: dict[str, str]) -> None:

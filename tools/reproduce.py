@@ -9,7 +9,7 @@ has a hash of the data and of all options that change a metric. So finished jobs
 interrupted ones resume from their last checkpoint, and other data or options make a new job. The
 folder records which code the job ran with. If that code differs from the present code, a line says
 so, and --strict trains the job again. A job that fails is reported, and the others continue. The
-table is printed and written as Markdown, LaTeX and CSV.
+table is printed and written as Markdown, LaTeX and CSV. With --cluster, submitit runs the jobs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import utils  # noqa: F401  before torch is loaded
 
 from easydict import EasyDict
 
+from tools._reproduce_cluster import Cluster, add_cluster_options, run_on_cluster
 from tools._reproduce_jobs import code_version, make_jobs, mark_other_code
 from tools._reproduce_output import plan, write_tables
 from tools._reproduce_runner import run_jobs
@@ -64,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="train jobs again that ran with other code")  # fmt: skip
     add("--dry_run", action="store_true", default=False,
         help="only list the jobs, with estimated hours")  # fmt: skip
+    add_cluster_options(parser)
 
 
 def main() -> None:
@@ -79,6 +81,7 @@ def main() -> None:
     if len(set(given.seeds)) < len(given.seeds):
         seeds = " ".join(map(str, given.seeds))
         raise UserError(f"--seeds {seeds}: a seed twice is not a second sample; give each once")
+    cluster = Cluster(given) if given.cluster else None
     table = read_table(given.table)
     changed = [f"{name} {options[name]}" for name in OTHER_JOBS if name in options]
     if changed:  # the title must not hide that these jobs are other ones
@@ -90,13 +93,16 @@ def main() -> None:
     if given.dry_run:
         say(plan(jobs, left_out))
         return
-    run_jobs(jobs, given.gpus, code)
+    if cluster is None:
+        run_jobs(jobs, given.gpus, code)
+    elif not run_on_cluster(jobs, cluster):
+        return
     failed = [job for job in jobs if job.error]
     try:
         write_tables(table, jobs, left_out, Path(given.output_dir, table.name))
     finally:
         for job in failed:
-            say(visible(f"FAILED {job.row}, seed {job.seed}: {job.error}"))
+            say(visible(f"FAILED {job.label}: {job.error}"))
     sys.exit(1 if failed else 0)
 
 
