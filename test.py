@@ -3,7 +3,7 @@
     python test.py --config_file logs/AGDataAttr/<run>/configs.yaml --root_dir data/mini-TBAGPR
 
 The metrics are printed and written to test_results.json in the checkpoint's folder. torchrun
-distributes the encoding over GPUs, as for train.py.
+distributes the encoding over GPUs, as for train.py. --features keeps the features in files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import utils  # noqa: F401  before torch is loaded
 
 import argparse
 from typing import Any
-
-import numpy as np
 
 from processor.best import epoch_and_best
 from processor.failures import explain_failures
@@ -28,7 +26,7 @@ from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
 from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
-from utils.files import check_writable
+from utils.files import check_writable, path_option
 from utils.run_log import setup_logger
 from utils.text import Multiline, visible
 
@@ -54,14 +52,17 @@ def main() -> None:
     for note in (*run.notes, f"this checkpoint is {protocol}", *data_notes):
         log.info(note)
 
-    queries: dict[str, np.ndarray] = {}
+    queries: dict[str, Any] = {}
     results: dict[str, Any] = {"checkpoint": str(path), "epoch": epoch, "splits": {}}
     results |= {"protocol": protocol.results(), "data": data_entry}
     # Evaluate the selecting split too, to compare its metrics with those of training.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
         evaluator = run.evaluator(name, processes)
         with explain_failures(args, device, evaluator.files, "evaluation"):
-            features = evaluator.encode(run.model)
+            if args.features:
+                features = evaluator.encode_into(args.features, run.model, path)
+            else:
+                features = evaluator.encode(run.model)
             galleries = evaluator.galleries(features)
         metrics = {k: ranked.summary() for k, ranked in galleries.items()}
         results["splits"][name] = {"galleries": {k: r.results() for k, r in metrics.items()}}
@@ -80,17 +81,17 @@ def main() -> None:
             results["splits"][name]["attribute_accuracy"] = accuracy
             log.info(Multiline(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
     distributed.finish()
-    if not processes.is_rank_0:
-        return
-    log.info(write_results(path, results, queries))
+    if processes.is_rank_0:
+        log.info(write_results(path, results, queries))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--bootstrap", type=int, default=0, metavar="INT",
+    add = parser.add_argument
+    add("--bootstrap", type=int, default=0, metavar="INT",
         help="bootstrap samples of identities for 95 %% confidence intervals, for example 2000 "
-        "(default: none)",
-    )  # fmt: skip
+        "(default: none)")  # fmt: skip
+    add("--features", type=path_option, default=None, metavar="FOLDER",
+        help="keep the features there, and encode only those that it lacks")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from easydict import EasyDict
@@ -17,6 +18,7 @@ from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
 from model.aeafirm import AEAFIRM
+from processor.feature_files import FeatureFiles, file_hash
 from utils.devices import at_least_float32, autocast
 from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 from utils.errors import UserError
@@ -58,7 +60,7 @@ class Evaluator:
     ) -> None:
         self.split, self.args, self.device = data.splits[split], args, device
         self.processes = processes
-        self.name = split
+        self.name, self.root = split, data.root
         self.attribute_names = data.attribute_names
         self.views = {view: self.split.galleries[view] for view in views or data.views}
         self.images = {view: gallery.images for view, gallery in self.views.items()}
@@ -102,32 +104,91 @@ class Evaluator:
         disable = None if self.processes.is_rank_0 else True
         bar = tqdm(total=total, desc=f"encode {self.name}", leave=False, disable=disable)
 
-        def run(name: str, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
+        def run(name: str, batches: Iterable[Tensor]) -> Tensor:
             most_batches, counts = self._shards(lengths[name])
-            rows, remaining = [], iter(batches)
+            rows, remaining = [self._no_features(model)], iter(batches)
             for _ in range(most_batches):
                 batch = next(remaining, None)
                 if batch is not None:
-                    with autocast(self.args.precision, self.device):
-                        rows.append(encode(batch.to(self.device, non_blocking=True)))
+                    rows.append(self._encode(model, name, batch))
                 bar.update()
                 between()
-            if not rows:  # fewer batches than processes
-                width = model.base_model.config.embed_dim
-                dtype = at_least_float32(next(model.parameters())).dtype
-                rows = [torch.zeros((0, width), device=self.device, dtype=dtype)]
             return self.processes.all_gather({name: torch.cat(rows)}, counts)[name]
 
         with bar:
             features = Features(
-                run("captions", model.encode_text, self.captions),
-                {
-                    view: run(view, partial(encode_images, model), loader)[self.rows[view]]
-                    for view, loader in self.loaders.items()
-                },
+                run("captions", self.captions),
+                {view: run(view, loader)[self.rows[view]] for view, loader in self.loaders.items()},
             )
         model.train(was_training)
         return features
+
+    @torch.no_grad()
+    def encode_into(self, folder: Path, model: AEAFIRM, checkpoint: Path) -> Features:
+        """As `encode`, bit for bit, but through files in a folder (processor/feature_files.py).
+
+        Only shards that it lacks are encoded. Each process encodes some of them and writes them to
+        disk, one after the other. Raises UserError as `FeatureFiles` does.
+
+        Args:
+            checkpoint: the file of the model.
+        """
+        model.eval()
+        names = ("img_size", "stride_size", "text_length", "precision", "test_batch_size")
+        about = {name: self.args[name] for name in names} | {"device": self.device.type}
+        about["checkpoint"] = file_hash(checkpoint) if self.processes.is_rank_0 else ""
+        paths = {view: loader.dataset.paths for view, loader in self.loaders.items()}
+        size = self.args.test_batch_size
+        files = FeatureFiles(
+            folder / self.name, about, self.split.captions, paths, self.root, size, self.processes
+        )
+        mine = {
+            n: files.missing(n)[self.processes.rank :: self.processes.size] for n in files.lists
+        }
+        bar = tqdm(
+            total=sum(map(len, mine.values())), unit="shard", desc=f"encode {self.name}",
+            leave=False, disable=None if self.processes.is_rank_0 else True,
+        )  # fmt: skip
+        with bar:
+            for name, shards in mine.items():
+                positions = [files.positions(name, shard) for shard in shards]
+                batches = iter(self._batches_at(name, positions))
+                for shard, rows in zip(shards, positions, strict=True):
+                    parts = [next(batches) for _ in range(0, len(rows), size)]
+                    features = [self._encode(model, name, part) for part in parts]
+                    files.write(name, shard, torch.cat(features))
+                    bar.update()
+        self.processes.barrier()
+        empty = self._no_features(model)
+        views = {view: files.read(view, empty)[self.rows[view]] for view in self.views}
+        return Features(files.read("captions", empty), views)
+
+    def _batches_at(self, name: str, positions: Sequence[range]) -> Iterable[Tensor]:
+        """Batches of "captions", or of images of a view, at these positions."""
+        size = self.args.test_batch_size
+        rows = [row for some in positions for row in some]
+        if name == "captions":
+            return caption_batches([self.split.captions[row] for row in rows], self.args)
+        loader = self.loaders[name]
+        return ImageLoader(
+            loader.dataset,
+            batch_sampler=[rows[i : i + size] for i in range(0, len(rows), size)],
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            generator=torch.Generator(),
+        )
+
+    def _encode(self, model: AEAFIRM, name: str, batch: Tensor) -> Tensor:
+        """Features of a batch of "captions", or of images of a view."""
+        encode = model.encode_text if name == "captions" else partial(encode_images, model)
+        with autocast(self.args.precision, self.device):
+            return encode(batch.to(self.device, non_blocking=True))
+
+    def _no_features(self, model: AEAFIRM) -> Tensor:
+        """[0, D], of the type of the model's features."""
+        dtype = at_least_float32(next(model.parameters())).dtype
+        return torch.zeros((0, model.base_model.config.embed_dim), device=self.device, dtype=dtype)
 
     def _shards(self, count: int) -> tuple[int, list[int]]:
         """For `count` rows: the largest number of batches of a process, and each one's rows."""
