@@ -7,31 +7,57 @@ token "!".
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor
 
-from utils.tokenizer import tokenizer
+from utils.tokenizer import END, MAX_TEXT, PLAIN, START, tokenizer
 
 MASK_ID = 49405  # the mask token; in CLIP's vocabulary the id of the rare word "jekyll"
 MASK_RATE = 0.15  # of the word tokens, as in BERT and IRRA
 RDE_RATE = 0.2  # of the word tokens, as in RDE
 RDE_MASK, RDE_RANDOM = 0.6, 0.2  # of those: become the mask, or a random id; the rest is removed
 DELETE_RATE = 0.05  # of the words, as in TBPS-CLIP
-REMEMBERED = 50_000  # words in the tokenizer's cache; 100,000 captions have a third of that
+REMEMBERED = 50_000  # words with known tokens; 100,000 captions have a third of that
+
+
+class TokenizedCaptions:
+    """CLIP token ids of captions by position, each a tensor [length] int32, padded with 0.
+
+    In memory a token has two bytes, and there is no padding. A caption with more than `length`
+    tokens keeps the first `length - 1` and the end token.
+    """
+
+    def __init__(self, captions: Iterable[str], length: int) -> None:
+        flat, ends = array("H"), array("q", [0])
+        for caption in captions:
+            flat.append(START)
+            flat.extend(_word_ids(caption)[: length - 2])
+            flat.append(END)
+            ends.append(len(flat))
+        self.length = length
+        self.flat, self.ends = np.frombuffer(flat, np.uint16), np.frombuffer(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        ids_L = np.zeros(self.length, np.int32)
+        start, end = self.ends[index], self.ends[index + 1]
+        ids_L[: end - start] = self.flat[start:end]
+        return torch.from_numpy(ids_L)
 
 
 def tokenize(captions: Sequence[str], length: int) -> Tensor:
-    """CLIP token ids [B, length] int32. A caption with more tokens keeps the first `length - 1` and
-    the end token."""
-    clip = tokenizer()
-    ids = clip(list(captions), context_length=length).int()
-    if len(clip.cache) > REMEMBERED:  # otherwise it grows with every new word
-        clip.cache = {word: word for word in ("<start_of_text>", "<end_of_text>")}
-    return ids
+    """CLIP token ids [B, length] int32; see `TokenizedCaptions`."""
+    tokenized = TokenizedCaptions(captions, length)
+    rows = [tokenized[i] for i in range(len(tokenized))]
+    return torch.stack(rows) if rows else torch.zeros((0, length), dtype=torch.int32)
 
 
 def trim(ids_BL: Tensor) -> Tensor:
@@ -134,6 +160,31 @@ def _words(ids_L: Tensor) -> Tensor:
     """Which tokens belong to words, [L] bool: not start, end, mask or padding."""
     position_L = torch.arange(len(ids_L))
     return (position_L > 0) & (position_L < ids_L.argmax()) & (ids_L < MASK_ID)
+
+
+def _word_ids(caption: str) -> Sequence[int]:
+    """The token ids between the start and the end token.
+
+    CLIP's tokenizer takes 100 us for a caption, a third of that for the repair of wrongly encoded
+    text. Plain text needs no repair, and its tokens do not cross spaces, so those of each word are
+    remembered: 10 us.
+    """
+    if len(caption) <= MAX_TEXT and PLAIN.fullmatch(caption):
+        return [i for word in caption.lower().split() for i in _ids_of_word(word)]
+    return _encode(caption)
+
+
+@functools.lru_cache(REMEMBERED)
+def _ids_of_word(word: str) -> tuple[int, ...]:
+    return _encode(word)
+
+
+def _encode(text: str) -> tuple[int, ...]:
+    clip = tokenizer()
+    ids = clip.encode(text)
+    if len(clip.cache) > REMEMBERED:  # otherwise it grows with every new word
+        clip.cache = {word: word for word in ("<start_of_text>", "<end_of_text>")}
+    return tuple(ids)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from datasets.image_cache import ImageFiles
 from datasets.records import TrainSample
 from datasets.samplers import Key
-from datasets.text import TextAugmentation, tokenize, trim
+from datasets.text import TextAugmentation, TokenizedCaptions, trim
 from datasets.transforms import UNIFORM_PLAIN, BrokenImage
 from utils.errors import UserError
 
@@ -52,7 +52,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         self.augment = augment or TextAugmentation()
         self.skip = skip
         # Once for all epochs.
-        self.caption_ids = tokenize([s.caption for s in samples], text_length)
+        self.caption_ids = TokenizedCaptions((s.caption for s in samples), text_length)
 
     def __len__(self) -> int:
         return len(self.samples)

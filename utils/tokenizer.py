@@ -12,7 +12,7 @@ import regex
 # Each of these characters except the space is a token. The tokenizer's text repair may remove other
 # characters (control characters, "&nbsp;"), or they may form a special token ("<end_of_text>").
 PLAIN = re.compile(r"[ -%'-;=-~]*")
-START = 49406  # CLIP's start token; only the end token has a larger id
+START, END = 49406, 49407  # CLIP's start and end token, the largest ids
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # Characters. 77 tokens of usual captions have about 400, the longest below 1,000.
 MAX_TEXT = 4096

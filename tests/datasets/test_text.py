@@ -3,10 +3,13 @@ import collections
 import open_clip
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datasets.text import (
     MASK_ID,
     TextAugmentation,
+    TokenizedCaptions,
     augmentation_of,
     delete_words,
     mask_or_remove_tokens,
@@ -30,6 +33,25 @@ def test_tokens_equal_the_original(case):
     ids = tokenize([case["text"]], 77)[0]
     assert ids[: len(case["ids"])].tolist() == case["ids"]
     assert (ids[len(case["ids"]) :] == 0).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(codec="ascii"), max_size=60) | st.text(max_size=20))
+def test_tokens_equal_clips_tokenizer_for_any_text(text):
+    """Plain text, whose words are remembered, and any other."""
+    assert tokenize([text], 20).equal(open_clip.tokenize([text], 20).int())
+
+
+def test_remembered_words_are_those_of_the_complete_caption():
+    text = "a man's T-shirt 'Hey!' 7:30 x-ray... don't"
+    for _ in range(2):
+        assert tokenize([text], 77).equal(open_clip.tokenize([text], 77).int())
+
+
+def test_a_token_takes_two_bytes():
+    captions = TokenizedCaptions([CAPTION] * 1000, 77)
+    assert (captions.flat.nbytes + captions.ends.nbytes) / 1000 < 2 * 12 + 8.1
+    assert len(captions) == 1000 and captions[999].equal(tokenize([CAPTION], 77)[0])
 
 
 def test_a_long_caption_keeps_its_beginning_and_the_end_token():
