@@ -40,6 +40,7 @@ submitit.JobEnvironment.USR_SIG = WARNING
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = WARNING  # the same in child processes
 
 RECORD, ERROR = "submission.json", "error.txt"
+NO_PROCESS = "no such process"
 POLL_SECONDS = 1.0
 LATE_SECONDS = 60.0  # files of another machine may be seen this late on a network file system
 SAVE_SECONDS = 120  # from the warning to the end of the time limit
@@ -251,12 +252,12 @@ def run_on_cluster(jobs: list[Job], cluster: Cluster) -> bool:
 def state_of(job: Job) -> str:
     """How a submitted job stands: queued, running, done or failed.
 
-    If it has ended without a result: SLURM's word for that (TIMEOUT, ...), or "ended" on this
+    If it has ended without a result: SLURM's word for that (TIMEOUT, ...), or NO_PROCESS on this
     machine. Raises UserError if its record is corrupted.
     """
     record = _record(job)
     if record["cluster"] == "local":
-        state = "running" if _is_running(record["id"], job.folder) else "ended"
+        state = "running" if _is_running(record["id"], job.folder) else NO_PROCESS
     else:
         word = submitit.SlurmJob.watcher.get_state(record["id"]).split()[0]
         active = "running" if word in ("RUNNING", "COMPLETING", "SUSPENDED") else "queued"
@@ -276,7 +277,7 @@ def _has_ended(job: Job, state: str, gone: dict[Path, float]) -> bool:
         job.error = str(UserError(error))
     elif state != "done":
         first = gone.setdefault(job.folder, time.monotonic())
-        if state != "ended" and time.monotonic() - first < LATE_SECONDS:
+        if state != NO_PROCESS and time.monotonic() - first < LATE_SECONDS:
             return False
         logs = job.folder / "cluster"
         job.error = (

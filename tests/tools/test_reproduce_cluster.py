@@ -162,10 +162,10 @@ def test_a_local_job_outlives_ctrl_c_and_a_killed_one_is_resumed(
     assert state_of(job) == "running"
     wait_for(lambda: saved(out))
     os.killpg(child.pid, signal.SIGKILL)
-    wait_for(lambda: state_of(job) == "ended")
+    wait_for(lambda: state_of(job) == "no such process")
     assert not done(out)
     assert reproduce(monkeypatch, path, mini_root, out, *ONE, "--cluster", "local") == 0
-    assert "has gone (ended); it is submitted again" in capsys.readouterr().out
+    assert "has gone (no such process); it is submitted again" in capsys.readouterr().out
     assert "resumed after" in (job.folder / "console.txt").read_text()
     assert metrics(out) == complete[0]
 
