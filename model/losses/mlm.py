@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, Transformer
+from open_clip import transformer as clip
 from torch import Tensor, nn
 
+from model.blocks import QuickGELU, use_lean_blocks
 from model.losses.inputs import Inputs, ModuleConfig, PartialMean
 from utils.devices import at_least_float32
 
@@ -20,7 +21,8 @@ from utils.devices import at_least_float32
 def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Module]:
     """The head's parts by IRRA's names, initialised as in IRRA."""
     heads = max(1, dim // 64)
-    transformer = Transformer(dim, depth, heads, act_layer=QuickGELU)
+    transformer = clip.Transformer(dim, depth, heads, act_layer=clip.QuickGELU)
+    use_lean_blocks(transformer)
     attention = nn.MultiheadAttention(dim, heads, batch_first=True)
     classifier = OrderedDict(
         dense=nn.Linear(dim, dim),
