@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from processor.evaluator import attribute_table, gallery_table, interval_table, intervals
+from processor.best import epoch_and_best
 from processor.failures import explain_failures
 from processor.inference import Run
-from processor.queries import per_query, write_results
-from processor.summary import compare_data, compare_metrics, epoch_and_best, protocol_of, warn
+from processor.result_tables import attribute_table, gallery_table, interval_table
+from processor.results import intervals, per_query, write_results
+from processor.summary import compare_data, compare_metrics, protocol_of, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options

@@ -18,9 +18,10 @@ from datasets.registry import read_dataset, selecting_splits
 from model.build import build_training_model, check_batch_norm, load_fitting
 from model.losses.registry import check_losses, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
+from processor.result_tables import best_table
 from processor.resume import read_state, resume
 from processor.step import TrainStep
-from processor.summary import best_table, describe, evaluation_commands
+from processor.summary import describe, evaluation_commands
 from processor.trainer import Trainer
 from solver.build import build_optimizer
 from utils import distributed

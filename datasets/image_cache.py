@@ -34,11 +34,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from datasets.transforms import BrokenImage, load_image
+from utils.console import LOGGER_NAME, process_rank
 from utils.documents import load_json
-from utils.errors import UserError, rank
+from utils.errors import UserError
 from utils.files import open_file, read_file, umask, write_atomically
 from utils.interrupt import init_worker_signals
-from utils.logger import LOGGER_NAME
 
 MAX_WORKERS = 256
 COMPARED = 8  # images that are decoded again when a cache is opened, in a tenth of a second
@@ -127,7 +127,7 @@ class ImageFiles(Dataset[Tensor]):
                     f"{cache.path}: the cache holds another image than {paths[row]}{writers}; "
                     "delete the cache"
                 )
-        if others and rank() == 0:
+        if others and process_rank() == 0:
             logging.getLogger(LOGGER_NAME).warning(
                 f"{cache.path}: this cache {others}; {len(rows)} of its {last + 1} images were "
                 "compared with their files and agree, the others were not checked"

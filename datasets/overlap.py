@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from datasets.files import same_content
+from datasets.reading import same_content
 from datasets.records import Data, Image
 
 # A file name of AG-ReID: person, session and altitude (an identity is these three together), camera

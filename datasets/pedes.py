@@ -21,18 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.files import (
+from datasets.reading import (
     EntryChecks,
     ImageFolder,
     checked_caption,
     exists,
     normalise_path,
-    read_json,
 )
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from utils.attributes import Attribute
+from utils.documents import read_json_file
 from utils.errors import UserError, suggest
-from utils.text import has_lone_surrogate
+from utils.tokenizer import has_lone_surrogate
 
 PEDES = {  # by name: the JSON file, and the key of the image path in its entries
     "CUHK-PEDES": ("reid_raw.json", "file_path"),
@@ -66,7 +66,7 @@ def read_custom(root: str | Path, attributes: Sequence[Attribute]) -> Data:
     if not exists(root / CUSTOM):
         raise UserError(f"--root_dir {root}: expected {CUSTOM} there (docs/custom.md)")
     reader = _Reader(root / CUSTOM, root, "image", CUSTOM_KEYS, attributes)
-    pairs = isinstance(reader.rows[0], dict) and "pair_image" in reader.rows[0]
+    pairs = "pair_image" in reader.optional
     return reader.read("custom", ("image", "pair image") if pairs else ("image",))
 
 
@@ -90,16 +90,17 @@ class _Reader:
         self.path, self.image_key, self.keys = path, image_key, keys
         self.images, self.checks = ImageFolder(images), EntryChecks()
         self.attributes = attributes
-        self.rows = read_json(path)
+        self.rows = read_json_file(path)
         if not isinstance(self.rows, list) or not self.rows:
             raise UserError(f"{path}: expected a list of images with captions")
-
-    def read(self, name: str, views: tuple[str, ...]) -> Data:
-        """Read all splits. The identities of each become 0, 1, ... in the order of their ids."""
-        first = self.rows[0] if self.keys and isinstance(self.rows[0], dict) else {}
+        # The optional keys that the first entry has, and so all must have.
+        first = self.rows[0] if keys and isinstance(self.rows[0], dict) else {}
         self.optional = {key for key in ("pair_image", "attributes") if key in first}
         if len(self.optional) == 2:
             self.optional.add("pair_attributes")
+
+    def read(self, name: str, views: tuple[str, ...]) -> Data:
+        """Read all splits. The identities of each become 0, 1, ... in the order of their ids."""
         checked: dict[str, list[int]] = {split: [] for split in SPLITS}
         for i, row in enumerate(self.rows):
             checked[self._check(row, i)].append(i)
@@ -109,10 +110,9 @@ class _Reader:
             raise UserError(f"{self.path}: no entry has the split 'train'")
         if "test" not in splits:
             raise UserError(f"{self.path}: no entry has the split 'test'")
-        classes = {a.name: len(a.classes) for a in self.attributes}
         ids = {s: list(self._pids(indices)) for s, indices in checked.items() if indices}
-        labelled = "attributes" in self.optional
-        classes = classes if labelled else {}
+        attributes = self.attributes if "attributes" in self.optional else ()
+        classes = {a.name: len(a.classes) for a in attributes}
         root, warnings = str(self.images.root), self.checks.warnings()
         return Data(name, train, splits, classes, views, ids, root, warnings)
 

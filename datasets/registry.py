@@ -14,9 +14,9 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from datasets.files import exists
 from datasets.heldout import HELDOUT, hold_out
 from datasets.pedes import PEDES, read_custom, read_pedes
+from datasets.reading import exists
 from datasets.records import Data
 from datasets.tbagpr import SOURCES, one_view, read_tbagpr
 from utils.attributes import read_attributes

@@ -17,16 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets.files import (
+from datasets.reading import (
     EntryChecks,
     ImageFolder,
     checked_caption,
     checked_pid,
     exists,
     normalise_path,
-    read_json,
 )
 from datasets.records import Data, Gallery, Image, Split, TrainSample
+from utils.documents import read_json_file
 from utils.errors import UserError
 
 # Number of classes by attribute, in the order of the labels in attrs.json.
@@ -151,7 +151,7 @@ class _Reader:
     def train(self, source: Source, index: int, offset: int) -> list[TrainSample]:
         """The samples of the source with this index. `offset` is added to its identities."""
         where = f"{source.folder}/{source.json.format('train')}"
-        rows = read_json(self.root / where)
+        rows = read_json_file(self.root / where)
         if not isinstance(rows, list) or not rows:
             raise UserError(f"{where}: expected a list of samples")
         samples = []
@@ -184,7 +184,7 @@ class _Reader:
     def split(self, source: Source, split: str, index: int, offset: int, joined: Split) -> None:
         """Add the source's images and captions of a split to `joined`, as `train` does."""
         where = f"{source.folder}/{source.json.format(split)}"
-        lists = read_json(self.root / where)
+        lists = read_json_file(self.root / where)
         if not isinstance(lists, dict):
             raise UserError(f"{where}: expected an object of lists: {', '.join(SPLIT_LISTS)}")
         for key in SPLIT_LISTS:
@@ -254,7 +254,7 @@ def _vote_split(split: Split) -> None:
 
 def _read_attributes(path: Path, checks: EntryChecks) -> dict[str, tuple[int, ...]]:
     """Labels by image key, and also by `normalise_path` of the key."""
-    rows = read_json(path)
+    rows = read_json_file(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of {{image key: labels}}")
     labels = {}

@@ -14,7 +14,7 @@ import torch
 from easydict import EasyDict
 from torch import Tensor
 
-from utils.text import tokenizer
+from utils.tokenizer import tokenizer
 
 MASK_ID = 49405  # the mask token; in CLIP's vocabulary the id of the rare word "jekyll"
 MASK_RATE = 0.15  # of the word tokens, as in BERT and IRRA

@@ -13,7 +13,6 @@ from typing import Any
 import open_clip
 import torch
 from easydict import EasyDict
-from prettytable import PrettyTable
 from torch import Tensor
 
 from model.aeafirm import AEAFIRM
@@ -34,6 +33,7 @@ from utils.attributes import read_attributes
 from utils.checkpoint import refuse_nonfinite
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError, suggest
+from utils.tables import console
 
 PREFIX = "base_model."  # of the names of the backbone's weights in a checkpoint
 
@@ -254,9 +254,7 @@ def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
         "skipped, unknown here": [n for n in source if n not in initial],
         "left as initialised": [n for n in initial if n not in fitting],
     }
-    table = PrettyTable(["finetune", "weights", "such as"])
-    table.align = "l"
-    for group, names in groups.items():
-        table.add_row([group, len(names), names[0] if names else ""])
+    rows = [[group, len(names), names[0] if names else ""] for group, names in groups.items()]
+    table = console(["finetune", "weights", "such as"], rows, left=3)
     notes = [note for note in (checkpoint.get("assumed"), note) if note]
-    return "\n".join([*notes, where, table.get_string()])
+    return "\n".join([*notes, where, table])

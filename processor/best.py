@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from processor.summary import epoch_and_best
+from datasets.heldout import HELDOUT
 from utils.checkpoint import UnusableFile, load_checkpoint
 from utils.metrics import METRICS
 from utils.runs import LAST_EPOCH
@@ -116,3 +116,18 @@ class Best:
                 f"{problem}; this run's best was of {was}; the best from here on will be kept"
             )
         return notes
+
+
+def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    """The entries `epoch` and `best` of a checkpoint, or None and {} if they are missing or of
+    other code. `best` has `split`, `epoch` and, unless no split selected, metrics in percent."""
+    epoch: Any = checkpoint.get("epoch")
+    best: Any = checkpoint.get("best")
+    valid = isinstance(best, dict) and all(
+        type(value) is (str if key == "split" else int if key == "epoch" else float)
+        for key, value in best.items()
+    )
+    valid = valid and {"epoch", "split"} <= set(best)
+    valid = valid and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
+    valid = valid and (best["split"] == LAST_EPOCH or set(METRICS) <= set(best))
+    return (epoch if type(epoch) is int else None), (best if valid else {})

@@ -19,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from processor.history import write_epoch
+from utils.console import log_to_file
 from utils.distributed import Processes
 from utils.errors import UserError
-from utils.logger import log_to_file
 from utils.runs import EVENTS
 
 

@@ -8,12 +8,11 @@ from functools import partial
 
 import torch
 from easydict import EasyDict
-from prettytable import PrettyTable
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.files import same_content
 from datasets.loaders import ImageLoader, caption_batches, image_loader
+from datasets.reading import same_content
 from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
@@ -21,9 +20,7 @@ from model.aeafirm import AEAFIRM
 from utils.devices import at_least_float32, autocast
 from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 from utils.errors import UserError
-from utils.metrics import METRICS, Ranked, Retrieval, rank
-from utils.text import visible
-from utils.uncertainty import bootstrap
+from utils.metrics import Ranked, Retrieval, rank_gallery
 
 
 @dataclass
@@ -141,7 +138,7 @@ class Evaluator:
     def evaluate(self, model: AEAFIRM, between: Callable[[], object] = lambda: None) -> Retrieval:
         """Metrics of all captions on the first view's images, as in the paper."""
         sets = self._sets(self.encode(model, between))
-        return rank(*next(iter(sets.values()))).summary()
+        return rank_gallery(*next(iter(sets.values()))).summary()
 
     def galleries(self, features: Features) -> dict[str, Ranked]:
         """Results of every query on every gallery.
@@ -151,7 +148,7 @@ class Evaluator:
         """
         sets = self._sets(features)
         return {
-            name: rank(*tensors)
+            name: rank_gallery(*tensors)
             for name, tensors in sets.items()
             if name == next(iter(sets)) or torch.isin(tensors[2], tensors[3]).any()
         }
@@ -204,47 +201,3 @@ class Evaluator:
             for name, value in zip(names, accuracy_A.tolist(), strict=True):
                 table[name][view] = value
         return table
-
-
-def gallery_table(galleries: dict[str, Retrieval]) -> str:
-    """Metrics in percent, one row per gallery."""
-    table = PrettyTable(["gallery", "queries", "images", *METRICS])
-    table.align = "r"
-    table.align["gallery"] = "l"
-    for name, result in galleries.items():
-        cells = [f"{value:.2f}" for value in result.metrics.values()]
-        table.add_row([name, result.queries, result.gallery, *cells])
-    lines = [table.get_string()]
-    lines += [
-        f"{name}: {result.unmatched} captions have no image of their identity and are skipped"
-        for name, result in galleries.items()
-        if result.unmatched
-    ]
-    return "\n".join(lines)
-
-
-def intervals(ranked: Ranked, samples: int, seed: int) -> dict[str, list[float]]:
-    """95 % confidence interval of each metric, from bootstrap `samples` of identities."""
-    low, high = bootstrap(ranked.percentages(), ranked.pids_Q, samples, seed).tolist()
-    return {name: [a, b] for name, a, b in zip(METRICS, low, high, strict=True)}
-
-
-def interval_table(galleries: dict[str, dict[str, list[float]]]) -> str:
-    """Confidence intervals, one row per gallery."""
-    table = PrettyTable(["gallery", *METRICS])
-    table.align = "r"
-    table.align["gallery"] = "l"
-    for name, metrics in galleries.items():
-        table.add_row([name, *(f"{low:.2f} to {high:.2f}" for low, high in metrics.values())])
-    return table.get_string()
-
-
-def attribute_table(accuracy: dict[str, dict[str, float]]) -> str:
-    """Accuracy in percent, one row per attribute, one column per view."""
-    views = list(next(iter(accuracy.values())))
-    table = PrettyTable(["attribute", *views])
-    table.align = "r"
-    table.align["attribute"] = "l"
-    for name, row in accuracy.items():
-        table.add_row([visible(name), *(f"{row[view]:.2f}" for view in views)])
-    return table.get_string()

@@ -37,8 +37,8 @@ from datasets.records import Data
 from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
 from model.build import build_evaluation_model
+from processor.best import epoch_and_best
 from processor.evaluator import Evaluator, encode_images
-from processor.summary import epoch_and_best
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import options_of_run

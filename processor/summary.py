@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from easydict import EasyDict
-from prettytable import PrettyTable
 
 from datasets.fingerprint import changes, fingerprint
 from datasets.heldout import HELDOUT
@@ -18,10 +17,11 @@ from datasets.loaders import TrainLoader
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
+from processor.best import epoch_and_best
 from processor.evaluator import Evaluator
 from utils.command_line import command_line_only_arguments
 from utils.distributed import Processes
-from utils.metrics import METRICS, Retrieval
+from utils.metrics import Retrieval
 from utils.runs import LAST_EPOCH
 from utils.text import visible
 
@@ -157,21 +157,6 @@ def compare_data(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any]
     return {**current, "changed": changed}, notes
 
 
-def epoch_and_best(checkpoint: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """The entries `epoch` and `best` of a checkpoint, or None and {} if they are missing or of
-    other code. `best` has `split`, `epoch` and, unless no split selected, metrics in percent."""
-    epoch: Any = checkpoint.get("epoch")
-    best: Any = checkpoint.get("best")
-    valid = isinstance(best, dict) and all(
-        type(value) is (str if key == "split" else int if key == "epoch" else float)
-        for key, value in best.items()
-    )
-    valid = valid and {"epoch", "split"} <= set(best)
-    valid = valid and best["split"] in ("test", "val", HELDOUT, LAST_EPOCH)
-    valid = valid and (best["split"] == LAST_EPOCH or set(METRICS) <= set(best))
-    return (epoch if type(epoch) is int else None), (best if valid else {})
-
-
 def compare_metrics(best: dict[str, Any], result: Retrieval) -> str:
     """A line for the log: does an evaluation give the metrics of training at the best epoch?"""
     same = all(abs(best[k] - value) < 0.01 for k, value in result.metrics.items())
@@ -188,19 +173,3 @@ def evaluation_commands(config: Path, checkpoints: Sequence[Path], args: EasyDic
         command += command_line_only_arguments(args)
         lines.append(visible(f"evaluate {path.name} with: {shlex.join(command)}"))
     return "\n".join(lines)
-
-
-def best_table(best: dict[str, dict[str, Any]]) -> str:
-    """A table of the best epochs, with the metrics of all splits at each.
-
-    Args:
-        best: `Best.by_split`.
-    """
-    table = PrettyTable(["best epoch", "chosen on", "metrics of", *METRICS])
-    table.float_format = ".2"
-    for chosen_on, row in best.items():
-        for split, metrics in row["metrics"].items():
-            table.add_row([row["epoch"], chosen_on, split, *metrics.values()])
-        if chosen_on == LAST_EPOCH:
-            table.add_row([row["epoch"], "no split: the last epoch", *[""] * (1 + len(METRICS))])
-    return table.get_string()

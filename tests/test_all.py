@@ -13,7 +13,7 @@ import yaml
 import test as test_entry
 import train as train_entry
 from processor.history import read_history
-from processor.queries import read_queries
+from processor.results import read_queries
 from processor.state import PARTS
 from tests.helpers import SCRATCH, golden_clip, run
 from utils.checkpoint import load_checkpoint

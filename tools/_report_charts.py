@@ -18,8 +18,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from processor.queries import read_queries
-from tools._report_runs import Points, Run
+from processor.results import read_queries
+from tools._report_runs import Points, ReportedRun
 
 MOST = 500  # points that are drawn of a line
 MARKED = 40  # with up to this many points, each gets a marker
@@ -41,7 +41,7 @@ class Chart:
     notes: list[str]
 
 
-def training(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+def training(runs: Sequence[ReportedRun]) -> dict[str, list[Chart]]:
     """A chart of each scalar with all runs in it, by the part of its tag before "/" ("loss",
     "val"); tags without "/" come last. All charts share one axis of epochs, whatever the lengths
     of the runs."""
@@ -55,9 +55,9 @@ def training(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     return dict(sorted(groups.items(), key=lambda group: not group[0]))
 
 
-def recall(runs: Sequence[Run], most: int = 50) -> list[Chart]:
+def recall(runs: Sequence[ReportedRun], most: int = 50) -> list[Chart]:
     """Share of captions with a match among the first k images, by gallery, on common axes."""
-    by_gallery: dict[str, list[tuple[Run, Points]]] = {}
+    by_gallery: dict[str, list[tuple[ReportedRun, Points]]] = {}
     for gallery in runs[0].results["splits"]["test"]["galleries"]:
         for run in runs:
             if gallery in run.results["splits"]["test"]["galleries"]:
@@ -78,7 +78,7 @@ def recall(runs: Sequence[Run], most: int = 50) -> list[Chart]:
 
 def chart(
     title: str,
-    lines: Sequence[tuple[Run, Points]],
+    lines: Sequence[tuple[ReportedRun, Points]],
     xlabel: str,
     x: tuple[float, float],
     y: tuple[float, float] | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from processor.queries import check_metrics, read_results
+from processor.results import check_metrics, read_results
 from utils.errors import UserError
 from utils.metrics import METRICS
 from utils.runs import EVENTS
@@ -19,7 +19,7 @@ Points = list[tuple[float, float]]
 
 
 @dataclass
-class Run:
+class ReportedRun:
     """The content of a run's folder."""
 
     folder: Path
@@ -29,12 +29,12 @@ class Run:
     colour: str
 
 
-def read_run(folder: Path, colour: str) -> Run:
+def read_run(folder: Path, colour: str) -> ReportedRun:
     """A run by its folder. Raises UserError if the folder is not an evaluated run."""
     path = folder / "test_results.json"
     results = read_results(path, folder / "test_queries.npz")
     check_metrics(results, path)
-    return Run(folder, folder.absolute().name, results, read_scalars(folder), colour)
+    return ReportedRun(folder, folder.absolute().name, results, read_scalars(folder), colour)
 
 
 def percentages(gallery: dict[str, Any]) -> list[float]:

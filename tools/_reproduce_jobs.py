@@ -19,21 +19,20 @@ from typing import Any
 
 from easydict import EasyDict
 
+from processor.best import epoch_and_best
 from processor.history import HISTORY, read_history
-from processor.queries import CHECKPOINTS
-from processor.summary import epoch_and_best
+from processor.results import CHECKPOINTS
 from tools._reproduce_table import Table, slug
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.config import read_yaml, resolve
 from utils.documents import load_json
 from utils.errors import UserError
-from utils.files import open_file, read_file
+from utils.files import PROJECT, add_to_hash, read_file
 from utils.metrics import METRICS
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
-from utils.runs import differences
+from utils.runs import differing_options
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = ("train.py", "test.py", "datasets", "model", "processor", "solver", "utils")
 PROTOCOLS = {
     "paper": "best epoch chosen on test (the paper's protocol)",
@@ -123,7 +122,7 @@ def make_jobs(
     `options` apply to all rows. Raises UserError for a row whose options contradict each other.
     """
     jobs, left_out = [], {}
-    data = fingerprint(Path(given.root_dir))
+    data = hash_folder(Path(given.root_dir))
     for row in table.rows:
         if row.get("needs") == "finetune" and not given.mllm4text:
             left_out[row["name"]] = "needs --mllm4text, a checkpoint of MLLM4Text-ReID"
@@ -158,12 +157,12 @@ def job_folder(prefix: Path, args: EasyDict, content: list[Any]) -> Path:
         text = json.dumps([options, *content], sort_keys=True)
         folder = Path(f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
         config = folder / "options.yaml"
-        if not (config.is_file() and differences(every, read_yaml(config), ())):
+        if not (config.is_file() and differing_options(every, read_yaml(config), ())):
             break
     return folder
 
 
-def fingerprint(root: Path) -> str:
+def hash_folder(root: Path) -> str:
     """A hash of a data set: the contents of its JSON files, names and sizes of all other files.
 
     Follows links, as the readers of data sets do; counts each folder of a circle once. Raises
@@ -221,9 +220,7 @@ def file_hash(path: Path) -> str:
 def _feed(digest: Any, path: Path, option: str) -> None:
     """Add a file to a hash. Raises UserError if it cannot be read."""
     try:
-        with open_file(path) as file:
-            while part := file.read(2**20):  # hashlib.file_digest is not in Python 3.10
-                digest.update(part)
+        add_to_hash(digest, path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} ({option})") from None
 
@@ -234,15 +231,16 @@ def code_version() -> dict[str, str]:
     `sources` is a hash of its files. `commit` is for people: with -dirty if files are modified;
     without git, the start of the hash.
     """
-    files = [p for name in CODE for p in (ROOT / name, *(ROOT / name).rglob("*.py")) if p.is_file()]
+    parts = [PROJECT / name for name in CODE]
+    files = [path for part in parts for path in (part, *part.rglob("*.py")) if path.is_file()]
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(f"\n{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+        digest.update(f"\n{path.relative_to(PROJECT)}\0".encode() + path.read_bytes())
     sources = digest.hexdigest()
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+            ["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

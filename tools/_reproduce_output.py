@@ -10,14 +10,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.registry import read_dataset
-from processor.queries import CHECKPOINTS
+from processor.results import CHECKPOINTS
 from tools._reproduce_jobs import PROTOCOLS, Job, epochs_done
 from tools._reproduce_table import Table
 from tools.bench import measured_step
+from utils.console import say
 from utils.files import write_atomically
-from utils.logger import say
 from utils.metrics import METRICS
-from utils.tables import as_csv, console, in_latex, in_markdown, latex, markdown
+from utils.tables import (
+    as_csv,
+    console,
+    in_latex,
+    in_markdown,
+    latex,
+    markdown,
+    mean_and_deviation,
+)
 from utils.text import visible
 
 
@@ -94,13 +102,6 @@ def heading(protocol: str, jobs: list[Job]) -> str:
                  "val": "; none of its images or people is in test"}[protocol]  # fmt: skip
         text += apart if all(measured) else "; whether test has the same people is unknown"
     return text
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """The mean; with two or more values, also the standard deviation."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else ""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def plan(jobs: list[Job], left_out: dict[str, str]) -> str:

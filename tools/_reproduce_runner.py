@@ -16,13 +16,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from processor.queries import CHECKPOINTS, check_metrics, read_results, stem
-from tools._reproduce_jobs import ROOT, Job, epochs_done, epochs_logged
+from processor.results import CHECKPOINTS, check_metrics, read_results, stem
+from tools._reproduce_jobs import Job, epochs_done, epochs_logged
 from utils.command_line import command_line_only_arguments
 from utils.config import write_config
+from utils.console import say
 from utils.errors import UserError
-from utils.files import append, lock, write_atomically
-from utils.logger import say
+from utils.files import PROJECT, append, lock, write_atomically
 from utils.metrics import METRICS
 from utils.text import visible
 
@@ -120,8 +120,9 @@ class Runner:
         log = append(console)
         try:
             child = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=environment, text=True, errors="replace",
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[self.locks[job.folder]],
+                [sys.executable, *command], cwd=PROJECT, env=environment, text=True,
+                errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)
             for line in child.stdout or ():

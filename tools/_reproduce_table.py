@@ -13,12 +13,12 @@ from typing import Any
 from utils.config import read_preset
 from utils.documents import read_yaml_file
 from utils.errors import UserError, suggest
-from utils.files import expand
+from utils.files import PROJECT, expand
 from utils.metrics import METRICS
 from utils.options import OPTIONS
 from utils.text import HIDDEN
 
-TABLES = Path(__file__).resolve().parent.parent / "configs/tables"
+TABLES = PROJECT / "configs/tables"
 TABLE_KEYS = {"title": str, "base": str, "rows": list, "options": dict}
 ROW_KEYS = {
     "name": str, "base": str, "options": dict, "published": dict, "needs": str, "ablation": bool,

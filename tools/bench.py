@@ -36,7 +36,6 @@ import resource
 import torch
 import torch.nn.functional as F
 from easydict import EasyDict
-from prettytable import PrettyTable
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,13 +51,13 @@ from model.weights import config_from_choice
 from processor.step import TrainStep
 from solver.build import build_optimizer
 from utils.command_line import parse_options
+from utils.console import say
 from utils.devices import autocast, choose_device, choose_precision
-from utils.documents import load_json
+from utils.documents import read_json_file
 from utils.errors import UserError, run_main
-from utils.files import expand, read_file, write_atomically
-from utils.logger import say
-from utils.metrics import query_metrics, retrieval
-from utils.text import visible
+from utils.files import expand, write_atomically
+from utils.metrics import query_metrics, rank_gallery
+from utils.tables import console
 
 PARTS = ("data", "step", "encode", "rank")
 GALLERIES = (3_200, 20_000, 100_000)
@@ -372,7 +371,7 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
         name = f"rank {QUERIES} x {size}"
         once = Clock(device, min(3, clock.repeat))
         before = memory_mib(device)
-        seconds = once(partial(retrieval, query, gallery, query_pids, gallery_pids), 1)
+        seconds = once(partial(rank_gallery, query, gallery, query_pids, gallery_pids), 1)
         yield row(name, seconds, memory_mib=memory_mib(device) - before)
         part = 3_200 if size == GALLERIES[0] else 320  # this many queries; the others take as long
         similarity, pids = query[:part] @ gallery.T, query_pids[:part]
@@ -386,9 +385,7 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
 
 def table_of(rows: list[Row]) -> str:
     """The measurements as a table."""
-    table = PrettyTable(["what", "ms", "quartiles", "per second", "share", "notes"])
-    table.align = "r"
-    table.align["what"] = table.align["notes"] = "l"
+    cells = []
     for r in rows:
         notes = []
         if "tflop" in r:
@@ -398,7 +395,7 @@ def table_of(rows: list[Row]) -> str:
             )
         if "memory_mib" in r:
             notes.append(f"{r['memory_mib']:.0f} MiB")
-        table.add_row(
+        cells.append(
             [
                 r["what"],
                 f"{r['median_ms']:.1f}",
@@ -408,7 +405,7 @@ def table_of(rows: list[Row]) -> str:
                 "; ".join(notes),
             ]
         )
-    return table.get_string()
+    return console(["what", "ms", "quartiles", "per second", "share", "notes"], cells)
 
 
 def compare(paths: list[str]) -> str:
@@ -416,22 +413,19 @@ def compare(paths: list[str]) -> str:
     files = []
     for path in paths:
         try:
-            rows = load_json(read_file(path))["rows"]
-            files.append({visible(row["what"]): float(row["median_ms"]) for row in rows})
+            rows = read_json_file(path, "no result of tools/bench.py: ")["rows"]
+            files.append({str(row["what"]): float(row["median_ms"]) for row in rows})
             if not all(0 < value < math.inf for value in files[-1].values()):
                 raise ValueError("a median is not a positive time")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path}: no result of tools/bench.py: {error}") from None
     old, new = files
-    one, other = map(visible, paths)
-    table = PrettyTable(["what", f"{one}, ms", f"{other}, ms", "times faster"])
-    table.align = "r"
-    table.align["what"] = "l"
-    for name in old:
-        if name in new:
-            a, b = old[name], new[name]
-            table.add_row([name, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"])
-    return table.get_string()
+    rows = [
+        [name, f"{old[name]:.1f}", f"{new[name]:.1f}", f"{old[name] / new[name]:.2f}"]
+        for name in old
+        if name in new
+    ]
+    return console(["what", *(f"{path}, ms" for path in paths), "times faster"], rows)
 
 
 def machine(device: torch.device) -> str:

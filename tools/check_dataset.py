@@ -26,7 +26,6 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
-from prettytable import PrettyTable
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -36,10 +35,12 @@ from datasets.registry import read_dataset
 from datasets.transforms import read_image
 from utils.attributes import check_labels, read_attributes
 from utils.command_line import parse_some
+from utils.console import say
 from utils.devices import allow_open_files, cores
 from utils.errors import UserError, run_main
-from utils.logger import say
-from utils.text import tokenizer, visible
+from utils.tables import console
+from utils.text import visible
+from utils.tokenizer import tokenizer
 
 SHOWN = 5  # examples of each finding
 # What descriptions of people do not contain, but captions written by a program sometimes do.
@@ -219,24 +220,15 @@ def overview(parts: dict[str, Part]) -> str:
     """Counts per split."""
     views = list(parts["train"].views)
     images = [f"{view.removesuffix('image').strip()} images".strip() for view in views]
-    head = [
-        "split",
-        "identities",
-        *images,
-        "captions",
-        "captions per identity",
-        "words per caption",
-    ]
-    table = PrettyTable(head)
-    table.align = "r"
-    table.align["split"] = "l"
+    head = ["split", "identities", *images, "captions", "captions per identity"]
+    rows = []
     for name, part in parts.items():
         words = sum(len(c.text.split()) for c in part.captions) / max(1, len(part.captions))
-        table.add_row(
+        rows.append(
             [name, len(part.pids), *(part.views[v] for v in views), len(part.captions),
              f"{len(part.captions) / len(part.pids):.1f}", f"{words:.1f}"]
         )  # fmt: skip
-    return table.get_string()
+    return console([*head, "words per caption"], rows)
 
 
 def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report) -> str:
@@ -244,9 +236,7 @@ def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report)
 
     Reports classes that no training image has.
     """
-    table = PrettyTable(["attribute", "class", *(f"{name}, %" for name in parts)])
-    table.align = "r"
-    table.align["attribute"] = table.align["class"] = "l"
+    rows = []
     named = {a.name: a.classes for a in read_attributes(path)}
     for column, (attribute, count) in enumerate(data.attribute_classes.items()):
         counts = {
@@ -256,11 +246,10 @@ def label_balance(data: Data, parts: dict[str, Part], path: str, report: Report)
         for value in range(count):
             title = dict(enumerate(named.get(attribute, ()))).get(value, value)
             shares = [100 * c[value] / c.total() for c in counts.values()]
-            name = "" if value else visible(attribute)
-            table.add_row([name, visible(title), *(f"{s:.1f}" for s in shares)])
+            rows.append(["" if value else attribute, title, *(f"{s:.1f}" for s in shares)])
             if not counts["train"][value]:
                 report.add(False, "classes without a training image", [f"{attribute}: {title}"])
-    return table.get_string()
+    return console(["attribute", "class", *(f"{name}, %" for name in parts)], rows, left=2)
 
 
 def main() -> None:

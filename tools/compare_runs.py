@@ -34,15 +34,15 @@ import utils  # noqa: F401  before torch is loaded
 
 import torch
 
-from processor.queries import CHECKPOINTS, read_queries, read_results, stem
+from processor.results import CHECKPOINTS, read_queries, read_results, stem
 from utils.config import read_yaml
+from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import path_option
-from utils.logger import say
 from utils.metrics import METRICS, Ranked
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import CONFIG
-from utils.tables import console
+from utils.tables import console, mean_and_deviation
 from utils.text import visible
 from utils.uncertainty import bootstrap_difference, permutation_p
 
@@ -56,7 +56,7 @@ UNKNOWN = "unknown"
 
 
 @dataclass
-class Run:
+class ComparedRun:
     """An evaluated run; options and results are empty if their files are missing."""
 
     path: Path
@@ -88,7 +88,7 @@ class Run:
         }
 
 
-def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
+def read_run(path: Path, split: str, gallery: str, protocol: str) -> ComparedRun:
     """A run by its folder or by its archive of queries. Raises UserError."""
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG
@@ -114,14 +114,14 @@ def read_run(path: Path, split: str, gallery: str, protocol: str) -> Run:
     ranked = read_queries(archive, split, gallery)
     results = archive.with_name(archive.name.replace("_queries.npz", "_results.json"))
     exists = results.suffix == ".json" and os.path.lexists(results)
-    run = Run(path, ranked, options, read_results(results, archive) if exists else {})
+    run = ComparedRun(path, ranked, options, read_results(results, archive) if exists else {})
     images = run.result("splits", split, "galleries", gallery, "gallery")
     if not ranked.gallery and isinstance(images, int):  # an archive of an older version
         run.ranked = Ranked(ranked.rows_Q3, ranked.pids_Q, images)
     return run
 
 
-def check_same(one: Run, other: Run, split: str) -> None:
+def check_same(one: ComparedRun, other: ComparedRun, split: str) -> None:
     """Raises UserError unless two runs ranked the same gallery for the same captions."""
     a, b = one.ranked, other.ranked
     fingerprints = [run.result("data", "fingerprint", split) for run in (one, other)]
@@ -141,7 +141,7 @@ def check_same(one: Run, other: Run, split: str) -> None:
     raise UserError(f"{one.path} and {other.path} cannot be compared: {split} has {differ}")
 
 
-def differences(sides: dict[str, list[Run]]) -> str:
+def facts_table(sides: dict[str, list[ComparedRun]]) -> str:
     """A table of the facts that are not the same in all runs."""
     rows = []
     facts = {side: [run.facts() for run in runs] for side, runs in sides.items()}
@@ -159,7 +159,7 @@ def distinct(values: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(value for value in values if value is not None))
 
 
-def warnings(sides: dict[str, list[Run]], split: str) -> list[str]:
+def warnings(sides: dict[str, list[ComparedRun]], split: str) -> list[str]:
     """Reasons to distrust the comparison, one per line."""
     lines = []
     for side, runs in sides.items():
@@ -235,7 +235,7 @@ def compare(
     ]
     images = f"{every[0].ranked.gallery} images, " if every[0].ranked.gallery else ""
     lines += [
-        differences(runs),
+        facts_table(runs),
         visible(f"{split}, gallery {gallery}: ")
         + f"{len(pids_Q)} captions of {len(pids_Q.unique())} identities, "
         f"{images}{resamples} resamples",
@@ -246,12 +246,6 @@ def compare(
         if len(side) == 1:
             lines.append(f"{name}: one seed, so this says nothing about other seeds")
     return "\n".join(lines)
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """The mean; with two or more values, also the standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def main() -> None:

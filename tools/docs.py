@@ -23,10 +23,10 @@ import utils  # noqa: F401  before torch is loaded
 from datasets.registry import datasets_table
 from model.losses.registry import losses_table
 from utils import option_docs
-from utils.command_line import PROJECT
-from utils.logger import say
+from utils.console import say
+from utils.files import PROJECT
 
-ROOT = Path(PROJECT)
+ROOT = PROJECT
 ENTRY_POINTS = ("train.py", "test.py")
 PACKAGES = ("processor", "datasets", "model", "solver", "tools", "utils")  # in reading order
 

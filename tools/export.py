@@ -27,12 +27,12 @@ from easydict import EasyDict
 
 from model.build import PREFIX, build_evaluation_model
 from model.weights import OPENAI_MODELS, BackboneConfig
-from processor.summary import epoch_and_best
+from processor.best import epoch_and_best
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
+from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import expand, write_atomically
-from utils.logger import say
 from utils.options import MAY_DIFFER, OPTIONS, SCRATCH_ONLY
 from utils.text import visible
 
@@ -90,7 +90,7 @@ def main() -> None:
     # Building the model checks that the checkpoint is complete.
     backbone = build_evaluation_model(args, checkpoint, str(path)).base_model
     config, folder = backbone.config, Path(args.output)
-    notes += differences(args, config)
+    notes += lost_in_original(args, config)
     check_openai(config, f"{path}: {args.pretrain_choice}")
     kept = {name: v for name, v in checkpoint["model"].items() if FAMILY.match(name)}
     rows = len(kept.get("classifier.weight", range(CLASSES)))
@@ -150,7 +150,7 @@ def check_openai(config: BackboneConfig, what: str) -> None:
         )
 
 
-def differences(args: EasyDict, config: BackboneConfig) -> list[str]:
+def lost_in_original(args: EasyDict, config: BackboneConfig) -> list[str]:
     """Notes on what the original does not do as this run does."""
     notes = []
     if args.text_length < config.context_length:

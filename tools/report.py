@@ -31,12 +31,12 @@ from torch import Tensor
 from datasets.records import Image, Split
 from datasets.transforms import read_image
 from processor.inference import load_run
-from processor.queries import read_queries
-from tools._report_runs import Run, percentages, read_run
+from processor.results import read_queries
+from tools._report_runs import ReportedRun, percentages, read_run
 from utils.command_line import options_of_run
+from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
-from utils.logger import say
 from utils.metrics import METRICS
 from utils.options import OPTIONS
 from utils.runs import CONFIG
@@ -50,7 +50,7 @@ THUMBNAIL = 120  # pixels high
 # Ranked pictures
 
 
-class Picture(NamedTuple):
+class RankedPicture(NamedTuple):
     """One of a caption's best images."""
 
     path: str
@@ -62,11 +62,11 @@ class Sheet(NamedTuple):
     """Captions, each with the rank of its first match and its best images."""
 
     title: str
-    captions: list[tuple[str, str, list[Picture]]]
+    captions: list[tuple[str, str, list[RankedPicture]]]
 
 
 def encode(
-    run: Run, given: argparse.Namespace
+    run: ReportedRun, given: argparse.Namespace
 ) -> tuple[str, Split, Tensor, dict[str, tuple[Tensor, list[Image], list[int]]]]:
     """Encode the test split with the run's model.
 
@@ -92,7 +92,7 @@ def encode(
 
 
 @torch.no_grad()
-def sheets(run: Run, given: argparse.Namespace) -> list[Sheet]:
+def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
     """Two sheets per gallery, of the worst failures and of random captions. Raises UserError."""
     root_dir, split, caption_CD, views = encode(run, given)
     made = []
@@ -119,7 +119,7 @@ def sheets(run: Run, given: argparse.Namespace) -> list[Sheet]:
                     hit = pids[g] == split.caption_pids[q]
                     label = f"{'hit' if hit else 'miss'}, identity {pids[g]}"
                     label = f"rank {k}: {label}, similarity {similarity:.3f}"
-                    best.append(Picture(images[g].path, hit, label))
+                    best.append(RankedPicture(images[g].path, hit, label))
                 captions.append((split.captions[q], f"{rank} of {len(images)}", best))
             made.append(Sheet(f"{name}: {len(captions)} {kind} captions", captions))
     return made
@@ -147,7 +147,7 @@ def thumbnail(path: str) -> tuple[int, str]:
 # The page
 
 
-def metrics(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def metrics(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """A row per split, gallery and run, in this order; "best" marks the values that no other run
     exceeds on that split and gallery."""
     places: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -169,14 +169,14 @@ def metrics(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [row for rows in places.values() for row in rows]
 
 
-def options_table(run: Run) -> list[tuple[str, object, str]]:
+def options_table(run: ReportedRun) -> list[tuple[str, object, str]]:
     """Every option, its value, and "changed" unless that is the default."""
     args, _ = options_of_run(run.folder / CONFIG, {})
     values = [(name, args[name], option.default) for name, option in OPTIONS.items()]
     return [(name, value, "changed" if value != default else "") for name, value, default in values]
 
 
-def report(runs: Sequence[Run], given: argparse.Namespace) -> str:
+def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
     """The page. The template escapes all inserted text, and shows control characters and unpaired
     surrogates by their numbers.
 

@@ -31,9 +31,9 @@ from tools._reproduce_output import plan, write_tables
 from tools._reproduce_runner import run_jobs
 from tools._reproduce_table import TABLES, read_table
 from utils.command_line import parse_given
+from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import expand
-from utils.logger import say
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.text import visible
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from utils.documents import read_yaml_file
 from utils.errors import UserError
-from utils.text import MAX_TEXT, MAX_WORD, is_cut, text_problem
+from utils.files import PROJECT
+from utils.tokenizer import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
 TOO_LONG = f"has more than {MAX_TEXT} characters, or a word of more than {MAX_WORD}"
 
@@ -28,7 +29,7 @@ def read_attributes(path: str | Path) -> list[Attribute]:
     If a relative path does not exist, it is tried in the project's folder, so that commands work
     from any folder.
     """
-    shipped = Path(__file__).parent.parent / path
+    shipped = PROJECT / path
     try:
         use_shipped = shipped.exists() and not Path(path).exists()
         entries = read_yaml_file(path, shipped if use_shipped else path)

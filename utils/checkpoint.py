@@ -9,20 +9,20 @@ import os
 import pickle
 import re
 import shutil
-import types
 import warnings
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.expansion import refuse_compressed, refuse_oversized
 from utils.files import open_file, write_atomically
+from utils.torchscript import is_torchscript, read_torchscript
 
 HASH = "sha256"  # entry of a checkpoint: the hash of all its other entries
 # Entries in which other code keeps a model's weights; the first of them in this order is taken.
@@ -30,7 +30,6 @@ WEIGHT_ENTRIES = (
     "model", "state_dict", "model_state_dict", "module", "net", "network", "weights", "params",
     "ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model",
 )  # fmt: skip
-MAX_EXPANSION = 4  # largest ratio of a checkpoint's content to its file, plus a small constant
 # Parts of weight names that DataParallel, torch.compile and other wrappers of a model add.
 WRAPPER_NAMES = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 CONVERT = (
@@ -139,51 +138,6 @@ def refuse_nonfinite(weights: dict[str, Any], where: str | Path) -> None:
         raise UnusableFile(f"{where}: {_nonfinite_message(nonfinite)}; use an earlier save")
 
 
-def refuse_oversized(content: Any, size: int) -> None:
-    """Raise ValueError unless `content` has only plain values and dense tensors, and is not too
-    large for a file of `size` bytes.
-
-    A value that occurs several times counts each time, because copying and hashing visit it each
-    time. It is measured only once.
-    """
-    # Number of values and bytes, by id; None while a value is being measured.
-    known: dict[int, tuple[int, int] | None] = {}
-    visited = 0
-
-    def measure(value: Any, entry: str) -> tuple[int, int]:
-        nonlocal visited
-        visited += 1
-        if isinstance(value, (str, bytes, bytearray)):
-            return 1, len(value)
-        if not isinstance(value, (Tensor, dict, list, tuple, set, frozenset)):
-            return 1, 8
-        if id(value) in known:
-            if (result := known[id(value)]) is None:
-                raise ValueError(f"{entry} holds itself")
-            return result
-        known[id(value)] = None
-        if isinstance(value, Tensor):
-            if problem := _not_plain(value):
-                raise ValueError(f"{entry or 'it'} is {problem}")
-            values, count = 1, value.numel() * value.element_size()
-        else:
-            values, count = 1, 8
-            parts = value.items() if isinstance(value, dict) else enumerate(value)
-            for name, part in parts:
-                inner = entry or f"'{name!s:.60}'"
-                for part_values, part_count in (measure(name, inner), measure(part, inner)):
-                    values, count = values + part_values, count + part_count
-        if values > MAX_EXPANSION * visited + 100_000 or count > MAX_EXPANSION * size + 2**20:
-            raise ValueError(
-                f"{entry or 'it'} expands to {values} values of {count} bytes, from {visited} in a "
-                f"file of {size} bytes"
-            )
-        known[id(value)] = values, count
-        return values, count
-
-    measure(content, "")
-
-
 def digest(content: Any) -> str:
     """SHA-256 of tensors and plain values, nested at any depth."""
     sha256 = hashlib.sha256()
@@ -245,19 +199,11 @@ def _read(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         except Exception as error:
             raise UnusableFile(f"{path}: not readable as safetensors: {error}") from None
-    return _read_torchscript(path, size) if _is_torchscript(path) else _load(path, start, size)
+    return read_torchscript(path, size) if is_torchscript(path) else _load(path, start, size)
 
 
 def _is_pickled(start: bytes) -> bool:
     return start[:2] == b"PK" or start[:1] == b"\x80"  # torch.save's formats
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
 
 
 def _load(path: Path, start: bytes, size: int) -> Any:
@@ -265,7 +211,7 @@ def _load(path: Path, start: bytes, size: int) -> Any:
     try:
         if start[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
-                _refuse_compressed(archive.infolist(), size)
+                refuse_compressed(archive.infolist(), size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; an error says enough
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -301,119 +247,6 @@ def _load(path: Path, start: bytes, size: int) -> Any:
     if corrupted:
         raise UnusableFile(f"{path}: corrupted: its content does not match the hash saved in it")
     return content
-
-
-def _refuse_compressed(records: Iterable[zipfile.ZipInfo], size: int) -> None:
-    """Raise ValueError if records of an archive of `size` bytes are compressed, which torch's never
-    are, or larger than the archive."""
-    records = list(records)
-    for record in records:
-        if record.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"its record {record.filename} is compressed")
-    if sum(record.file_size for record in records) > size:
-        raise ValueError("its records are larger than the file")
-
-
-def _read_torchscript(path: Path, size: int) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive; no code of the file runs.
-
-    `torch.jit.load` would build the archive's program. Here an unpickler that accepts only tensors
-    and plain containers reads the pickle inside, and replaces every module of the program by an
-    empty object.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
-            folder = record.removesuffix("data.pkl")  # records of code may be compressed
-            records = [
-                r for r in archive.infolist() if r.filename.startswith((record, f"{folder}data/"))
-            ]
-            _refuse_compressed(records, size)
-            with archive.open(record) as file:
-                root = _ModuleUnpickler(file, archive, f"{folder}data").load()
-        weights = _parameters(root)
-        refuse_oversized(weights, size)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:
-        raise UserError(f"{path}: corrupted TorchScript archive ({error})") from None
-    return weights
-
-
-def _parameters(root: Any) -> dict[str, Tensor]:
-    """The tensors of a TorchScript module and its submodules, by name; each module once."""
-    weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
-
-    def walk(module: types.SimpleNamespace, prefix: str) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                weights[f"{prefix}{name}"] = value.detach()
-            elif isinstance(value, types.SimpleNamespace):
-                walk(value, f"{prefix}{name}.")
-
-    if not isinstance(root, types.SimpleNamespace):
-        raise ValueError(f"its root is a {type(root).__name__}, not a module")
-    walk(root, "")
-    return weights
-
-
-def _as_is(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _strided(
-    flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    return flat.as_strided(size, stride, offset)
-
-
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_HARMLESS = {
-    ("torch._utils", "_rebuild_tensor_v2"): _strided,
-    ("torch._utils", "_rebuild_parameter"): _as_is,
-    ("collections", "OrderedDict"): OrderedDict,
-    **{
-        ("torch.jit._pickle", f"build_{kind}list"): _as_is
-        for kind in ("int", "double", "bool", "tensor")
-    },
-    ("torch.jit._pickle", "restore_type_tag"): _as_is,
-}
-
-
-class _ModuleUnpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(file)
-        self._archive, self._folder = archive, folder
-        self._records: dict[str, bytearray] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "__torch__":
-            return types.SimpleNamespace
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        try:
-            return _HARMLESS[module, name]
-        except KeyError:
-            raise UserError(f"refused: the archive asks for {module}.{name}") from None
-
-    def persistent_load(self, saved: tuple[Any, ...]) -> Tensor:
-        _, dtype, key, _, _ = saved
-        if key not in self._records:
-            self._records[key] = bytearray(self._archive.read(f"{self._folder}/{key}"))
-        return torch.frombuffer(self._records[key], dtype=dtype)
 
 
 def _find_weights(
@@ -453,12 +286,3 @@ def _unwrapped(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: has weights for '{short}' twice, once as '{name}'")
         unwrapped[short] = value
     return unwrapped
-
-
-def _not_plain(tensor: Tensor) -> str:
-    """Why a tensor is not accepted, or nothing."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return "a sparse, quantized or nested tensor; save a dense one"
-    if tensor.device.type != "cpu":
-        return f"a tensor on {tensor.device} without values"
-    return ""

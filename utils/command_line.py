@@ -14,13 +14,13 @@ from typing import Any, NoReturn, TypeGuard
 from easydict import EasyDict
 
 from utils.config import check, check_training, read_preset, read_yaml, resolve
-from utils.errors import UserError, rank
-from utils.files import expand
+from utils.console import process_rank
+from utils.errors import UserError
+from utils.files import PROJECT, expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
-from utils.runs import CONFIG, LAST, differences, is_named, refuse_if_in_use, run_folders
+from utils.runs import CONFIG, LAST, differing_options, is_named, refuse_if_in_use, run_folders
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # test.py accepts these options, and reads the others from the run's configs.yaml.
 TEST_OPTIONS = (
     "root_dir", "device", "precision", "test_batch_size", "num_workers", "image_cache",
@@ -116,7 +116,7 @@ def options_of_run(config_file: Path, given: dict[str, Any]) -> tuple[EasyDict, 
     }
     for name in COMMAND_LINE_ONLY:
         value, default = recorded.pop(name, ""), OPTIONS[name].default
-        if value not in ("", default, os.path.join(PROJECT, default)) and name not in given:
+        if value not in ("", default, str(PROJECT / default)) and name not in given:
             notes.append(_not_trusted(config_file, name, value))
     return resolve({**recorded, **given}), notes
 
@@ -161,7 +161,7 @@ def changed_options(args: EasyDict, config: Path) -> list[str]:
         return [f"{config}: missing, so changes of options are unknown"]
     previous = resolve(read_preset(config))
     ignored = ("resume", "resume_ckpt_file", "output_dir", "image_cache")
-    messages = [f"changed: {change}" for change in differences(args, previous, ignored)]
+    messages = [f"changed: {change}" for change in differing_options(args, previous, ignored)]
     if previous.image_cache and not args.image_cache:
         messages.append(_not_trusted(config, "image_cache", previous.image_cache))
     return messages
@@ -293,7 +293,7 @@ def _newest_checkpoint(values: dict[str, Any]) -> Path | None:
         check(os.access(folder, os.X_OK), f"{folder}: {os.strerror(errno.EACCES)} (--resume)")
     where = Path(output_dir, dataset.strip("*"))
     check(auto, f"--resume: {where}/ has no run '{name}' with a {LAST}")
-    if rank() == 0:  # the other ranks would find the lock of rank 0
+    if process_rank() == 0:  # the other ranks would find the lock of rank 0
         refuse_if_in_use(runs)
     return None
 
@@ -343,7 +343,7 @@ def _refuse_changes(
     """
     if args.resume == "auto":
         free = set(MAY_DIFFER) - {"attributes_file", "finetune"} | {"num_epoch"}
-        changed = differences(args, previous, free)
+        changed = differing_options(args, previous, free)
         check(
             not changed,
             f"--resume auto: {folder} runs with other options: {', '.join(changed)}. Give another "

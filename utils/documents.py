@@ -33,6 +33,25 @@ def load_json(content: bytes) -> Any:
     return json.loads(content, object_pairs_hook=unique)
 
 
+def read_json_file(path: str | Path, what: str = "", advice: str = "") -> Any:
+    """The value of a JSON file.
+
+    Args:
+        what, advice: the start and the end of the message about a file that cannot be read.
+
+    Raises UserError.
+    """
+    try:
+        return load_json(read_file(path))
+    except OSError as error:
+        reason: object = error.strerror
+    except MemoryError:
+        reason = "too large for this machine's memory"
+    except (ValueError, RecursionError) as error:
+        reason = f"malformed JSON: {error}"
+    raise UserError(f"{path}: {what}{reason}{advice}")
+
+
 def read_yaml_file(path: str | Path, source: str | Path | None = None) -> Any:
     """The value of a YAML file.
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from utils.logger import log_to_file, say
+from utils.console import log_to_file, process_rank, say
 from utils.text import visible
 
-FAILED, STOPPED, KILLED = 2, 75, 130  # 75: "try again later" (sysexits.h)
+# 75: "try again later" (sysexits.h); 130: as a shell reports SIGINT.
+FAILED, STOPPED, INTERRUPTED = 2, 75, 130
 MAX_MESSAGE = 2000  # characters
 # Errors of the operating system that are not bugs: a full disk, missing rights, limits.
 MACHINE_ERRORS = {
@@ -59,13 +60,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def rank() -> int:
-    """The rank of this process, from the environment; 0 for a single process, whatever RANK is."""
-    single = os.environ.get("WORLD_SIZE", "1").strip() in ("", "1")
-    text = os.environ.get("RANK", "").strip()
-    return int(text) if text.isdecimal() and not single else 0
-
-
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; turn a UserError into one line on stderr and exit status 2."""
     for name in ("stdout", "stderr"):  # the caller may have closed them (>&-)
@@ -86,9 +80,8 @@ def run_main(main: Callable[[], None]) -> None:
         # torch is out of memory, on a GPU or a CPU. Training steps report this themselves.
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             _exit_with(f"error: {' '.join(str(error).split())}", FAILED)
-        if "RANK" not in os.environ or " by peer" not in str(
-            error
-        ):  # "closed by peer", "reset by peer"
+        lost_peer = " by peer" in str(error)  # "closed by peer", "reset by peer"
+        if "RANK" not in os.environ or not lost_peer:
             raise
         _exit_with("error: another process has ended", FAILED, cause=False)
     except UnicodeEncodeError as error:
@@ -103,7 +96,7 @@ def run_main(main: Callable[[], None]) -> None:
     except StoppedBySignal as stopped:
         _exit_with(str(stopped), STOPPED)
     except KeyboardInterrupt:
-        _exit_with("interrupted", KILLED)
+        _exit_with("interrupted", INTERRUPTED)
 
 
 def _open_files_hint(error: Exception) -> str:
@@ -125,7 +118,7 @@ def _exit_with(message: str, status: int, cause: bool = True) -> None:
     another one has failed (`cause` is False).
     """
     message = visible(message)
-    number = rank()
+    number = process_rank()
     if (number or not cause) and status == FAILED:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)

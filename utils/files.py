@@ -18,12 +18,13 @@ import tempfile
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
+from utils.console import LOGGER_NAME, say
 from utils.errors import UserError
-from utils.logger import LOGGER_NAME, say
 from utils.text import visible
 
+PROJECT = Path(os.path.abspath(__file__)).parent.parent  # the folder of train.py
 # Errors of file systems that cannot sync a folder, or change the mode of a file.
 UNSUPPORTED = {
     errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM,
@@ -62,6 +63,13 @@ def read_file(path: str | Path) -> bytes:
     """The bytes of a regular file. Raises OSError as `open_file` does."""
     with open_file(path) as file:
         return file.read()
+
+
+def add_to_hash(digest: Any, path: str | Path) -> None:
+    """Add the bytes of a regular file to a hash of hashlib. Raises OSError as `open_file` does."""
+    with open_file(path) as file:
+        while block := file.read(2**20):  # hashlib.file_digest is not in Python 3.10
+            digest.update(block)
 
 
 def append(path: Path) -> TextIOWrapper:

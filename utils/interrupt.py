@@ -10,7 +10,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from utils.errors import StoppedBySignal, rank
+from utils.console import process_rank
+from utils.errors import StoppedBySignal
 
 WATCH_SECONDS = 5  # between a worker's checks whether its training still runs
 # Schedulers, users and closing terminals send these.
@@ -51,7 +52,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.name and rank() == 0:
+        if not self.name and process_rank() == 0:
             with suppress(OSError):  # print may be what the signal interrupted; it is not reentrant
                 os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to exit now\n")
         self.name = self.name or signal.Signals(number).name

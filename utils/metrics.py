@@ -55,7 +55,7 @@ class Ranked:
 
     def summary(self) -> Retrieval:
         """Means over the queries with a match. Raises UserError if there is none."""
-        return summarize(self.rows_Q3, self.gallery)
+        return summarise(self.rows_Q3, self.gallery)
 
     def percentages(self) -> Tensor:
         """R@1, R@5, R@10, AP and INP of each query in percent, [Q, 5]; NaN without a match."""
@@ -64,7 +64,7 @@ class Ranked:
         return 100 * torch.stack([*hits, ap, inp], dim=1)
 
 
-def rank(
+def rank_gallery(
     query_QD: Tensor,
     gallery_GD: Tensor,
     query_pids_Q: Tensor,
@@ -104,17 +104,6 @@ def rank(
     return Ranked(torch.cat(rows), query_pids_Q.cpu(), len(gallery_GD))
 
 
-def retrieval(
-    query_QD: Tensor,
-    gallery_GD: Tensor,
-    query_pids_Q: Tensor,
-    gallery_pids_G: Tensor,
-    chunk: int | None = None,
-) -> Retrieval:
-    """`rank`, then the means. Raises UserError if no query has a match."""
-    return rank(query_QD, gallery_GD, query_pids_Q, gallery_pids_G, chunk).summary()
-
-
 def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor) -> Tensor:
     """Rank of the first match, average precision and inverse negative penalty of each query.
 
@@ -149,7 +138,7 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     return rows_Q3.cpu()
 
 
-def summarize(rows_Q3: Tensor, gallery: int) -> Retrieval:
+def summarise(rows_Q3: Tensor, gallery: int) -> Retrieval:
     """Means over the queries with a match, in percent. Raises UserError if there is none."""
     first, ap, inp = rows_Q3[~rows_Q3[:, 0].isnan()].unbind(1)
     if not len(first):

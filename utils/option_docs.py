@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from utils.command_line import PROJECT, TEST_OPTIONS
+from utils.command_line import TEST_OPTIONS
+from utils.files import PROJECT
 from utils.option_type import Option
 from utils.options import GROUPS
 
-PAGE = Path(PROJECT, "docs/options.md")
+PAGE = PROJECT / "docs/options.md"
 INTRODUCTION = """# Options
 
 `make docs` writes this page from the table in `utils/options.py`.

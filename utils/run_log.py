@@ -7,8 +7,8 @@ import sys
 from io import TextIOWrapper
 from pathlib import Path
 
+from utils.console import FINAL_MESSAGE, LOGGER_NAME, say
 from utils.files import append
-from utils.logger import FINAL_MESSAGE, LOGGER_NAME, say
 from utils.text import Multiline, visible
 
 

@@ -31,7 +31,7 @@ def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
     """
     parent = Path(output_dir, dataset_name)
     stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
-    make(parent)
+    make_folder(parent)
     try:
         for number in range(1, 1000):
             folder = parent / (stem if number == 1 else f"{stem}_{number}")
@@ -45,7 +45,7 @@ def new_run_dir(output_dir: str, dataset_name: str, name: str) -> Path:
     raise UserError(f"--output_dir {output_dir}: 999 folders {stem} exist; run this again")
 
 
-def make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make the folder of a data set's runs. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def open_run(args: EasyDict, processes: Processes) -> Path:
     path = (args.output_dir, args.dataset_name, args.name)
     if processes.is_rank_0 and folder is None and args.resume == "auto":
         parent = Path(args.output_dir, args.dataset_name)
-        make(parent)
+        make_folder(parent)
         start_lock = lock(parent, name=f".{args.name}.lock", wait=True)
         for other in (f for f in run_folders(*path[:2]) if is_named(f, args.name)):
             refuse_if_in_use([other])
@@ -114,7 +114,9 @@ def run_folders(output_dir: str, dataset_name: str) -> list[Path]:
     return sorted((path for path in paths if path.is_dir()), key=saved, reverse=True)
 
 
-def differences(now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]) -> list[str]:
+def differing_options(
+    now: dict[str, Any], then: dict[str, Any], ignored: Iterable[str]
+) -> list[str]:
     """Options that differ between two runs, as "--lr 1e-4 (was 1e-5)"."""
     return [
         f"--{name} {now[name]} (was {then[name]})"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import statistics
 from collections.abc import Callable, Sequence
 
 from prettytable import PrettyTable, TableStyle
@@ -62,6 +63,13 @@ def in_csv(text: object) -> str:
     shown = visible(text)
     formula = shown.lstrip().startswith(("=", "+", "-", "@")) and not NUMBER.fullmatch(shown)
     return f"'{shown}" if formula else shown
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """A cell: the mean; with two or more values, also the standard deviation; empty for none."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def _table(

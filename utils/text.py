@@ -1,26 +1,9 @@
-"""Untrusted text: check sentences, and escape control characters for terminals and logs."""
+"""Untrusted text: escape control characters for terminals and logs."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import re
-from typing import Any
 
-import regex
-
-# Each of these characters except the space is a token. The tokenizer's text repair may remove other
-# characters (control characters, "&nbsp;"), or they may form a special token ("<end_of_text>").
-PLAIN = re.compile(r"[ -%'-;=-~]*")
-START = 49406  # CLIP's start token; only the end token has a larger id
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# Characters. 77 tokens of usual captions have about 400, the longest below 1,000.
-MAX_TEXT = 4096
-# Characters; more than a German compound (80) or 77 tokens of a script without spaces.
-MAX_WORD = 256
-# A longer word, as CLIP's tokenizer splits words.
-LONG_WORD = regex.compile(rf"\p{{L}}{{{MAX_WORD + 1},}}|[^\s\p{{L}}\p{{N}}]{{{MAX_WORD + 1},}}")
-UNBROKEN = re.compile(rf"[^ \t\r\n]{{{MAX_WORD + 1}}}")  # may contain a long word
 # Characters that move a terminal's cursor, change the direction of text, break a line, or cannot be
 # encoded as UTF-8.
 HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -44,61 +27,3 @@ def visible(text: object, lines: bool = False) -> str:
         return char if lines and char == "\n" else char.encode("unicode_escape").decode()
 
     return HIDDEN.sub(escape, str(text))
-
-
-def text_problem(text: object) -> str:
-    """What is wrong with a sentence, as a predicate for "the caption ...", or nothing."""
-    if text == "":
-        return "is empty"
-    if not isinstance(text, str):
-        return f"is {text!r:.60}, not text"
-    if has_lone_surrogate(text):
-        return f"{text!r:.60} contains half a character (a lone surrogate); save it as UTF-8"
-    return "" if has_words(text) else f"{text!r:.60} has no words"
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Whether the text has half a character, which UTF-8 cannot encode."""
-    return LONE_SURROGATE.search(text) is not None
-
-
-def has_words(text: str) -> bool:
-    """Whether CLIP's tokenizer gives any token between the start and the end token."""
-    if PLAIN.fullmatch(text):
-        return bool(text.strip())  # leading spaces are removed before the text is cut
-    return any(token < START for token in tokenizer().encode(text))
-
-
-def is_cut(text: str) -> bool:
-    """Whether `tokenizer` reads only a part of the text."""
-    return len(text) > MAX_TEXT or bool(
-        UNBROKEN.search(text) and LONG_WORD.search(tokenizer().clean_whole(text))
-    )
-
-
-@functools.cache
-def tokenizer() -> Any:
-    """CLIP's tokenizer, limited to `MAX_TEXT` characters of a text and `MAX_WORD` of a word.
-
-    Its time grows with the square of both, and 77 tokens need far fewer characters.
-    """
-    import open_clip  # slow to load
-
-    limited = copy.copy(open_clip.tokenizer._tokenizer)
-    limited.clean_whole, limited.cache = limited.clean_fn, dict(limited.cache)
-    limited.clean_fn = lambda text: LONG_WORD.sub(
-        lambda word: word.group()[:MAX_WORD], limited.clean_whole(_start(text))
-    )
-    return limited
-
-
-def _start(text: str) -> str:
-    """The first `MAX_TEXT` characters after leading spaces, cut at a space if there is one.
-
-    Half an HTML entity or half a wrongly decoded letter may break the repair of the complete line.
-    """
-    if len(text) <= MAX_TEXT:
-        return text
-    start = text.lstrip()[:MAX_TEXT]
-    space = start.rfind(" ", MAX_TEXT // 2)
-    return start if space < 0 else start[:space]

@@ -32,8 +32,8 @@ def bootstrap(
         resamples: number of resamples. Each draws I identities with replacement.
         level: fraction of the resamples between the two ends.
     """
-    times_NI, sums_IM, number_I, _ = _resample_identities(values_QM, pids_Q, resamples, seed)
-    return _ends((times_NI @ sums_IM) / (times_NI @ number_I)[:, None], level)
+    times_NI, sums_IM, count_I, _ = _resample_identities(values_QM, pids_Q, resamples, seed)
+    return _ends((times_NI @ sums_IM) / (times_NI @ count_I)[:, None], level)
 
 
 def bootstrap_difference(
@@ -55,8 +55,8 @@ def bootstrap_difference(
     """
     runs, queries, metrics = len(a_RQM) + len(b_RQM), *a_RQM.shape[1:]
     values = torch.cat([a_RQM, b_RQM]).transpose(0, 1).reshape(queries, runs * metrics)
-    times_NI, sums_IX, number_I, generator = _resample_identities(values, pids_Q, resamples, seed)
-    means_NX = (times_NI @ sums_IX) / (times_NI @ number_I)[:, None]
+    times_NI, sums_IX, count_I, generator = _resample_identities(values, pids_Q, resamples, seed)
+    means_NX = (times_NI @ sums_IX) / (times_NI @ count_I)[:, None]
     sides = means_NX.view(resamples, runs, metrics).split([len(a_RQM), len(b_RQM)], dim=1)
     means = []
     for side_NRM in sides:
@@ -73,9 +73,9 @@ def permutation_p(values_QM: Tensor, pids_Q: Tensor, flips: int, seed: int = 0) 
     p = (1 + flips at least as extreme) / (1 + flips), so it is never 0. It covers other people, but
     not other seeds: for differences between means over seeds it holds for these seeds only.
     """
-    sums_IM, number_I = by_identity(values_QM, pids_Q)
+    sums_IM, count_I = by_identity(values_QM, pids_Q)
     generator = torch.Generator().manual_seed(seed)
-    signs_NI = torch.randint(2, (flips, len(number_I)), generator=generator).double() * 2 - 1
+    signs_NI = torch.randint(2, (flips, len(count_I)), generator=generator).double() * 2 - 1
     flipped_NM, observed_M = (signs_NI @ sums_IM).abs(), sums_IM.sum(dim=0).abs()
     # The tolerance counts flips with the same sum, however it is rounded.
     return (1 + (flipped_NM >= observed_M * (1 - 1e-12)).sum(dim=0)) / (1 + flips)
@@ -85,13 +85,13 @@ def _resample_identities(
     values_QM: Tensor, pids_Q: Tensor, resamples: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
     """How often each resample has each identity [N, I], `by_identity`'s results, the generator."""
-    sums_IM, number_I = by_identity(values_QM, pids_Q)
+    sums_IM, count_I = by_identity(values_QM, pids_Q)
     generator = torch.Generator().manual_seed(seed)
-    count = len(number_I)
+    count = len(count_I)
     picks_NI = torch.randint(count, (resamples, count), generator=generator)
     times_NI = torch.zeros(resamples, count, dtype=torch.float64)
     times_NI.scatter_add_(1, picks_NI, torch.ones_like(times_NI))
-    return times_NI, sums_IM, number_I, generator
+    return times_NI, sums_IM, count_I, generator
 
 
 def _ends(means_NM: Tensor, level: float) -> Tensor:

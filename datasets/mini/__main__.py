@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
+from utils.console import say
 from utils.devices import cores
 from utils.errors import UserError, run_main
 from utils.files import path_option
-from utils.logger import say
 from utils.text import visible
 
 from .build import LAYOUTS, VALS, render

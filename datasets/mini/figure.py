@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.files import read_json
 from datasets.transforms import read_image
+from utils.documents import read_json_file
 
 from .build import JSON_NAME
 from .view import SOURCES
@@ -46,7 +46,7 @@ def _entries(root: Path) -> list[tuple[str, Path, Path, str]]:
     """(source, aerial image, ground image, caption) of each test person, source by source."""
     entries = []
     for name in SOURCES:
-        split = read_json(root / name / JSON_NAME[name].format("test"))
+        split = read_json_file(root / name / JSON_NAME[name].format("test"))
         for i, (pid, aerial, ground) in enumerate(
             zip(split["image_pids"], split["img_paths"], split["pair_img_paths"], strict=True)
         ):

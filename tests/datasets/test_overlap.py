@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from datasets.files import same_content
 from datasets.overlap import overlap
+from datasets.reading import same_content
 from tests.helpers import read
 
 

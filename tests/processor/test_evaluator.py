@@ -47,8 +47,8 @@ def test_an_epochs_evaluation_ranks_the_first_view_alone(mini_copy, monkeypatch)
     model = build_model(args, [], num_classes=0)
     evaluator = Evaluator(read("AGData", mini_copy), "test", args, CPU)
     expected = evaluator.galleries(evaluator.encode(model))["aerial"].summary()
-    ranked, rank = [], evaluator_module.rank
-    monkeypatch.setattr(evaluator_module, "rank", lambda *x: ranked.append(x) or rank(*x))
+    ranked, rank = [], evaluator_module.rank_gallery
+    monkeypatch.setattr(evaluator_module, "rank_gallery", lambda *x: ranked.append(x) or rank(*x))
     assert evaluator.evaluate(model) == expected and len(ranked) == 1
 
 

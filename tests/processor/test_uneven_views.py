@@ -18,7 +18,7 @@ from model.build import build_training_model
 from processor.evaluator import Evaluator
 from tests.helpers import options, read, run
 from utils.config import write_config
-from utils.metrics import rank
+from utils.metrics import rank_gallery
 
 CPU = torch.device("cpu")
 
@@ -57,10 +57,13 @@ def test_every_gallery_is_ranked_with_its_own_identities(mini_root, clip_file):
     }  # fmt: skip
     captions, pids = features.captions, torch.tensor(split.caption_pids)
     ground = torch.tensor(split.galleries["ground"].pids)
-    assert results["ground"] == rank(captions, features.views["ground"], pids, ground).summary()
+    assert (
+        results["ground"]
+        == rank_gallery(captions, features.views["ground"], pids, ground).summary()
+    )
     assert results["ground"].unmatched == int((~torch.isin(pids, ground)).sum())
     images = torch.cat(list(features.views.values()))
-    assert results["aerial + ground"] == rank(captions, images, pids, torch.tensor(split.image_pids)).summary()  # fmt: skip
+    assert results["aerial + ground"] == rank_gallery(captions, images, pids, torch.tensor(split.image_pids)).summary()  # fmt: skip
 
 
 @pytest.fixture

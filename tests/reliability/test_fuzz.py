@@ -31,9 +31,10 @@ from datasets.loaders import train_loader
 from datasets.registry import read_dataset
 from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
+from processor.best import epoch_and_best
+from processor.result_tables import best_table
 from processor.resume import read_state, resume
 from processor.step import TrainStep
-from processor.summary import best_table, epoch_and_best
 from processor.trainer import Trainer
 from tests.helpers import ROOT, golden_clip, options, run
 from tests.reliability.runs import train_small_run
@@ -42,10 +43,11 @@ from tools._reproduce_output import write_tables
 from tools._reproduce_table import read_table
 from tools.compare_runs import compare
 from utils.attributes import read_attributes
-from utils.checkpoint import digest, load_checkpoint, refuse_oversized, save_checkpoint
+from utils.checkpoint import digest, load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.config import write_config
 from utils.errors import UserError
+from utils.expansion import refuse_oversized
 from utils.files import lock, remove_unfinished
 from utils.options import OPTIONS
 from utils.run_log import setup_logger

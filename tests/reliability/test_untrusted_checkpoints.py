@@ -11,7 +11,7 @@ import torch
 
 import test as test_entry
 import train as train_entry
-from processor.summary import epoch_and_best
+from processor.best import epoch_and_best
 from tests.helpers import run
 from tests.reliability.runs import train_small_run
 from utils.checkpoint import load_checkpoint

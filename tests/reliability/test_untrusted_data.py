@@ -27,22 +27,23 @@ from PIL import Image
 
 import datasets.image_cache
 import datasets.mini.build
-from datasets.files import read_json, same_content
 from datasets.fingerprint import fingerprint
 from datasets.image_cache import ImageFiles
 from datasets.loaders import train_loader
 from datasets.mini import render
+from datasets.reading import same_content
 from datasets.samplers import IdentitySampler
 from datasets.text import REMEMBERED, tokenize
 from datasets.transforms import MAX_SIDE, BrokenImage, load_image, read_image
-from processor.evaluator import attribute_table
+from processor.result_tables import attribute_table
 from tests.helpers import ROOT, golden, options, read, run
 from tests.reliability.runs import forks
 from tools import check_dataset
 from utils.attributes import read_attributes
+from utils.console import LOGGER_NAME
+from utils.documents import read_json_file
 from utils.errors import UserError
-from utils.logger import LOGGER_NAME
-from utils.text import MAX_WORD, is_cut, text_problem, tokenizer
+from utils.tokenizer import MAX_WORD, is_cut, text_problem, tokenizer
 
 SIZE = (24, 8)
 CPU = torch.device("cpu")
@@ -459,7 +460,7 @@ def test_images_and_annotations_must_be_regular_files(tmp_path, attempt):
     assert same_content([str(tmp_path / "pipe.jpg"), "/dev/zero", "/dev/zero"]) == [0, 1, 1]
     os.mkfifo(tmp_path / "dataset.json")
     with pytest.raises(UserError, match="dataset.json: not a regular file") as error:
-        read_json(tmp_path / "dataset.json")
+        read_json_file(tmp_path / "dataset.json")
     with pytest.raises(UserError, match="dataset.json: not a regular file"):
         read_attributes(tmp_path / "dataset.json")
     attempt("4", "a pipe in place of the annotations", "waited for ever", error.value)

@@ -22,10 +22,10 @@ from tests.reliability.runs import flags, folder_of, start, train_small_run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_options, parse_test_options
 from utils.config import read_yaml
+from utils.console import say
 from utils.distributed import SINGLE_PROCESS
 from utils.errors import UserError
 from utils.files import append, lock, read_file, write_atomically
-from utils.logger import say
 from utils.run_log import setup_logger
 from utils.runs import open_run
 from utils.text import Multiline, visible
@@ -329,7 +329,7 @@ def test_a_run_that_another_process_has_started_meanwhile_is_not_started_again(
     argv = flags(mini_root, tmp_path / "out", num_epoch=1, warmup_epochs=0, resume="auto")
     args = parse_options(argv)  # before there is a run
     run(train_entry.main, monkeypatch, *argv)
-    with pytest.raises(UserError, match="begun by another process meanwhile"):
+    with pytest.raises(UserError, match="another process has just started this run"):
         open_run(args, SINGLE_PROCESS)
     assert folder_of(tmp_path / "out")
 

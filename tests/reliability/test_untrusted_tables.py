@@ -23,13 +23,13 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import writer as tensorboard
 
-from processor import queries
-from processor.queries import per_query, read_queries, read_results, write_results
+from processor import results as results_module
+from processor.results import per_query, read_queries, read_results, write_results
 from tests.helpers import run
 from tools import _report_charts as charts
 from tools import compare_runs, report, reproduce
-from tools._report_runs import Run, read_scalars
-from tools._reproduce_jobs import Job, fingerprint, make_jobs
+from tools._report_runs import ReportedRun, read_scalars
+from tools._reproduce_jobs import Job, hash_folder, make_jobs
 from tools._reproduce_output import write_tables
 from tools._reproduce_runner import Runner
 from tools._reproduce_table import read_table
@@ -132,21 +132,21 @@ def test_a_repeated_seed_is_refused(table, mini_root, tmp_path, monkeypatch, att
     attempt("1", "--seeds 1 1", "a deviation of 0.00", error.value)
 
 
-def test_a_data_set_behind_links_has_its_own_fingerprint(mini_copy, tmp_path, attempt):
+def test_a_data_set_behind_links_has_its_own_hash(mini_copy, tmp_path, attempt):
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "attrs.json").symlink_to(mini_copy / "attrs.json")
     for name in ("AG-ReID", "G2APS-AG"):
         (linked / name).symlink_to(mini_copy / name)
     (mini_copy / "AG-ReID/again").symlink_to(mini_copy)  # a cycle
-    before = fingerprint(linked)
+    before = hash_folder(linked)
     path = mini_copy / "AG-ReID/agtext_train.json"
     path.write_text(path.read_text().replace(" a ", " the "))
-    assert fingerprint(linked) != before
+    assert hash_folder(linked) != before
     attempt("1", "change captions in a data set of linked folders", "jobs counted as done", "another fingerprint, so other jobs")  # fmt: skip
 
 
-def test_a_link_to_a_parent_folder_does_not_add_its_files_to_the_fingerprint(tmp_path, attempt):
+def test_a_link_to_a_parent_folder_does_not_add_its_files_to_the_hash(tmp_path, attempt):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.json").write_text("[]")
     (tmp_path / "data/up").symlink_to(tmp_path)
@@ -155,9 +155,9 @@ def test_a_link_to_a_parent_folder_does_not_add_its_files_to_the_fingerprint(tmp
         for name in "ab":
             (tmp_path / f"far/{number}/{name}").symlink_to(tmp_path / f"far/{number + 1}")
     (tmp_path / "data/far").symlink_to(tmp_path / "far/0")
-    before = fingerprint(tmp_path / "data")
+    before = hash_folder(tmp_path / "data")
     (tmp_path / "done.json").write_text("{}")
-    assert fingerprint(tmp_path / "data") == before
+    assert hash_folder(tmp_path / "data") == before
     folder = tmp_path / "data"
     for _ in range(300):  # deeper than the limit on recursion
         folder /= "a"
@@ -165,7 +165,7 @@ def test_a_link_to_a_parent_folder_does_not_add_its_files_to_the_fingerprint(tmp
     limit = sys.getrecursionlimit()
     try:
         sys.setrecursionlimit(200 + len(inspect.stack()))
-        fingerprint(tmp_path / "data")
+        hash_folder(tmp_path / "data")
     finally:
         sys.setrecursionlimit(limit)
 
@@ -176,13 +176,13 @@ def test_a_fingerprint_without_links_has_not_changed(tmp_path):
     (tmp_path / "a/b/x.json").write_text("[1]")
     (tmp_path / "a/y.jpg").write_bytes(b"12")
     expected = hashlib.sha256(b"\na/b/x.json\x003[1]\na/y.jpg\x002").hexdigest()
-    assert fingerprint(tmp_path) == expected
+    assert hash_folder(tmp_path) == expected
 
 
 def test_a_data_set_with_a_pipe_and_a_name_that_is_not_utf8_is_fingerprinted(tmp_path, attempt):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
     os.mkfifo(tmp_path / "pipe.json")
-    assert len(fingerprint(tmp_path)) == 64
+    assert len(hash_folder(tmp_path)) == 64
     attempt("5", "a stray file in root_dir whose name is not UTF-8", "UnicodeEncodeError", "fingerprinted")  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def test_files_of_two_evaluations_are_not_taken_for_one(tmp_path, monkeypatch, a
         write_atomically(path, write, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("processor.queries.write_atomically", killed)
+        patch.setattr("processor.results.write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluated(folder, seed=1)
     other = evaluated(tmp_path / "b")
@@ -407,7 +407,7 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("tried", ARCHIVES)
 def test_a_corrupted_archive_of_results_is_refused(tried, tmp_path, attempt, monkeypatch):
-    monkeypatch.setattr(queries, "MAX_CAPTIONS", 2**17)
+    monkeypatch.setattr(results_module, "MAX_CAPTIONS", 2**17)
     path = tmp_path / "test_queries.npz"
     path.write_bytes(ARCHIVES[tried]())
     with pytest.raises(UserError, match="test_queries.npz: not results of test.py") as error:
@@ -524,14 +524,14 @@ def test_a_curve_with_nan_or_infinity_has_a_gap(curve, pieces, tmp_path, attempt
 
 @pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-5), (0, 3 * math.nextafter(1000, 0)), (79.59, 100), (-3, 4)])  # fmt: skip
 def test_axes_can_be_read(low, high, tmp_path):
-    run = Run(tmp_path, "a", {}, {"lr": [(1, low), (2, high)]}, "red")
+    run = ReportedRun(tmp_path, "a", {}, {"lr": [(1, low), (2, high)]}, "red")
     ticks = re.findall(r"end;[^>]*>([^<]*)", charts.training([run])[""][0].svg)
     assert 2 < len(set(ticks)) == len(ticks) < 9
 
 
 def test_a_single_point_between_gaps_can_be_seen(tmp_path):
     long = [(n, math.nan if n != 50 else 1.0) for n in range(100)]
-    chart = charts.training([Run(tmp_path, "a", {}, {"loss": long}, "red")])[""][0]
+    chart = charts.training([ReportedRun(tmp_path, "a", {}, {"loss": long}, "red")])[""][0]
     assert chart.svg.count("<use") == 1 and chart.notes == ["a: 99 of 100 points are not finite"]
 
 

@@ -4,7 +4,7 @@ import torch
 import yaml
 
 import tools.compare_runs as tool
-from processor.queries import per_query, read_queries, write_results
+from processor.results import per_query, read_queries, write_results
 from tests.helpers import options, run
 from utils.errors import UserError
 from utils.metrics import Ranked

@@ -14,10 +14,10 @@ from PIL import Image as PILImage
 import test as test_entry
 import tools.report as tool
 import train as train_entry
-from processor.queries import read_queries
+from processor.results import read_queries
 from tests.helpers import SCRATCH, run
 from tools import _report_charts as charts
-from tools._report_runs import Run, read_run
+from tools._report_runs import ReportedRun, read_run
 from utils.errors import UserError
 
 HOSTILE = """ "'><script>x</script><b onload=y> {{ 7 * 7 }} $\\frac \x1b \u202e \ud800 &amp;"""
@@ -72,7 +72,7 @@ class Page(html.parser.HTMLParser):
 
 def synthetic(**scalars):
     """A run with these curves and no folder."""
-    return Run(Path("a"), "a", {}, scalars, "#ff0000")
+    return ReportedRun(Path("a"), "a", {}, scalars, "#ff0000")
 
 
 def test_a_page_of_two_runs_is_complete_and_has_no_external_links(evaluated, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_untrusted_text_changes_no_tag_of_the_page(evaluated, monkeypatch):
             one.results["splits"][text] = {"galleries": {text: split["galleries"]["aerial"]}}
             split["attribute_accuracy"] = {text: {text: 50.0}}
             one.scalars = {text: [(1, 1.0)], f"{text}/b": [(1, math.nan), (2, 1.0)]}
-        picture = tool.Picture("x", True, text)
+        picture = tool.RankedPicture("x", True, text)
         monkeypatch.setattr(tool, "sheets", lambda *_, t=text, p=picture: [tool.Sheet(t, [(t, t, [p])])])  # fmt: skip
         monkeypatch.setattr(tool, "thumbnail", lambda path: (1, "data:,"))
         monkeypatch.setattr(tool, "options_table", lambda _, t=text: [(t, t, "")])

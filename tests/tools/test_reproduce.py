@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from processor.queries import read_queries
+from processor.results import read_queries
 from tests.helpers import ROOT, SCRATCH, run
 from tools import _reproduce_jobs
 from tools import reproduce as tool
@@ -220,7 +220,7 @@ def test_the_version_of_the_code_is_its_commit_or_without_git_a_hash(tmp_path, m
     for name in ("train.py", "model/a.py", "model/deep/b.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    monkeypatch.setattr(_reproduce_jobs, "ROOT", tmp_path)
+    monkeypatch.setattr(_reproduce_jobs, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     without_git = code_version()
     assert without_git["commit"] == f"sources {without_git['sources'][:12]}"

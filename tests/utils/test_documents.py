@@ -1,12 +1,14 @@
+import json
+
 import pytest
 
 from tests.helpers import ROOT
 from tools._reproduce_table import read_table
 from utils.attributes import read_attributes
 from utils.config import read_preset
-from utils.documents import load_yaml
+from utils.documents import load_yaml, read_json_file
 from utils.errors import UserError
-from utils.text import text_problem
+from utils.tokenizer import text_problem
 
 
 def test_a_duplicate_key_in_a_preset_is_refused_with_both_lines(tmp_path):
@@ -67,3 +69,21 @@ def test_empty_sentences_and_duplicates_are_refused(old, new, message, tmp_path)
     (tmp_path / "a.yaml").write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=message):
         read_attributes(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_is_read_with_and_without_a_byte_order_mark(encoding, tmp_path):
+    (tmp_path / "a.json").write_bytes(json.dumps({"é": ["a"]}, ensure_ascii=False).encode(encoding))
+    assert read_json_file(tmp_path / "a.json") == {"é": ["a"]}
+
+
+def test_a_repeated_key_in_one_object_is_refused_with_its_name(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('[{"id": 1, "split": "train", "id": 1}]', '{"a": {"id": 1, "id": 2}}'):
+        path.write_text(text)
+        with pytest.raises(
+            UserError, match=r"a.json: malformed JSON: the key 'id' appears twice in .'id"
+        ):
+            read_json_file(path)
+    path.write_text('[{"id": 1}, {"id": 1}]')
+    assert read_json_file(path) == [{"id": 1}, {"id": 1}]

@@ -3,7 +3,7 @@ import torch
 
 from tests.helpers import golden, noise
 from utils.errors import UserError
-from utils.metrics import query_metrics, retrieval, summarize
+from utils.metrics import query_metrics, rank_gallery, summarise
 
 
 def golden_case(case):
@@ -21,7 +21,7 @@ def test_metrics_equal_the_original(case):
     ranking = similarity[0].argsort(descending=True)
     assert ranking.tolist() == case["first_row_ranking"]  # the inputs are the same
     rows = query_metrics(similarity, query_pids, gallery_pids)
-    result = summarize(rows, len(gallery_pids))
+    result = summarise(rows, len(gallery_pids))
     expected = [case["cmc"][i] for i in (0, 4, 9)] + [case["mAP"], case["mINP"]]
     assert list(result.metrics.values()) == pytest.approx(expected, abs=1e-3)
 
@@ -72,7 +72,9 @@ def test_similarities_that_differ_by_rounding_are_ties_in_any_order_and_chunk():
         order = torch.randperm(48, generator=generator)
         for chunk in (None, 1, 7):
             for gallery, expected in ((twice, 0.0), (collapsed, 0.0)):
-                result = retrieval(query, rounded(gallery)[order], pids, gallery_pids[order], chunk)
+                result = rank_gallery(
+                    query, rounded(gallery)[order], pids, gallery_pids[order], chunk
+                ).summary()
                 found.add((expected, *result.metrics.values()))
     assert len(found) == 2 and all(r1 == 0.0 for _, r1, *_ in found)
 
@@ -81,7 +83,7 @@ def test_similarities_that_differ_by_rounding_are_ties_in_any_order_and_chunk():
 def test_another_number_of_identities_than_of_features_is_refused(queries, images):
     features = torch.randn(4, 8), torch.randn(20, 8)
     with pytest.raises(ValueError, match="expected .N, D. and .N."):
-        retrieval(*features, torch.zeros(queries), torch.zeros(images))
+        rank_gallery(*features, torch.zeros(queries), torch.zeros(images))
 
 
 def test_the_order_of_the_gallery_does_not_matter_even_with_ties():
@@ -97,15 +99,17 @@ def test_the_order_of_the_gallery_does_not_matter_even_with_ties():
 
 
 def test_a_collapsed_model_gets_the_worst_metrics_not_the_best():
-    result = retrieval(
+    result = rank_gallery(
         torch.ones(3, 4), torch.ones(8, 4), torch.zeros(3), torch.tensor([0.0] + [1] * 7)
-    )
+    ).summary()
     assert result.metrics["R@1"] == 0 and result.metrics["mAP"] == pytest.approx(100 / 8)
 
 
 def test_queries_without_a_match_are_left_out_and_counted():
     features = torch.eye(3)
-    result = retrieval(features, features[:2], torch.tensor([0, 1, 9]), torch.tensor([0, 1]))
+    result = rank_gallery(
+        features, features[:2], torch.tensor([0, 1, 9]), torch.tensor([0, 1])
+    ).summary()
     assert (result.metrics["R@1"], result.queries, result.unmatched, result.gallery) == (
         100.0,
         2,
@@ -113,14 +117,14 @@ def test_queries_without_a_match_are_left_out_and_counted():
         2,
     )
     with pytest.raises(UserError, match="no query has a match"):
-        retrieval(features, features, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 9]))
+        rank_gallery(features, features, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 9])).summary()
 
 
 def test_the_chunk_size_does_not_change_the_metrics():
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(n, 8, generator=generator) for n in (50, 40)]
     tensors += [torch.randint(9, (n,), generator=generator) for n in (50, 40)]
-    whole, chunked = retrieval(*tensors), retrieval(*tensors, chunk=7)
+    whole, chunked = rank_gallery(*tensors).summary(), rank_gallery(*tensors, chunk=7).summary()
     assert list(whole.metrics.values()) == pytest.approx(list(chunked.metrics.values()))
 
 
@@ -128,7 +132,7 @@ def test_features_that_are_not_finite_are_refused():
     bad = torch.ones(2, 2)
     bad[1, 0] = torch.nan
     with pytest.raises(UserError, match="the gallery features are not finite"):
-        retrieval(torch.ones(2, 2), bad, torch.zeros(2), torch.zeros(2))
+        rank_gallery(torch.ones(2, 2), bad, torch.zeros(2), torch.zeros(2))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -150,6 +154,6 @@ def test_a_gallery_larger_than_a_chunk_of_memory_gives_the_same_metrics(monkeypa
     generator = torch.Generator().manual_seed(0)
     query, gallery = (torch.randn(n, 8, generator=generator) for n in (25, 70))
     pids = torch.arange(25) % 10, torch.arange(70) % 10
-    whole = retrieval(query, gallery, *pids)
+    whole = rank_gallery(query, gallery, *pids).summary()
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 70 * 3)  # three queries at a time
-    assert retrieval(query, gallery, *pids) == whole
+    assert rank_gallery(query, gallery, *pids).summary() == whole

@@ -7,7 +7,7 @@ The NumPy archive has arrays `<split>/<gallery>/<column>` over the captions of a
 order of the data set: `pid` (identity), `first` (rank of the first match, from 1), `ap` and `inp`
 in [0, 1]; NaN for a caption without a match. `images` is the number of images in the gallery.
 
-Both files have a random mark `evaluation`. If test.py is killed between the two files, their marks
+Both files have a random id, `evaluation`. If test.py is killed between the two files, their ids
 differ, and readers refuse them.
 """
 
@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.documents import load_json
+from utils.documents import read_json_file
 from utils.errors import UserError
-from utils.files import open_file, read_file, write_atomically
+from utils.files import open_file, write_atomically
 from utils.metrics import METRICS, Ranked
+from utils.uncertainty import bootstrap
 
 COLUMNS = ("first", "ap", "inp")  # of `query_metrics`
-MARK, AGAIN = "evaluation", "evaluate the run again (test.py)"
+EVALUATION_ID = "evaluation"  # the entry of both files that tells evaluations apart
+AGAIN = "evaluate the run again (test.py)"
 OLD_NAMES = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}  # in results of older versions
 MAX_CAPTIONS = 2**23  # per gallery; arrays of that length take a quarter of a GB
 # By --val_dataset: the protocols that a run follows, and the checkpoint of each.
@@ -60,17 +62,23 @@ def per_query(split: str, galleries: dict[str, Ranked]) -> dict[str, np.ndarray]
     return arrays
 
 
+def intervals(ranked: Ranked, samples: int, seed: int) -> dict[str, list[float]]:
+    """95 % confidence interval of each metric, from bootstrap `samples` of identities."""
+    low, high = bootstrap(ranked.percentages(), ranked.pids_Q, samples, seed).tolist()
+    return {name: [a, b] for name, a, b in zip(METRICS, low, high, strict=True)}
+
+
 def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, np.ndarray]) -> str:
     """Write the metrics and the archive next to a checkpoint, atomically; neither if the disk is
     full. Returns a message."""
-    name, mark = stem(checkpoint.name), secrets.token_hex(8)
+    name, evaluation = stem(checkpoint.name), secrets.token_hex(8)
     target = checkpoint.parent / f"{name}_results.json"
-    text = json.dumps({MARK: mark, **results}, indent=2)
+    text = json.dumps({EVALUATION_ID: evaluation, **results}, indent=2)
     archive = checkpoint.parent / f"{name}_queries.npz"
-    marked: dict[str, Any] = {**queries, MARK: np.array(mark)}
+    arrays: dict[str, Any] = {**queries, EVALUATION_ID: np.array(evaluation)}
 
     def write_archive() -> None:
-        write_atomically(archive, lambda file: np.savez_compressed(file, **marked))
+        write_atomically(archive, lambda file: np.savez_compressed(file, **arrays))
 
     write_atomically(target, lambda file: file.write(text.encode()), before=write_archive)
     return f"metrics written to {target}, results of every caption to {archive.name}"
@@ -143,22 +151,18 @@ def read_results(path: Path, archive: Path) -> dict[str, Any]:
     Raises UserError if the file is missing or not written by test.py, or if the two files are of
     different evaluations.
     """
-    try:
-        results = load_json(read_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; evaluate the run first (test.py)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: not results of test.py: {reason}; {AGAIN}") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; evaluate the run first (test.py)")
+    results = read_json_file(path, "not results of test.py: ", f"; {AGAIN}")
     if not isinstance(results, dict):
         raise UserError(
             f"{path}: not results of test.py: it holds a {type(results).__name__}; {AGAIN}"
         )
     if os.path.lexists(archive):
         with _open_archive(archive) as arrays:
-            has_mark = f"{MARK}.npy" in arrays.NameToInfo
-            mark = str(_read_array(arrays, MARK, "U")) if has_mark else None
-        if mark != results.get(MARK):
+            has_id = f"{EVALUATION_ID}.npy" in arrays.NameToInfo
+            evaluation = str(_read_array(arrays, EVALUATION_ID, "U")) if has_id else None
+        if evaluation != results.get(EVALUATION_ID):
             raise UserError(
                 f"{path} and {archive.name} are of different evaluations, since one was stopped "
                 f"between the two; {AGAIN}"

@@ -1,4 +1,7 @@
-"""Lines on the console, above progress bars, and in the run's log file if there is one."""
+"""Print lines on the console, above progress bars, and tell which rank this process has.
+
+It is apart from utils/run_log.py, because utils/errors.py needs it and run_log.py needs errors.py.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +38,10 @@ def log_to_file(message: str) -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(logger.makeRecord(LOGGER_NAME, FINAL_MESSAGE, "", 0, message, (), None))
+
+
+def process_rank() -> int:
+    """The rank of this process, from the environment; 0 for a single process, whatever RANK is."""
+    single = os.environ.get("WORLD_SIZE", "1").strip() in ("", "1")
+    text = os.environ.get("RANK", "").strip()
+    return int(text) if text.isdecimal() and not single else 0

@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from processor.queries import check_metrics, read_results, write_results
+from processor.results import check_metrics, read_results, write_results
 from utils.metrics import METRICS, Ranked
 
 

@@ -1,31 +1,12 @@
-"""Files as other systems write them: byte order marks, spellings, permissions, repeated keys."""
+"""Image folders as other systems write them: spellings of paths, permissions."""
 
-import json
 import os
 import unicodedata
 
 import pytest
 
-from datasets.files import ImageFolder, exists, read_json
+from datasets.reading import ImageFolder, exists
 from utils.errors import UserError
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_json_is_read_with_and_without_a_byte_order_mark(encoding, tmp_path):
-    (tmp_path / "a.json").write_bytes(json.dumps({"é": ["a"]}, ensure_ascii=False).encode(encoding))
-    assert read_json(tmp_path / "a.json") == {"é": ["a"]}
-
-
-def test_a_repeated_key_in_one_object_is_refused_with_its_name(tmp_path):
-    path = tmp_path / "a.json"
-    for text in ('[{"id": 1, "split": "train", "id": 1}]', '{"a": {"id": 1, "id": 2}}'):
-        path.write_text(text)
-        with pytest.raises(
-            UserError, match=r"a.json: malformed JSON: the key 'id' appears twice in .'id"
-        ):
-            read_json(path)
-    path.write_text('[{"id": 1}, {"id": 1}]')
-    assert read_json(path) == [{"id": 1}, {"id": 1}]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every reader needs: JSON, checked values, images that exist, checks across entries."""
+"""What every reader needs: checked values, images that exist, checks across entries."""
 
 from __future__ import annotations
 
@@ -12,24 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.records import Image, TrainSample
-from utils.documents import load_json
 from utils.errors import UserError
-from utils.files import open_file, read_file
-from utils.text import MAX_TEXT, MAX_WORD, is_cut, text_problem
+from utils.files import add_to_hash
+from utils.tokenizer import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
 LARGEST_PID = 2**31 - 1
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError naming the file."""
-    try:
-        return load_json(read_file(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except MemoryError:
-        raise UserError(f"{path}: too large for this machine's memory") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from None
 
 
 def exists(path: Path) -> bool:
@@ -195,9 +182,7 @@ def same_content(paths: Sequence[str]) -> list[int]:
     def digest(path: str) -> str:
         sha256 = hashlib.sha256()
         try:
-            with open_file(path) as file:
-                while block := file.read(2**20):
-                    sha256.update(block)
+            add_to_hash(sha256, path)
             return sha256.hexdigest()
         except OSError:
             return path
