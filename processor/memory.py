@@ -3,13 +3,14 @@
 estimate = estimate_memory(model, args, like_cuda=True)
 print(estimate.peak / 2**30)
 
-PyTorch's FakeTensorMode computes the shapes of a step's tensors and none of their values. A complete
-step of ViT-B/16 takes about two seconds this way, with any batch size and on any machine.
+PyTorch's FakeTensorMode computes the shapes of a step's tensors and none of their values. A step of
+ViT-B/16 takes about two seconds this way, with any batch size and on any machine.
 """
 
 from __future__ import annotations
 
 import copy
+import textwrap
 import weakref
 from typing import Any, NamedTuple
 from unittest import mock
@@ -41,6 +42,12 @@ class Estimate(NamedTuple):
     peak: int  # during a step, `state` included
 
 
+def on_a_card(peak: int) -> float:
+    """The bytes that a card needs for a peak of tensors: the allocator leaves gaps, and CUDA and
+    its libraries need memory of their own. (The two numbers are an assumption.)"""
+    return 1.05 * peak + 0.6 * GIB
+
+
 class PeakMemory(TorchDispatchMode):
     """The bytes of all storages that operators make within the context, while they live.
 
@@ -50,7 +57,7 @@ class PeakMemory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: dict[int, int] = {}  # by the address of a living storage
         self.now = self.peak = 0
 
@@ -114,7 +121,9 @@ def fake_batch(
         }
 
 
-def estimate_memory(model: AEAFIRM, args: EasyDict, like_cuda: bool, pairs: bool = True) -> Estimate:
+def estimate_memory(
+    model: AEAFIRM, args: EasyDict, like_cuda: bool, pairs: bool = True
+) -> Estimate:
     """The memory of a training step of `model` with these options.
 
     The batch has `--batch_size` samples, and captions of `--text_length` tokens.
@@ -147,3 +156,25 @@ def estimate_memory(model: AEAFIRM, args: EasyDict, like_cuda: bool, pairs: bool
         with mock.patch.object(F, "layer_norm", layer_norm), memory:
             train_step(batch)
     return Estimate(state, memory.peak)
+
+
+def memory_note(model: AEAFIRM, args: EasyDict, pairs: bool, free: int, total: int) -> str:
+    """A line for the log: does a step fit on a card?
+
+    Args:
+        args: `batch_size` is that of one process.
+        free: bytes of the card that this process may use, the model's included.
+        total: bytes of the card.
+    """
+    card = f"the card has {total / GIB:.1f} GiB, of which {free / GIB:.1f} are free"
+    try:
+        peak = estimate_memory(model, args, like_cuda=True, pairs=pairs).peak
+    except Exception as error:  # such as a loss of one's own that reads values; only a hint is lost
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        return f"memory of a step: cannot be estimated ({reason}); {card}"
+    need = on_a_card(peak)
+    note = f"memory of a step: about {need / GIB:.1f} GiB, estimated; {card}"
+    if need <= free:
+        return note
+    options = ["--accum_steps 4", "--grad_checkpointing", "a smaller --batch_size"]
+    return f"warning: {note}: it may run out of memory; try {', '.join(options)}"

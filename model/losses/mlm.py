@@ -24,12 +24,8 @@ def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Mod
     transformer = clip.Transformer(dim, depth, heads, act_layer=clip.QuickGELU)
     use_lean_blocks(transformer)
     attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-    classifier = OrderedDict(
-        dense=nn.Linear(dim, dim),
-        gelu=QuickGELU(),
-        ln=nn.LayerNorm(dim),
-        fc=nn.Linear(dim, vocab_size),
-    )
+    dense, ln, fc = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
+    classifier = OrderedDict[str, nn.Module](dense=dense, gelu=QuickGELU(), ln=ln, fc=fc)
     out_std = dim**-0.5 * (2 * depth) ** -0.5
     for block in transformer.resblocks:
         nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
@@ -38,8 +34,8 @@ def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Mod
         nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
     nn.init.normal_(attention.in_proj_weight, std=dim**-0.5)
     nn.init.normal_(attention.out_proj.weight, std=out_std)
-    nn.init.normal_(classifier["dense"].weight, std=(2 * dim) ** -0.5)
-    nn.init.normal_(classifier["fc"].weight, std=out_std)
+    nn.init.normal_(dense.weight, std=(2 * dim) ** -0.5)
+    nn.init.normal_(fc.weight, std=out_std)
     return {
         "cross_attn": attention,
         "cross_modal_transformer": transformer,
