@@ -1,6 +1,6 @@
 # make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
 # make test   run the test suite
-# make reliability   test kills, faults and untrusted files, with more examples (9 minutes)
+# make reliability   test kills, faults and untrusted files, with more examples (9 to 13 minutes)
 # make resolve   check that the requirements can be installed on every supported Python
 # make gpu   check and measure on a GPU, and write docs/gpu/<card>.md (without one: a dry run)
 # make docs   write docs/options.md, and tables and a picture in other pages, from the code

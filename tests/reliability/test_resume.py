@@ -623,7 +623,7 @@ def test_a_checkpoint_without_a_fingerprint_resumes_with_a_warning(
             run(train_entry.main, monkeypatch, *argv)
         return
     run(train_entry.main, monkeypatch, *argv)
-    assert "keeps no fingerprint of its data" in capsys.readouterr().out
+    assert "has no fingerprint of its data" in capsys.readouterr().out
 
 
 def test_a_run_does_not_resume_with_images_of_another_shape(mini_root, tmp_path, monkeypatch):
