@@ -2,6 +2,7 @@
 # make test   run the test suite
 # make reliability   test kills, faults and untrusted files, with more examples (9 to 13 minutes)
 # make resolve   check that the requirements can be installed on every supported Python
+# make gpu   check and measure on a GPU, and write docs/gpu/<card>.md (without one: a dry run)
 # make docs   write docs/options.md, and tables and a picture in other pages, from the code
 # Each makes a virtual environment first (.venv, or VENV=PATH).
 
@@ -12,7 +13,7 @@ MINI ?= data/mini-TBAGPR
 # Each file of tests runs in one of up to four processes.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test reliability resolve docs lint clean
+.PHONY: demo test reliability gpu resolve docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m datasets.mini --out $(MINI)
@@ -25,6 +26,9 @@ test: $(VENV)/installed-dev
 
 reliability: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/reliability --kills 100 --fuzz 1000 --attempts $(SHARED)
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/python tools/gpu.py
 
 resolve: $(VENV)/installed-dev
 	$(BIN)/python .ci/resolve.py

@@ -20,6 +20,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.blocks import use_lean_blocks
 from model.weights import (
     BackboneConfig,
     config_from_choice,
@@ -84,6 +85,9 @@ class Backbone(open_clip.CLIP):
         # The temperature is fixed (0.02 in the paper) and belongs to the losses.
         self.logit_scale = None
         self._adapt_vision(stride)
+        use_lean_blocks(self.transformer)
+        if not config.is_resnet:
+            use_lean_blocks(self.visual.transformer)
         if half:
             open_clip.model.convert_weights_to_fp16(self)
 

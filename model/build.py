@@ -55,7 +55,7 @@ def build_sentences(args: EasyDict) -> SentenceTable:
     attributes = [attributes[column] for column in columns]
     texts = [text for a in attributes for group in a.sentences for text in group]
     ids_SL = open_clip.tokenize(texts, context_length=args.text_length)
-    ids_SL = ids_SL[:, : int(ids_SL.argmax(dim=1).max()) + 1]
+    ids_SL = ids_SL[:, : int(ids_SL.argmax(dim=1).max()) + 1].clone()
     counts = [[len(group) for group in a.sentences] for a in attributes]
     return SentenceTable(counts, ids_SL, args.negatives, columns)
 

@@ -68,7 +68,7 @@ class TrainStep:
         if self.scaler.is_enabled():  # it checks only gradients, so one gets the loss's NaN
             gradients[0] += 0 * values["total"]
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self.args.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip, norm)
         bad_loss, bad_gradient = ~values["total"].isfinite(), ~norm.isfinite()
@@ -122,7 +122,7 @@ class TrainStep:
             # As GradScaler does for fused optimizers: they skip on the device.
             vars(self.optimizer).update(grad_scale=None, found_inf=skipped.float())
             self.optimizer.step()
-        elif not skipped:  # weights in half or double precision: this waits for the device
+        elif not skipped:  # weights in half precision on the CPU
             self.optimizer.step()
 
 

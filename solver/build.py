@@ -46,13 +46,14 @@ def build_optimizer(
         for (lr, decay), members in groups.items()
     ]
     # Fused kernels take no half-precision weights on the CPU; with None, torch chooses a kernel.
-    fused = all(p.dtype == torch.float32 for g in params for p in g["params"]) or None
+    weights = [p for group in params for p in group["params"]]
+    fused = all(p.is_cuda or p.dtype != torch.float16 for p in weights) or None
     if args.optimizer == "SGD":
         optimizer = torch.optim.SGD(params, args.lr, momentum=args.momentum, fused=fused)
         if args.momentum:
             # Equal to what the first step would create. If that step is skipped, the fused kernel
             # would leave the buffer uninitialised.
-            for parameter in (p for group in params for p in group["params"]):
+            for parameter in weights:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[args.optimizer]

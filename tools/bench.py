@@ -1,4 +1,4 @@
-"""Measure time: data loading, a training step and its parts, encoding and ranking.
+"""Measure time and memory: data loading, a training step and its parts, encoding, ranking.
 
     python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --json new.json
     python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --plain --json old.json
@@ -8,6 +8,7 @@ Takes every option of train.py. The model has the config of ViT-B/16 unless --pr
 another, with random weights: their values do not change the time. The step runs on synthetic images
 and captions; `data` needs a data set in --root_dir. Each time is a median over repetitions, with
 the first and third quartiles. The device is synchronised before and after each repetition.
+`memory` estimates the peak memory of a step on CUDA, for several batch sizes and options.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.loaders import to_device, train_loader
 from datasets.registry import read_dataset
-from datasets.text import augmentation_of, tokenize, trim
-from datasets.training_set import TrainDataset
-from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN
+from datasets.synthetic import captions, synthetic_batch
+from datasets.text import tokenize, trim
 from model.aeafirm import AEAFIRM
 from model.build import build_training_model
 from model.losses.registry import needs_masked, parse_loss_names
 from model.weights import config_from_choice
 from processor.step import TrainStep
 from solver.build import build_optimizer
+from tools._bench_memory import bench_memory, memory_table
 from utils.command_line import parse_options
 from utils.console import say
 from utils.devices import autocast, choose_device, choose_precision
@@ -59,10 +60,9 @@ from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, rank_gallery
 from utils.tables import console
 
-PARTS = ("data", "step", "encode", "rank")
+PARTS = ("data", "step", "encode", "rank", "memory")
 GALLERIES = (3_200, 20_000, 100_000)
 QUERIES = 3_200
-TEXT = "a man in grey shirt and blue jeans with black backpack walking woman red coat white shoes"
 
 Row = dict[str, Any]  # a line of the table: its name, times and other values
 
@@ -127,34 +127,6 @@ def row(name: str, seconds: list[float], **others: float | str) -> Row:
     first, median, third = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     times = {"median_ms": 1e3 * median, "q1_ms": 1e3 * first, "q3_ms": 1e3 * third}
     return {"what": name, **times, **others}
-
-
-def captions(count: int) -> list[str]:
-    """Synthetic captions of 15 to 60 words, as long as real ones."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(15, 61, (count,), generator=generator).tolist()
-    words = TEXT.split()
-    picks = torch.randint(len(words), (count, 60), generator=generator).tolist()
-    return [" ".join(words[w] for w in row[:n]) for row, n in zip(picks, lengths, strict=True)]
-
-
-def synthetic_batch(args: EasyDict, pad: bool, pairs: bool = True) -> dict[str, Tensor]:
-    """A training batch, of two views if `pairs`; `pad` keeps captions at full length."""
-    size, generator = args.batch_size, torch.Generator().manual_seed(0)
-    ids = tokenize(captions(size), args.text_length)
-    augment = augmentation_of(args, needs_masked(parse_loss_names(args.loss_names)))
-    numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
-    batch = TrainDataset.collate([augment(row, generator) for row in ids])
-    batch["pids"] = torch.arange(size) // 2
-    if pad:
-        batch["caption_ids"] = ids.long()
-    classes = torch.tensor([2, 3, 2, 3, 3, 3, 2])
-    for view in ("", "pair_") if pairs else ("",):
-        shape = (size, 3, *args.img_size)
-        batch[f"{view}images"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        batch[f"{view}uniform"] = torch.rand((size, numbers), generator=generator)
-        batch[f"{view}attributes"] = torch.randint(60, (size, 7), generator=generator) % classes
-    return batch
 
 
 def plain_losses(model: AEAFIRM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -232,7 +204,7 @@ def bench_step(
     model = build_training_model(args, names, num_classes=11003).to(device).train()
     optimizer = build_optimizer(model.named_parameters(), args)
     train_step = TrainStep(model, optimizer, args)
-    raw = synthetic_batch(args, args.plain, pairs)
+    raw = synthetic_batch(args, needs_masked(names), pairs, pad=args.plain)
     config = model.base_model.config
     context = autocast(args.precision, device)
 
@@ -474,11 +446,16 @@ def main() -> None:
         "encode": lambda: bench_encode(args, device, clock),
         "rank": lambda: bench_rank(device, clock),
     }
+    memory: list[Row] = []
+    if "memory" in args.what:  # first: a CPU's peak is that of the process
+        memory = list(bench_memory(args, device))
+        say(memory_table(memory))
     for name in args.what:
-        rows += benches[name]()
-    say(table_of(rows))
+        rows += benches[name]() if name in benches else []
+    if rows:
+        say(table_of(rows))
     if args.json:
-        text = json.dumps({"about": about, "rows": rows}, indent=2)
+        text = json.dumps({"about": about, "rows": rows, "memory": memory}, indent=2)
         write_atomically(Path(args.json), lambda file: file.write(text.encode()))
 
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, Transformer
+from open_clip import transformer as clip
 from torch import Tensor, nn
 
+from model.blocks import QuickGELU, use_lean_blocks
 from model.losses.inputs import Inputs, ModuleConfig, PartialMean
 from utils.devices import at_least_float32
 
@@ -20,14 +21,11 @@ from utils.devices import at_least_float32
 def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Module]:
     """The head's parts by IRRA's names, initialised as in IRRA."""
     heads = max(1, dim // 64)
-    transformer = Transformer(dim, depth, heads, act_layer=QuickGELU)
+    transformer = clip.Transformer(dim, depth, heads, act_layer=clip.QuickGELU)
+    use_lean_blocks(transformer)
     attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-    classifier = OrderedDict(
-        dense=nn.Linear(dim, dim),
-        gelu=QuickGELU(),
-        ln=nn.LayerNorm(dim),
-        fc=nn.Linear(dim, vocab_size),
-    )
+    dense, ln, fc = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
+    classifier = OrderedDict[str, nn.Module](dense=dense, gelu=QuickGELU(), ln=ln, fc=fc)
     out_std = dim**-0.5 * (2 * depth) ** -0.5
     for block in transformer.resblocks:
         nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
@@ -36,8 +34,8 @@ def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Mod
         nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
     nn.init.normal_(attention.in_proj_weight, std=dim**-0.5)
     nn.init.normal_(attention.out_proj.weight, std=out_std)
-    nn.init.normal_(classifier["dense"].weight, std=(2 * dim) ** -0.5)
-    nn.init.normal_(classifier["fc"].weight, std=out_std)
+    nn.init.normal_(dense.weight, std=(2 * dim) ** -0.5)
+    nn.init.normal_(fc.weight, std=out_std)
     return {
         "cross_attn": attention,
         "cross_modal_transformer": transformer,

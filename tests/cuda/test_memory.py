@@ -1,0 +1,68 @@
+"""What training says about memory before its first step."""
+
+import pytest
+
+from model.build import build_training_model
+from model.losses.registry import LOSSES, Loss
+from processor.memory import GIB, estimate_memory, memory_note, on_a_card
+from tests.helpers import SCRATCH, options
+
+NAMES = ["supkl", "queue", "match2", "dot"]
+
+
+def model_and_options(**values):
+    args = options(**{**SCRATCH, "loss_names": "+".join(NAMES), **values})
+    return build_training_model(args, args.loss_names.split("+"), num_classes=9), args
+
+
+def test_a_step_that_does_not_fit_is_a_warning_with_what_to_try():
+    net, args = model_and_options()
+    need = on_a_card(estimate_memory(net, args, like_cuda=True).peak)
+    note = memory_note(net, args, True, free=int(need) + 1, total=24 * GIB)
+    assert note.startswith(
+        f"memory of a step: about {need / GIB:.1f} GiB, estimated; the card has 24.0 GiB"
+    )
+    note = memory_note(net, args, True, free=int(need) - 1, total=24 * GIB)
+    assert note.startswith("warning: memory") and "--accum_steps 4, --grad_checkpointing" in note
+
+
+def test_less_memory_is_estimated_for_options_that_save_it():
+    sizes = {"batch_size": 64, "vision_layers": 4, "img_size": [192, 64]}
+    plain = estimate_memory(*model_and_options(**sizes), like_cuda=True)
+    for values in ({"accum_steps": 4}, {"grad_checkpointing": True}, {"precision": "bf16"}):
+        saving = estimate_memory(*model_and_options(**sizes, **values), like_cuda=True)
+        assert saving.state == plain.state and saving.peak < 0.9 * plain.peak, values
+    two, one = (
+        estimate_memory(*model_and_options(**sizes, loss_names="sdm"), like_cuda=True, pairs=pairs)
+        for pairs in (True, False)
+    )
+    assert one.peak < 0.7 * two.peak
+
+
+def test_estimating_leaves_the_model_as_it_is():
+    net, args = model_and_options()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = net.generator.get_state()
+    estimate_memory(net, args, like_cuda=True)
+    assert all(value.equal(before[name]) for name, value in net.state_dict().items())
+    assert net.generator.get_state().equal(state)
+    assert all(p.grad is None and p.device.type == "cpu" for p in net.parameters())
+
+
+def test_a_loss_of_ones_own_that_reads_values_costs_the_hint_only(monkeypatch):
+    net, args = model_and_options()
+    planted = Loss(
+        "reads a value", lambda inputs: inputs.text_BD.sum() * inputs.text_BD.sum().item()
+    )
+    monkeypatch.setitem(net.rows, "supkl", planted)
+    assert "supkl" in LOSSES
+    note = memory_note(net, args, True, free=GIB, total=GIB)
+    assert note.startswith("memory of a step: cannot be estimated (DataDependentOutputException")
+
+
+@pytest.mark.parametrize("names", ["sdm+id+mlm", "supitc+queue+match2+cat", "itc+cmpm+bisdm+biitc"])
+def test_every_recipe_can_be_estimated(names):
+    args = options(**SCRATCH, loss_names=names, cmt_depth=1)
+    net = build_training_model(args, names.split("+"), num_classes=9)
+    estimate = estimate_memory(net, args, like_cuda=True)
+    assert estimate.peak > estimate.state > 0
