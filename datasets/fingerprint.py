@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from array import array
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from datasets.records import Data, Image, Split
 
@@ -26,20 +29,26 @@ def fingerprint(data: Data) -> dict[str, Any]:
         path = image.path.removeprefix(data.root).lstrip("/")
         return [unicodedata.normalize("NFC", path), image.attributes or None]
 
-    def add(split: str, pids: set[int], captions: int, images: int, content: object) -> None:
-        text = json.dumps(content).encode()
-        result["fingerprint"][split] = hashlib.sha256(text).hexdigest()
-        result["counts"][split] = {"identities": len(pids), "captions": captions, "images": images}
+    def add(split: str, pids: int, captions: int, images: int, digest: str) -> None:
+        result["fingerprint"][split] = digest
+        result["counts"][split] = {"identities": pids, "captions": captions, "images": images}
 
-    samples = data.train
-    rows = [[s.pid, s.source, s.caption, shown(s.image), shown(s.pair)] for s in samples]
-    paths = {image.path for s in samples for image in s.images}
-    add("train", {s.pid for s in samples}, len(samples), len(paths), rows)
+    # Sample by sample, since there may be millions: the SHA-256 of the JSON of a list of all.
+    sha256, separator = hashlib.sha256(b"["), b""
+    paths = array("q")  # their hashes
+    for s in data.train:
+        row = json.dumps([s.pid, s.source, s.caption, shown(s.image), shown(s.pair)])
+        sha256.update(separator + row.encode())
+        separator = b", "
+        paths.extend(hash(image.path) for image in s.images)
+    sha256.update(b"]")
+    add("train", data.num_identities, len(data.train), len(np.unique(paths)), sha256.hexdigest())
     for name, split in data.splits.items():
-        content = _content(split, shown)
+        text = json.dumps(_content(split, shown)).encode()
         images = {image.path for g in split.galleries.values() for image in g.images}
         pids = {*split.image_pids, *split.caption_pids}
-        add(name, pids, len(split.captions), len(images), content)
+        digest = hashlib.sha256(text).hexdigest()
+        add(name, len(pids), len(split.captions), len(images), digest)
     return result
 
 
