@@ -10,18 +10,22 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from pathlib import Path
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 
 from datasets.records import Image, TrainSample
+
+Columns: TypeAlias = dict[str, np.ndarray]
 
 
 class Texts(Sequence[str]):
     """Texts in two arrays: their UTF-8 bytes, and where each of them ends."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self.bytes, self.ends = bytearray(), array("q", [0])
+        self.bytes: Any = bytearray()
+        self.ends: Any = array("q", [0])
         for text in texts:
             self.append(text)
 
@@ -29,6 +33,18 @@ class Texts(Sequence[str]):
         # File names that are not UTF-8 have surrogates.
         self.bytes += text.encode("utf-8", "surrogatepass")
         self.ends.append(len(self.bytes))
+
+    def columns(self, name: str) -> Columns:
+        return {
+            f"{name}.bytes": np.frombuffer(self.bytes, np.uint8),
+            f"{name}.ends": np.asarray(self.ends),
+        }
+
+    @classmethod
+    def of(cls, columns: Columns, name: str) -> Texts:
+        texts = cls()
+        texts.bytes, texts.ends = columns[f"{name}.bytes"], columns[f"{name}.ends"]
+        return texts
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -43,7 +59,8 @@ class Texts(Sequence[str]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        return self.bytes[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogatepass")
+        text = bytes(self.bytes[self.ends[index] : self.ends[index + 1]])
+        return text.decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
@@ -55,7 +72,8 @@ class Entries(Sequence[str]):
 
     def __init__(self) -> None:
         self._beginnings: dict[str, int] = {}
-        self._which, self._numbers = array("i"), array("q")
+        self._which: Any = array("i")
+        self._numbers: Any = array("q")
 
     def append(self, entry: str) -> None:
         beginning = entry.rstrip("0123456789")
@@ -75,9 +93,25 @@ class Entries(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        beginning = next(itertools.islice(self._beginnings, self._which[index], None))
+        beginning = next(itertools.islice(self._beginnings, int(self._which[index]), None))
         number = self._numbers[index]
         return beginning if number < 0 else f"{beginning}{number}"
+
+    def columns(self) -> Columns:
+        beginnings = Texts(self._beginnings).columns("beginnings")
+        return {
+            "which": np.asarray(self._which),
+            "numbers": np.asarray(self._numbers),
+            **beginnings,
+        }
+
+    @classmethod
+    def of(cls, columns: Columns) -> Entries:
+        entries = cls()
+        entries._which, entries._numbers = columns["which"], columns["numbers"]
+        beginnings = Texts.of(columns, "beginnings")
+        entries._beginnings = {text: i for i, text in enumerate(beginnings)}
+        return entries
 
 
 class TrainSamples(Sequence[TrainSample]):
@@ -90,16 +124,21 @@ class TrainSamples(Sequence[TrainSample]):
 
     Attributes:
         captions, entries: texts by sample.
+        stored: the folder where datasets/stored.py keeps them for later starts, if any.
+        known: their fingerprint and counts, if known from an earlier start.
     """
 
     def __init__(self, samples: Iterable[TrainSample] = (), root: str = "") -> None:
         self.root = f"{root}/" if root else ""
-        self._pids, self._sources = array("i"), array("h")
+        self.stored: Path | None = None
+        self.known: tuple[int, int, int, str] | None = None
+        self._pids: Any = array("i")
+        self._sources: Any = array("h")
         self.captions, self.entries = Texts(), Entries()
         # Of the images of all samples; a sample shares those of the one before it.
         self._paths = Texts()
-        self._images = array("i")  # positions in `paths`, of each sample's images
-        self._labels = array("B")  # by image
+        self._images: Any = array("i")  # positions in `_paths`, of each sample's images
+        self._labels: Any = array("B")  # by image
         self.views = self.attributes = 0  # numbers of them
         self._last: tuple[Image, ...] = ()
         for sample in samples:
@@ -128,7 +167,28 @@ class TrainSamples(Sequence[TrainSample]):
     @property
     def pids(self) -> np.ndarray:
         """Identities, [N] int32."""
-        return np.frombuffer(self._pids, np.int32)
+        return np.asarray(self._pids)
+
+    def columns(self) -> Columns:
+        """All of it as arrays, for a file."""
+        return {
+            "pids": np.asarray(self._pids), "sources": np.asarray(self._sources),
+            "images": np.asarray(self._images), "labels": np.asarray(self._labels),
+            "sizes": np.array([self.views, self.attributes]),
+            **self.captions.columns("captions"), **self._paths.columns("paths"),
+            **self.entries.columns(),
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, columns: Columns, root: str) -> TrainSamples:
+        """The samples of `columns`, whose arrays it uses without a copy."""
+        samples = cls(root=root)
+        samples._pids, samples._sources = columns["pids"], columns["sources"]
+        samples._images, samples._labels = columns["images"], columns["labels"]
+        samples.views, samples.attributes = columns["sizes"].tolist()
+        samples.captions = Texts.of(columns, "captions")
+        samples._paths, samples.entries = Texts.of(columns, "paths"), Entries.of(columns)
+        return samples
 
     def renumber(self, new: Sequence[int]) -> None:
         """Replace each identity `pid` by `new[pid]`."""
@@ -149,12 +209,12 @@ class TrainSamples(Sequence[TrainSample]):
         index %= len(self)
         images = [self._image(self._images[index * self.views + v]) for v in range(self.views)]
         return TrainSample(
-            self._pids[index],
+            int(self._pids[index]),
             self.captions[index],
             images[0],
             images[1] if self.views > 1 else None,
             self.entries[index],
-            self._sources[index],
+            int(self._sources[index]),
         )
 
     def __iter__(self) -> Iterator[TrainSample]:
@@ -164,7 +224,7 @@ class TrainSamples(Sequence[TrainSample]):
         width = self.attributes
         path = self._paths[i]
         path = path[1:] if path.startswith("\0") else self.root + path
-        return Image(path, tuple(self._labels[i * width : (i + 1) * width]))
+        return Image(path, tuple(self._labels[i * width : (i + 1) * width].tolist()))
 
 
 class ImagePaths(Sequence[str]):

@@ -7,6 +7,7 @@ import json
 import unicodedata
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,27 +23,13 @@ def fingerprint(data: Data) -> dict[str, Any]:
     Image files are not read.
     """
     result: dict[str, Any] = {"name": data.name, "fingerprint": {}, "counts": {}}
-
-    def shown(image: Image | None) -> list[object] | None:
-        if image is None:
-            return None
-        path = image.path.removeprefix(data.root).lstrip("/")
-        return [unicodedata.normalize("NFC", path), image.attributes or None]
+    shown = partial(_shown, data.root)
 
     def add(split: str, pids: int, captions: int, images: int, digest: str) -> None:
         result["fingerprint"][split] = digest
         result["counts"][split] = {"identities": pids, "captions": captions, "images": images}
 
-    # Sample by sample, since there may be millions: the SHA-256 of the JSON of a list of all.
-    sha256, separator = hashlib.sha256(b"["), b""
-    paths = array("q")  # their hashes
-    for s in data.train:
-        row = json.dumps([s.pid, s.source, s.caption, shown(s.image), shown(s.pair)])
-        sha256.update(separator + row.encode())
-        separator = b", "
-        paths.extend(hash(image.path) for image in s.images)
-    sha256.update(b"]")
-    add("train", data.num_identities, len(data.train), len(np.unique(paths)), sha256.hexdigest())
+    add("train", *(getattr(data.train, "known", None) or of_train(data)))
     for name, split in data.splits.items():
         text = json.dumps(_content(split, shown)).encode()
         images = {image.path for g in split.galleries.values() for image in g.images}
@@ -50,6 +37,20 @@ def fingerprint(data: Data) -> dict[str, Any]:
         digest = hashlib.sha256(text).hexdigest()
         add(name, len(pids), len(split.captions), len(images), digest)
     return result
+
+
+def of_train(data: Data) -> tuple[int, int, int, str]:
+    """Identities, captions, images and fingerprint of the training samples."""
+    # Sample by sample, since there may be millions: the SHA-256 of the JSON of a list of all.
+    sha256, separator = hashlib.sha256(b"["), b""
+    paths = array("q")  # their hashes
+    for s in data.train:
+        images = [_shown(data.root, image) for image in (s.image, s.pair)]
+        sha256.update(separator + json.dumps([s.pid, s.source, s.caption, *images]).encode())
+        separator = b", "
+        paths.extend(hash(image.path) for image in s.images)
+    sha256.update(b"]")
+    return data.num_identities, len(data.train), len(np.unique(paths)), sha256.hexdigest()
 
 
 def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
@@ -68,6 +69,13 @@ def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
         same = "; the same counts, but other content or another order" if old == new else ""
         differences[split] = f"{old} then, {new} now{same}"
     return differences
+
+
+def _shown(root: str, image: Image | None) -> list[object] | None:
+    if image is None:
+        return None
+    path = image.path.removeprefix(root).lstrip("/")
+    return [unicodedata.normalize("NFC", path), image.attributes or None]
 
 
 def _content(split: Split, shown: Callable[[Image], object]) -> list[object]:

@@ -20,6 +20,7 @@ from datasets.compact import ImagePaths
 from datasets.image_cache import ImageFiles
 from datasets.records import Data, Image
 from datasets.samplers import EpochSampler, IdentitySampler, RandomSampler, evaluation_batches
+from datasets.stored import tokenized
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
 from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
@@ -59,7 +60,9 @@ def train_loader(
     files = _image_files(paths, args, processes, entries, skip)
     numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     augment = augmentation_of(args, masked)
-    dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip)
+    with processes.rank_0_first():
+        tokens = tokenized(data, args.text_length)
+    dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip, tokens)
     sampling = (args.batch_size, args.seed, processes)
     sampler: EpochSampler
     if args.sampler == "identity":

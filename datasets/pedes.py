@@ -18,6 +18,7 @@ The last three keys are optional, but if one entry has a key, all must have it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from datasets.reading import (
     read_checked,
 )
 from datasets.records import Data, Gallery, Image, Split, TrainSample
+from datasets.stored import key_of, load_or_read
 from utils.attributes import Attribute
 from utils.documents import load_json, read_json_file
 from utils.errors import UserError, suggest
@@ -60,11 +62,12 @@ def read_pedes(root: str | Path, name: str) -> Data:
     return _Reader(folder / file, folder / "imgs", image_key).read(name, ("ground",))
 
 
-def read_custom(root: str | Path, attributes: Sequence[Attribute]) -> Data:
+def read_custom(root: str | Path, attributes: Sequence[Attribute], cache: str | Path = "") -> Data:
     """Read the user's own data set. Raises UserError.
 
     Args:
         attributes: the attributes that the entries label, with their classes (`--attributes_file`).
+        cache: a folder that keeps the content of `dataset.jsonl` for later starts, if any.
     """
     root = Path(root)
     path = next((root / name for name in CUSTOM_FILES if exists(root / name)), None)
@@ -77,7 +80,12 @@ def read_custom(root: str | Path, attributes: Sequence[Attribute]) -> Data:
         pairs = "pair_image" in reader.optional
         return reader.read("custom", ("image", "pair image") if pairs else ("image",))
 
-    return read_checked(read) if path.suffix == ".jsonl" else read(EntryChecks())
+    if path.suffix != ".jsonl":
+        return read(EntryChecks())
+    if not cache:
+        return read_checked(read)
+    key = key_of(path, repr(attributes))
+    return load_or_read(Path(cache) / f"dataset-{key}", partial(read_checked, read))
 
 
 class _Reader:
@@ -153,7 +161,8 @@ class _Reader:
         attributes = self.attributes if "attributes" in self.optional else ()
         classes = {a.name: len(a.classes) for a in attributes}
         root, warnings = str(self.images.root), self.checks.warnings()
-        return Data(name, train, splits, classes, views, ids, root, warnings)
+        folders = self.images.folders
+        return Data(name, train, splits, classes, views, ids, root, warnings, folders)
 
     def _entry(self, i: int) -> str:
         if isinstance(self.rows, _Lines):

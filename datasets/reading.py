@@ -89,6 +89,11 @@ class ImageFolder:
             raise UserError(f"{entry}: image {shown}: {folder} cannot be read: {listing.problem}")
         raise UserError(f"{entry}: image {shown} is missing in {self.root}")
 
+    @property
+    def folders(self) -> list[str]:
+        """The folders that were listed."""
+        return list(self._listed)
+
     def _in_root(self, folder: str) -> str:
         return os.path.join(self.root, folder) if folder else str(self.root)
 
@@ -190,7 +195,7 @@ class CompactChecks(EntryChecks):
         if entry != self._last or not len(self._entries):
             self._entries.append(entry)
             self._last = entry
-        hashes, numbers = self._kinds.setdefault(kind, (array("q"), array("q")))
+        hashes, numbers = self._kinds.setdefault(kind, (array("q"), array("i")))
         hashes.append(hash(key))
         numbers.append(len(self._entries) - 1)
 

@@ -88,6 +88,7 @@ class Data:
     ids: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     root: str = ""  # the data set's folder, with which the images' paths begin
     warnings: list[str] = field(default_factory=list)  # such as repetitions: one line for each kind
+    folders: list[str] = field(default_factory=list)  # in which the reader looked for images
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
