@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from datasets.records import Data, Image, Split
 
@@ -19,28 +23,34 @@ def fingerprint(data: Data) -> dict[str, Any]:
     Image files are not read.
     """
     result: dict[str, Any] = {"name": data.name, "fingerprint": {}, "counts": {}}
+    shown = partial(_shown, data.root)
 
-    def shown(image: Image | None) -> list[object] | None:
-        if image is None:
-            return None
-        path = image.path.removeprefix(data.root).lstrip("/")
-        return [unicodedata.normalize("NFC", path), image.attributes or None]
+    def add(split: str, pids: int, captions: int, images: int, digest: str) -> None:
+        result["fingerprint"][split] = digest
+        result["counts"][split] = {"identities": pids, "captions": captions, "images": images}
 
-    def add(split: str, pids: set[int], captions: int, images: int, content: object) -> None:
-        text = json.dumps(content).encode()
-        result["fingerprint"][split] = hashlib.sha256(text).hexdigest()
-        result["counts"][split] = {"identities": len(pids), "captions": captions, "images": images}
-
-    samples = data.train
-    rows = [[s.pid, s.source, s.caption, shown(s.image), shown(s.pair)] for s in samples]
-    paths = {image.path for s in samples for image in s.images}
-    add("train", {s.pid for s in samples}, len(samples), len(paths), rows)
+    add("train", *(getattr(data.train, "known", None) or of_train(data)))
     for name, split in data.splits.items():
-        content = _content(split, shown)
+        text = json.dumps(_content(split, shown)).encode()
         images = {image.path for g in split.galleries.values() for image in g.images}
         pids = {*split.image_pids, *split.caption_pids}
-        add(name, pids, len(split.captions), len(images), content)
+        digest = hashlib.sha256(text).hexdigest()
+        add(name, len(pids), len(split.captions), len(images), digest)
     return result
+
+
+def of_train(data: Data) -> tuple[int, int, int, str]:
+    """Identities, captions, images and fingerprint of the training samples."""
+    # Sample by sample, since there may be millions: the SHA-256 of the JSON of a list of all.
+    sha256, separator = hashlib.sha256(b"["), b""
+    paths = array("q")  # their hashes
+    for s in data.train:
+        images = [_shown(data.root, image) for image in (s.image, s.pair)]
+        sha256.update(separator + json.dumps([s.pid, s.source, s.caption, *images]).encode())
+        separator = b", "
+        paths.extend(hash(image.path) for image in s.images)
+    sha256.update(b"]")
+    return data.num_identities, len(data.train), len(np.unique(paths)), sha256.hexdigest()
 
 
 def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
@@ -59,6 +69,13 @@ def changes(then: Any, now: dict[str, Any]) -> dict[str, str] | None:
         same = "; the same counts, but other content or another order" if old == new else ""
         differences[split] = f"{old} then, {new} now{same}"
     return differences
+
+
+def _shown(root: str, image: Image | None) -> list[object] | None:
+    if image is None:
+        return None
+    path = image.path.removeprefix(root).lstrip("/")
+    return [unicodedata.normalize("NFC", path), image.attributes or None]
 
 
 def _content(split: Split, shown: Callable[[Image], object]) -> list[object]:

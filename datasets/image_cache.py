@@ -24,6 +24,7 @@ import pwd
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn
 
@@ -61,12 +62,9 @@ class ImageFiles(Dataset[Tensor]):
     def __init__(
         self, paths: Sequence[str], size: tuple[int, int], entries: Sequence[str] = ()
     ) -> None:
-        self.paths, self.size = list(paths), size
-        self.entries = list(entries) or [""] * len(self.paths)
+        self.paths, self.size, self.entries = paths, size, entries
         self.cache: _Cache | None = None
-        # An image with several captions is several times in the list, but once in the cache.
-        rows = {path: row for row, path in enumerate(dict.fromkeys(self.paths))}
-        self.rows = [rows[path] for path in self.paths]
+        self.rows = np.zeros(0, np.int64)  # by position, the row in the cache
         # Of each loader process: its process id and the position it reads. All processes see it.
         self.reading = torch.full((MAX_WORKERS, 2), -1).share_memory_()
 
@@ -78,13 +76,15 @@ class ImageFiles(Dataset[Tensor]):
         if worker is not None and worker.id < MAX_WORKERS:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
         if self.cache is None:
-            return load_image(self.paths[index], self.size, self.entries[index])
-        return self.cache[self.rows[index]]
+            entry = self.entries[index] if self.entries else ""
+            return load_image(self.paths[index], self.size, entry)
+        return self.cache[int(self.rows[index])]
 
     def last_read(self, pids: Sequence[int]) -> list[str]:
         """The images that the loader processes with these process ids read last."""
         positions = [index for pid, index in self.reading.tolist() if pid in pids]
-        return [f"{self.paths[i]} ({self.entries[i]})".removesuffix(" ()") for i in positions]
+        entries = self.entries or [""] * len(self.paths)
+        return [f"{self.paths[i]} ({entries[i]})".removesuffix(" ()") for i in positions]
 
     def use_cache(self, folder: str | Path, num_workers: int = 0, skip: bool = False) -> None:
         """Read from the cache in `folder` from now on. If there is none, make it first.
@@ -92,6 +92,11 @@ class ImageFiles(Dataset[Tensor]):
         Raises UserError if an image is missing or broken, or if the cache cannot be written. With
         `skip`, a broken image raises BrokenImage only when it is read from the cache.
         """
+        # An image with several captions is several times in the list, but once in the cache.
+        rows: dict[str, int] = {}
+        self.rows = np.fromiter(
+            (rows.setdefault(p, len(rows)) for p in self.paths), np.int64, len(self.paths)
+        )
         path = Path(folder) / f"images-{self.size[0]}x{self.size[1]}-{self._hash()}.npy"
         if not path.exists():
             with _locked(path) as locked:
@@ -99,7 +104,7 @@ class ImageFiles(Dataset[Tensor]):
                     _remove_unfinished(path)
                 if not path.exists():  # another process may have made it meanwhile
                     self._write(path, num_workers, skip)
-        self.cache = cache = _Cache(path, (1 + max(self.rows), 3, *self.size))
+        self.cache = cache = _Cache(path, (len(rows), 3, *self.size))
         self._compare(cache)
         if cache.broken and not skip:
             raise BrokenImage(next(iter(cache.broken.values())))
@@ -148,8 +153,10 @@ class ImageFiles(Dataset[Tensor]):
 
     def _distinct(self) -> tuple[list[str], list[str]]:
         """Each path once, and the first entry of each."""
-        entries = dict(zip(reversed(self.paths), reversed(self.entries), strict=True))
-        return list(dict.fromkeys(self.paths)), [entries[p] for p in dict.fromkeys(self.paths)]
+        entries: dict[str, str] = {}
+        for path, entry in zip(self.paths, self.entries or repeat(""), strict=False):
+            entries.setdefault(path, entry)
+        return list(entries), list(entries.values())
 
     def _write(self, path: Path, num_workers: int, skip: bool) -> None:
         paths, entries = self._distinct()

@@ -16,9 +16,11 @@ from easydict import EasyDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datasets.compact import ImagePaths
 from datasets.image_cache import ImageFiles
 from datasets.records import Data, Image
 from datasets.samplers import EpochSampler, IdentitySampler, RandomSampler, evaluation_batches
+from datasets.stored import tokenized
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
 from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
@@ -53,17 +55,18 @@ def train_loader(
     Args:
         masked: add masked captions, for a loss that needs them.
     """
-    images = [(s.image, s.entry) for s in data.train]
-    images += [(s.pair, s.entry) for s in data.train if s.pair is not None]
-    skip = args.on_bad_image == "skip"
-    files = _image_files([x for x, _ in images], args, processes, [e for _, e in images], skip)
+    views, skip = len(data.views), args.on_bad_image == "skip"
+    paths, entries = (ImagePaths(data.train, views, entries) for entries in (False, True))
+    files = _image_files(paths, args, processes, entries, skip)
     numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     augment = augmentation_of(args, masked)
-    dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip)
+    with processes.rank_0_first():
+        tokens = tokenized(data, args.text_length)
+    dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip, tokens)
     sampling = (args.batch_size, args.seed, processes)
     sampler: EpochSampler
     if args.sampler == "identity":
-        pids = [s.pid for s in data.train]
+        pids = data.train_pids.tolist()
         sampler = IdentitySampler(pids, args.num_instance, *sampling)
         if not len(sampler):
             raise UserError(
@@ -90,7 +93,7 @@ def image_loader(
     """Batches [B, 3, H, W] uint8 of a gallery's images, in order; `normalise` turns them into the
     encoder's input. With several processes, each gets its `evaluation_batches`."""
     batches, _ = evaluation_batches(len(images), args.test_batch_size, processes)
-    files = _image_files(images, args, processes)
+    files = _image_files([image.path for image in images], args, processes)
     return ImageLoader(files, batch_sampler=batches, **_workers(args, device, processes))
 
 
@@ -149,13 +152,13 @@ def _arrived(batch: dict[str, Any], copied: Any, stream: Any) -> dict[str, Any]:
 
 
 def _image_files(
-    images: Sequence[Image],
+    paths: Sequence[str],
     args: EasyDict,
     processes: Processes,
     entries: Sequence[str] = (),
     skip: bool = False,
 ) -> ImageFiles:
-    files = ImageFiles([image.path for image in images], tuple(args.img_size), entries)
+    files = ImageFiles(paths, tuple(args.img_size), entries)
     if args.image_cache:
         with processes.rank_0_first():
             files.use_cache(args.image_cache, min(args.num_workers, cores()), skip)

@@ -6,8 +6,8 @@ and `custom`.
     RSTPReid/data_captions.json       + RSTPReid/imgs/
     [{"split": "train", "id": 1, "captions": ["...", ...], "file_path" or "img_path": "..."}, ...]
 
-`custom` is the user's own data (docs/custom.md): `dataset.json` in `--root_dir`, with image paths
-relative to that folder.
+`custom` is the user's own data (docs/custom.md): `dataset.json` in `--root_dir`, or `dataset.jsonl`
+with one entry per line for millions of entries. Image paths are relative to that folder.
 
     [{"split": "train", "id": "anna", "image": "a/1.jpg", "captions": ["..."],
       "pair_image": "g/1.jpg", "attributes": {...}, "pair_attributes": {...}}, ...]
@@ -17,21 +17,26 @@ The last three keys are optional, but if one entry has a key, all must have it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets.compact import TrainSamples
 from datasets.reading import (
     EntryChecks,
     ImageFolder,
     checked_caption,
     exists,
     normalise_path,
+    read_checked,
 )
 from datasets.records import Data, Gallery, Image, Split, TrainSample
+from datasets.stored import key_of, load_or_read
 from utils.attributes import Attribute
-from utils.documents import read_json_file
+from utils.documents import load_json, read_json_file
 from utils.errors import UserError, suggest
+from utils.files import open_file
 from utils.tokenizer import has_lone_surrogate
 
 PEDES = {  # by name: the JSON file, and the key of the image path in its entries
@@ -40,6 +45,7 @@ PEDES = {  # by name: the JSON file, and the key of the image path in its entrie
     "RSTPReid": ("data_captions.json", "img_path"),
 }
 CUSTOM = "dataset.json"
+CUSTOM_FILES = (CUSTOM, "dataset.jsonl")
 SPLITS = ("train", "val", "test")
 CUSTOM_KEYS = (
     "split", "id", "image", "captions", "pair_image", "attributes", "pair_attributes",
@@ -56,27 +62,40 @@ def read_pedes(root: str | Path, name: str) -> Data:
     return _Reader(folder / file, folder / "imgs", image_key).read(name, ("ground",))
 
 
-def read_custom(root: str | Path, attributes: Sequence[Attribute]) -> Data:
+def read_custom(root: str | Path, attributes: Sequence[Attribute], cache: str | Path = "") -> Data:
     """Read the user's own data set. Raises UserError.
 
     Args:
         attributes: the attributes that the entries label, with their classes (`--attributes_file`).
+        cache: a folder that keeps the content of `dataset.jsonl` for later starts, if any.
     """
     root = Path(root)
-    if not exists(root / CUSTOM):
-        raise UserError(f"--root_dir {root}: expected {CUSTOM} there (docs/custom.md)")
-    reader = _Reader(root / CUSTOM, root, "image", CUSTOM_KEYS, attributes)
-    pairs = "pair_image" in reader.optional
-    return reader.read("custom", ("image", "pair image") if pairs else ("image",))
+    path = next((root / name for name in CUSTOM_FILES if exists(root / name)), None)
+    if path is None:
+        names = " or ".join(CUSTOM_FILES)
+        raise UserError(f"--root_dir {root}: expected {names} there (docs/custom.md)")
+
+    def read(checks: EntryChecks) -> Data:
+        reader = _Reader(path, root, "image", CUSTOM_KEYS, attributes, checks)
+        pairs = "pair_image" in reader.optional
+        return reader.read("custom", ("image", "pair image") if pairs else ("image",))
+
+    if path.suffix != ".jsonl":
+        return read(EntryChecks())
+    if not cache:
+        return read_checked(read)
+    key = key_of(path, repr(attributes))
+    return load_or_read(Path(cache) / f"dataset-{key}", partial(read_checked, read))
 
 
 class _Reader:
-    """Reads and checks the entries of one JSON file.
+    """Reads and checks the entries of one file, one after the other.
 
     Args:
         images: the folder that image paths are relative to.
         image_key: the entries' key of the image path.
         keys: the keys that an entry may have; without any, unknown keys are ignored.
+        checks: across entries.
     """
 
     def __init__(
@@ -86,43 +105,75 @@ class _Reader:
         image_key: str,
         keys: Sequence[str] = (),
         attributes: Sequence[Attribute] = (),
+        checks: EntryChecks | None = None,
     ) -> None:
         self.path, self.image_key, self.keys = path, image_key, keys
-        self.images, self.checks = ImageFolder(images), EntryChecks()
+        self.images, self.checks = ImageFolder(images), checks or EntryChecks()
         self.attributes = attributes
-        self.rows = read_json_file(path)
-        if not isinstance(self.rows, list) or not self.rows:
+        self.rows = _Lines(path) if path.suffix == ".jsonl" else read_json_file(path)
+        if not isinstance(self.rows, (list, _Lines)):
+            raise UserError(f"{path}: expected a list of images with captions")
+        first: Any = next(iter(self.rows), None)
+        if first is None:
             raise UserError(f"{path}: expected a list of images with captions")
         # The optional keys that the first entry has, and so all must have.
-        first = self.rows[0] if keys and isinstance(self.rows[0], dict) else {}
-        self.optional = {key for key in ("pair_image", "attributes") if key in first}
+        given = first if keys and isinstance(first, dict) else {}
+        self.optional = {key for key in ("pair_image", "attributes") if key in given}
         if len(self.optional) == 2:
             self.optional.add("pair_attributes")
 
     def read(self, name: str, views: tuple[str, ...]) -> Data:
         """Read all splits. The identities of each become 0, 1, ... in the order of their ids."""
-        checked: dict[str, list[int]] = {split: [] for split in SPLITS}
+        train = TrainSamples(root=str(self.images.root))
+        people = {split: _People() for split in SPLITS}
+        splits = {s: Split([name], {view: Gallery() for view in views}) for s in SPLITS[1:]}
         for i, row in enumerate(self.rows):
-            checked[self._check(row, i)].append(i)
-        train = self._train(checked["train"])
-        splits = {s: self._split(name, views, checked[s]) for s in SPLITS[1:] if checked[s]}
-        if not train:
-            raise UserError(f"{self.path}: no entry has the split 'train'")
-        if "test" not in splits:
-            raise UserError(f"{self.path}: no entry has the split 'test'")
-        ids = {s: list(self._pids(indices)) for s, indices in checked.items() if indices}
+            entry = self._entry(i)
+            split = self._check(row, entry)
+            given = row.get("id")
+            pid = people[split].number(given)
+            images = [self._image(row, pair, entry) for pair in (False, True)[: len(views)]]
+            if split == "train":
+                for caption in row["captions"]:
+                    sample = TrainSample(pid, caption, images[0], _second(images), entry)
+                    train.append(sample)
+                    self.checks.add_sample(sample, entry if given is None else given)
+                continue
+            self.checks.add_images(split, given, images, entry)
+            for view, image in zip(views, images, strict=True):
+                splits[split].galleries[view].add(image, pid, 0)
+            for caption in row["captions"]:
+                splits[split].add_caption(caption, pid, 0)
+                self.checks.add_caption(split, (*(i.path for i in images), caption), entry)
+        for split in ("train", "test"):
+            if not len(people[split]):
+                raise UserError(f"{self.path}: no entry has the split '{split}'")
+        splits = {name: split for name, split in splits.items() if len(people[name])}
+        for split, content in splits.items():
+            if not content.captions:
+                raise UserError(f"{self.path}: no {split} entry has a caption")
+            new = people[split].sorted_numbers()
+            content.caption_pids = [new[pid] for pid in content.caption_pids]
+            for gallery in content.galleries.values():
+                gallery.pids = [new[pid] for pid in gallery.pids]
+        train.renumber(people["train"].sorted_numbers())
+        ids = {split: known for split, of_split in people.items() if (known := of_split.sorted())}
         attributes = self.attributes if "attributes" in self.optional else ()
         classes = {a.name: len(a.classes) for a in attributes}
         root, warnings = str(self.images.root), self.checks.warnings()
-        return Data(name, train, splits, classes, views, ids, root, warnings)
+        folders = self.images.folders
+        return Data(name, train, splits, classes, views, ids, root, warnings, folders)
 
     def _entry(self, i: int) -> str:
+        if isinstance(self.rows, _Lines):
+            return f"{self.path.name}, line {i + 1}"
         return f"{self.path.name}, entry {i}"
 
-    def _check(self, row: Any, i: int) -> str:
+    def _check(self, row: Any, entry: str) -> str:
         """Check the keys and the plain values of an entry. Returns its split."""
-        entry = self._entry(i)
         wanted = {"split", "id", self.image_key, "captions", *self.optional}
+        if self.keys and isinstance(row, dict) and row.get("split") == "train" and "id" not in row:
+            wanted.remove("id")
         if not isinstance(row, dict) or not wanted <= set(row):
             missing = sorted(wanted - set(row)) if isinstance(row, dict) else sorted(wanted)
             reason = " (needed in all entries or in none)" if set(missing) & self.optional else ""
@@ -133,16 +184,8 @@ class _Reader:
             raise UserError(f"{entry}: '{key}': unknown.{suggest(key, self.keys)}")
         if row["split"] not in SPLITS:
             raise UserError(f"{entry}: split is {row['split']!r}; it must be {', '.join(SPLITS)}")
-        if type(row["id"]) not in (int, str):
-            raise UserError(f"{entry}: id must be an integer or text, got {row['id']!r}")
-        if has_lone_surrogate(str(row["id"])):
-            raise UserError(
-                f"{entry}: id is {row['id']!r}, with half a character (a lone surrogate) in it"
-            )
-        # Otherwise 7 and "7", or "anna" and "anna ", would be two people.
-        self.checks.require_same(
-            ("the id", normalise_path(str(row["id"])).strip()), row["id"], entry
-        )
+        if "id" in wanted:
+            self._check_id(row["id"], entry)
         captions = row["captions"]
         if not isinstance(captions, list) or (not captions and row["split"] == "train"):
             raise UserError(f"{entry}: captions must be a list of texts, got {captions!r:.60}")
@@ -150,13 +193,18 @@ class _Reader:
             checked_caption(caption, f"{entry}, caption {k}", self.checks)
         return row["split"]
 
-    def _pids(self, indices: Sequence[int]) -> dict[int | str, int]:
-        """By id its pid: 0, 1, ... in the order of the ids, integers before texts."""
-        ids = {self.rows[i]["id"] for i in indices}
-        return {pid: n for n, pid in enumerate(sorted(ids, key=lambda p: (isinstance(p, str), p)))}
+    def _check_id(self, given: Any, entry: str) -> None:
+        if type(given) not in (int, str):
+            raise UserError(f"{entry}: id must be an integer or text, got {given!r}")
+        if has_lone_surrogate(str(given)):
+            raise UserError(
+                f"{entry}: id is {given!r}, with half a character (a lone surrogate) in it"
+            )
+        # Otherwise 7 and "7", or "anna" and "anna ", would be two people.
+        self.checks.require_same(("the id", normalise_path(str(given)).strip()), given, entry)
 
-    def _image(self, i: int, pair: bool = False) -> Image:
-        prefix, row, entry = "pair_" if pair else "", self.rows[i], self._entry(i)
+    def _image(self, row: dict[str, Any], pair: bool, entry: str) -> Image:
+        prefix = "pair_" if pair else ""
         path = row[prefix + self.image_key]
         if not isinstance(path, str):
             raise UserError(f"{entry}: {prefix}{self.image_key} must be a path, got {path!r}")
@@ -184,32 +232,59 @@ class _Reader:
             labels.append(attribute.classes.index(value))
         return tuple(labels)
 
-    def _train(self, indices: Sequence[int]) -> list[TrainSample]:
-        pids = self._pids(indices)
-        pairs = "pair_image" in self.optional
-        samples = []
-        for i in indices:
-            row, image = self.rows[i], self._image(i)
-            pair = self._image(i, pair=True) if pairs else None
-            pid, entry = pids[row["id"]], self._entry(i)
-            for caption in row["captions"]:
-                samples.append(TrainSample(pid, caption, image, pair, entry))
-                self.checks.add_sample(samples[-1], row["id"])
-        return samples
 
-    def _split(self, name: str, views: Sequence[str], indices: Sequence[int]) -> Split:
-        pids, split = self._pids(indices), Split([name], {view: Gallery() for view in views})
-        for i in indices:
-            row, entry = self.rows[i], self._entry(i)
-            pid = pids[row["id"]]
-            images = [self._image(i, pair) for pair in (False, True)[: len(views)]]
-            self.checks.add_images(row["split"], row["id"], images, entry)
-            for view, image in zip(views, images, strict=True):
-                split.galleries[view].add(image, pid, 0)
-            for caption in row["captions"]:
-                split.add_caption(caption, pid, 0)
-                key = (*(image.path for image in images), caption)
-                self.checks.add_caption(row["split"], key, entry)
-        if not split.captions:
-            raise UserError(f"{self.path}: no {self.rows[indices[0]]['split']} entry has a caption")
-        return split
+class _Lines(Iterable[Any]):
+    """The entries of a file with one JSON document per line. Raises UserError naming the line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            with open_file(self.path) as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        yield load_json(line)
+                    except (ValueError, RecursionError) as error:
+                        where = f"{self.path}, line {number}"
+                        raise UserError(f"{where}: malformed JSON: {error}") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from None
+
+
+class _People:
+    """The identities of a split, numbered in the order of their first entries."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[int | str, int] = {}
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def number(self, given: int | str | None) -> int:
+        """The number of an id. An entry without one is an identity of its own."""
+        known = None if given is None else self.numbers.get(given)
+        if known is not None:
+            return known
+        if given is not None:
+            self.numbers[given] = self.count
+        self.count += 1
+        return self.count - 1
+
+    def sorted(self) -> list[int | str]:
+        """The ids, integers before texts; empty if an entry has none."""
+        if len(self.numbers) < self.count:
+            return []
+        return sorted(self.numbers, key=lambda given: (isinstance(given, str), given))
+
+    def sorted_numbers(self) -> list[int]:
+        """By number, the number in the order of `sorted`; without all ids, the same number."""
+        new = list(range(self.count))
+        for place, given in enumerate(self.sorted()):
+            new[self.numbers[given]] = place
+        return new
+
+
+def _second(images: Sequence[Image]) -> Image | None:
+    return images[1] if len(images) > 1 else None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import reprlib
 import unicodedata
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from datasets.records import Image, TrainSample
+import numpy as np
+
+from datasets.compact import Entries
+from datasets.records import Data, Image, TrainSample
 from utils.errors import UserError
 from utils.files import add_to_hash
 from utils.tokenizer import MAX_TEXT, MAX_WORD, is_cut, text_problem
@@ -62,42 +67,41 @@ class ImageFolder:
         """Full path of an image. If no file has exactly this name, the file whose name is equal
         after `normalise_path`. Raises UserError if it is missing or outside the folder."""
         shown = ascii(relative[:200])[1:-1]  # printable, whatever the file contains
-        full = self.root / relative
+        folder_name, name = os.path.split(relative)
         outside = ".." in relative.split("/") or os.path.isabs(relative)
-        if not outside and full.name in self._list(full.parent).files:
-            return str(full)
+        if (
+            not outside
+            and "//" not in relative
+            and self._list(self._in_root(folder_name)).has(name)
+        ):
+            return os.path.join(self._in_root(folder_name), name)
         parts = normalise_path(relative).split("/")
         if outside or ".." in parts:
             raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
         *folders, name = [part for part in parts if part not in ("", ".")] or [""]
         folder = self.root
         for part in folders:
-            folder /= self._list(folder).names.get(part, part)
-        listing = self._list(folder)
-        if (name := listing.names.get(name, name)) in listing.files:
+            folder /= self._list(str(folder)).names.get(part, part)
+        listing = self._list(str(folder))
+        if listing.has(name := listing.names.get(name, name)):
             return str(folder / name)
         if listing.problem:
             raise UserError(f"{entry}: image {shown}: {folder} cannot be read: {listing.problem}")
         raise UserError(f"{entry}: image {shown} is missing in {self.root}")
 
-    def _list(self, folder: Path) -> _Listing:
-        if (known := self._listed.get(str(folder))) is not None:
-            return known
-        files, names, problem = set(), {}, ""
-        try:
-            with os.scandir(folder) as items:
-                for item in items:
-                    # On disk, names are UTF-8, even if the system is set to another encoding.
-                    name = os.fsencode(item.name).decode("utf-8", "surrogateescape")
-                    names[normalise_path(name)] = item.name
-                    if _is_file(item):
-                        files.add(item.name)
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            pass  # ValueError: a zero byte, which no path can have
-        except OSError as error:
-            problem = error.strerror or str(error)
-        listing = self._listed[str(folder)] = _Listing(frozenset(files), names, problem)
-        return listing
+    @property
+    def folders(self) -> list[str]:
+        """The folders that were listed."""
+        return list(self._listed)
+
+    def _in_root(self, folder: str) -> str:
+        return os.path.join(self.root, folder) if folder else str(self.root)
+
+    def _list(self, folder: str) -> _Listing:
+        known = self._listed.get(folder)
+        if known is None:
+            known = self._listed[folder] = _Listing(Path(folder))
+        return known
 
 
 def normalise_path(path: str) -> str:
@@ -166,6 +170,70 @@ class EntryChecks:
         return lines
 
 
+class CompactChecks(EntryChecks):
+    """The same checks for millions of entries: 16 bytes for a fact instead of 500.
+
+    It keeps hashes and sorts them at the end. Hashes cannot say what contradicts what, so
+    `read_checked` reads the files again with the `suspects`, whose facts are then kept.
+    """
+
+    def __init__(self, suspects: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self.suspects = suspects  # hashes of subjects
+        self._subjects, self._values = array("q"), array("q")
+        self._kinds: dict[str, tuple[array[int], array[int]]] = {}  # hashes, numbers of entries
+        self._entries = Entries()
+        self._last = ""
+
+    def require_same(self, subject: tuple[str, ...], value: Any, entry: str) -> None:
+        if hash(subject) in self.suspects:
+            super().require_same(subject, value, entry)
+        self._subjects.append(hash(subject))
+        self._values.append(hash(value))
+
+    def count_repetition(self, kind: str, key: Any, entry: str) -> None:
+        if entry != self._last or not len(self._entries):
+            self._entries.append(entry)
+            self._last = entry
+        hashes, numbers = self._kinds.setdefault(kind, (array("q"), array("i")))
+        hashes.append(hash(key))
+        numbers.append(len(self._entries) - 1)
+
+    def contradictions(self) -> frozenset[int]:
+        """Hashes of the subjects that have two values."""
+        subjects, values = (
+            np.frombuffer(self._subjects, np.int64),
+            np.frombuffer(self._values, np.int64),
+        )
+        order = np.lexsort((values, subjects))
+        subjects, values = subjects[order], values[order]
+        differ = (subjects[1:] == subjects[:-1]) & (values[1:] != values[:-1])
+        return frozenset(subjects[1:][differ].tolist())
+
+    def warnings(self) -> list[str]:
+        for kind, (hashes, numbers) in self._kinds.items():
+            keys = np.frombuffer(hashes, np.int64)
+            order = keys.argsort(kind="stable")  # equal ones in the order of the entries
+            starts = np.flatnonzero(np.r_[True, np.diff(keys[order]) != 0])
+            first = np.empty_like(order)  # by position, the first one that is equal
+            first[order] = np.repeat(order[starts], np.diff(np.r_[starts, len(order)]))
+            repeats = np.flatnonzero(first != np.arange(len(first)))
+            if len(repeats):
+                pair = int(repeats[0]), int(first[repeats[0]])
+                example = " repeats ".join(self._entries[numbers[i]] for i in pair)
+                self._repetitions[kind] = [example] * len(repeats)
+        return super().warnings()
+
+
+def read_checked(read: Callable[[EntryChecks], Data]) -> Data:
+    """Read a data set of millions of entries with checks across them. Raises UserError."""
+    checks = CompactChecks()
+    data = read(checks)
+    if suspects := checks.contradictions():
+        data = read(CompactChecks(suspects))  # raises, and names both entries
+    return data
+
+
 def same_content(paths: Sequence[str]) -> list[int]:
     """A number for every path, the same for files of the same bytes: 0, 1, ... in the order in
     which the contents first appear.
@@ -197,12 +265,38 @@ def same_content(paths: Sequence[str]) -> list[int]:
     return [numbers.setdefault(contents.get(path, path), len(numbers)) for path in paths]
 
 
-class _Listing(NamedTuple):
-    """A folder's content."""
+class _Listing:
+    """A folder's content: eight bytes for a file, since there may be millions.
 
-    files: frozenset[str]
-    names: dict[str, str]  # of files and folders, by `normalise_path` of them
-    problem: str  # why the folder cannot be listed; empty if it can, or does not exist
+    Attributes:
+        problem: why the folder cannot be listed; empty if it can, or does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.problem = folder, ""
+        files = (hash(item.name) for item in self._scan() if _is_file(item))
+        self._hashes = np.sort(np.fromiter(files, np.int64))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of exactly this name."""
+        place = int(self._hashes.searchsorted(hash(name)))
+        return place < len(self._hashes) and self._hashes[place] == hash(name)
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """Of files and folders, by `normalise_path` of them."""
+        # On disk, names are UTF-8, even if the system is set to another encoding.
+        decoded = ((os.fsencode(item.name), item.name) for item in self._scan())
+        return {normalise_path(n.decode("utf-8", "surrogateescape")): name for n, name in decoded}
+
+    def _scan(self) -> Iterator[os.DirEntry[str]]:
+        try:
+            with os.scandir(self.folder) as items:
+                yield from items
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            pass  # ValueError: a zero byte, which no path can have
+        except OSError as error:
+            self.problem = error.strerror or str(error)
 
 
 def _is_file(item: os.DirEntry[str]) -> bool:

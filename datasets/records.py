@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from utils.errors import UserError
 
 
@@ -77,7 +79,7 @@ class Data:
     """A data set read from disk and checked."""
 
     name: str
-    train: list[TrainSample]
+    train: Sequence[TrainSample]
     splits: dict[str, Split]  # "val", "test", and "heldout" if `hold_out` made it
     attribute_classes: dict[str, int] = field(default_factory=dict)  # in the order of the labels
     views: tuple[str, ...] = ("aerial", "ground")  # of `image` and, if there are two, of `pair`
@@ -86,6 +88,7 @@ class Data:
     ids: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     root: str = ""  # the data set's folder, with which the images' paths begin
     warnings: list[str] = field(default_factory=list)  # such as repetitions: one line for each kind
+    folders: list[str] = field(default_factory=list)  # in which the reader looked for images
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
@@ -98,7 +101,13 @@ class Data:
 
     @property
     def num_identities(self) -> int:
-        return 1 + max(sample.pid for sample in self.train)
+        return 1 + int(self.train_pids.max())
+
+    @property
+    def train_pids(self) -> np.ndarray:
+        """The identity of each training sample, [N]."""
+        columns = getattr(self.train, "pids", None)
+        return np.array([s.pid for s in self.train]) if columns is None else columns
 
     def check(self) -> None:
         """Raise UserError if a reader has not kept the rules of these records."""
@@ -114,10 +123,10 @@ class Data:
                 map(lambda v, n: 0 <= v < n, labels, classes)
             )
 
-        pids = {sample.pid for sample in self.train}
-        refuse(not pids, "no training samples")
-        refuse(pids != set(range(len(pids))), "training identities other than 0, 1, 2, ...")
-        for s in self.train:
+        refuse(not len(self.train), "no training samples")
+        pids = np.unique(self.train_pids)
+        refuse(pids[-1] != len(pids) - 1, "training identities other than 0, 1, 2, ...")
+        for s in self.train if isinstance(self.train, list) else ():  # columns are like the first
             refuse(len(s.images) != len(self.views), f"not one image per view for {s.entry}")
             refuse(not all(map(valid, s.images)), f"labels that fit no classes for {s.entry}")
         refuse("test" not in self.splits, "no test split")

@@ -70,7 +70,9 @@ DATASETS: dict[str, DatasetSpec] = {
     "G2APS": _source("G2APS", 1),
     **{name: _pedes(name) for name in PEDES},
     "custom": DatasetSpec(
-        lambda args: read_custom(args.root_dir, read_attributes(args.attributes_file)),
+        lambda args: read_custom(
+            args.root_dir, read_attributes(args.attributes_file), args.image_cache
+        ),
         "your own: `dataset.json`, see [custom.md](custom.md)",
         "one view or both; attributes if given",
     ),

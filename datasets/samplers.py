@@ -52,7 +52,7 @@ class EpochSampler(Sampler[list[Key]]):
         """Number of samples in an epoch."""
         raise NotImplementedError
 
-    def order(self, generator: torch.Generator) -> list[int]:
+    def order(self, generator: torch.Generator) -> Sequence[int] | np.ndarray:
         """Sample indices of an epoch, `count` of them. `generator` is seeded for the epoch."""
         raise NotImplementedError
 
@@ -62,18 +62,14 @@ class EpochSampler(Sampler[list[Key]]):
     def set_epoch(self, epoch: int, step: int = 0) -> None:
         """Choose the next epoch (from 0), and how many of its batches to skip."""
         self.epoch, self.first = epoch, step
-        self.keys: list[Key] = []  # of the complete epoch, as soon as iteration begins
+        # Of the complete epoch, as soon as iteration begins: sample indices and seeds.
+        self._order = self._seeds = np.zeros(0, np.int64)
 
     def __iter__(self) -> Iterator[list[Key]]:
         seed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
-        order = self.order(generator)
-        seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
-        cyclic = order + order[:SPARES]
-        self.keys = [
-            Key(index, seed, tuple(cyclic[i + 1 : i + 1 + SPARES]))
-            for i, (index, seed) in enumerate(zip(order, seeds, strict=True))
-        ]
+        self._order = np.asarray(self.order(generator), np.int64)
+        self._seeds = torch.randint(2**62, (len(self._order),), generator=generator).numpy()
         for step in range(self.first, len(self)):
             batch, counts = self.batch(step), self.counts(step)
             start = sum(counts[: self.processes.rank])
@@ -81,7 +77,14 @@ class EpochSampler(Sampler[list[Key]]):
 
     def batch(self, step: int) -> list[Key]:
         """The complete batch, of all processes, of a step (from 0) of the current epoch."""
-        return self.keys[step * self.batch_size : (step + 1) * self.batch_size]
+        start, stop = step * self.batch_size, min((step + 1) * self.batch_size, len(self._order))
+        places = np.arange(start, stop)[:, None] + np.arange(1 + SPARES)
+        indices = self._order.take(places, mode="wrap").tolist()  # the epoch begins again
+        seeds = self._seeds[start:stop].tolist()
+        return [
+            Key(index, seed, tuple(spares))
+            for (index, *spares), seed in zip(indices, seeds, strict=True)
+        ]
 
     def counts(self, step: int) -> list[int]:
         """Number of samples of each process in a step (from 0)."""
@@ -108,8 +111,8 @@ class RandomSampler(EpochSampler):
     def count(self) -> int:
         return self._count
 
-    def order(self, generator: torch.Generator) -> list[int]:
-        return torch.randperm(self._count, generator=generator).tolist()
+    def order(self, generator: torch.Generator) -> np.ndarray:
+        return torch.randperm(self._count, generator=generator).numpy()
 
 
 class IdentitySampler(EpochSampler):

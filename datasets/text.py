@@ -41,7 +41,14 @@ class TokenizedCaptions:
             flat.append(END)
             ends.append(len(flat))
         self.length = length
-        self.flat, self.ends = np.frombuffer(flat, np.uint16), np.frombuffer(ends, np.int64)
+        self.flat, self.ends = np.asarray(flat), np.asarray(ends)
+
+    @classmethod
+    def of(cls, flat: np.ndarray, ends: np.ndarray, length: int) -> TokenizedCaptions:
+        """Captions that were tokenized before."""
+        tokenized = cls((), length)
+        tokenized.flat, tokenized.ends = flat, ends
+        return tokenized
 
     def __len__(self) -> int:
         return len(self.ends) - 1

@@ -37,6 +37,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         numbers: K, the random numbers for each image.
         augment: augmentation of captions; None for none.
         skip: if an image of a sample is broken, take the next sample of the epoch instead.
+        tokens: the captions' tokens, if they are known already.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class TrainDataset(Dataset[dict[str, Any]]):
         text_length: int = 77,
         augment: TextAugmentation | None = None,
         skip: bool = False,
+        tokens: TokenizedCaptions | None = None,
     ) -> None:
         self.samples, self.images, self.numbers = samples, images, numbers
         self.augment = augment or TextAugmentation()
         self.skip = skip
         # Once for all epochs.
-        self.caption_ids = TokenizedCaptions((s.caption for s in samples), text_length)
+        captions = (sample.caption for sample in samples)
+        self.caption_ids = tokens or TokenizedCaptions(captions, text_length)
 
     def __len__(self) -> int:
         return len(self.samples)

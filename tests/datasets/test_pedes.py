@@ -159,7 +159,9 @@ def test_repetitions_are_read_with_a_warning_for_each_kind(name, rendered, tmp_p
 
 
 def test_a_custom_folder_without_dataset_json_is_refused_with_a_link_to_the_documentation(tmp_path):
-    with pytest.raises(UserError, match=r"expected dataset.json there \(docs/custom.md\)"):
+    with pytest.raises(
+        UserError, match=r"expected dataset.json or dataset.jsonl there \(docs/custom.md\)"
+    ):
         read("custom", tmp_path)
 
 

@@ -237,7 +237,8 @@ def test_the_next_sample_of_the_epoch_replaces_a_broken_image(mini_copy):
     args = options(root_dir=str(mini_copy), on_bad_image="skip")
     loader = train_loader(data, args, CPU)
     batches = [batch for batch in loader]
-    keys = loader.batch_sampler.keys
+    sampler = loader.batch_sampler
+    keys = [key for step in range(len(sampler)) for key in sampler.batch(step)]
     place = next(i for i, key in enumerate(keys) if key.index == 5)
     indices = torch.cat([batch["index"] for batch in batches]).tolist()
     expected = [key.index for key in keys]
