@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class FeatureFiles:
         folder: Path,
         about: dict[str, Any],
         captions: list[str],
-        images: dict[str, list[str]],
+        images: Mapping[str, Sequence[str]],
         root: str,
         batch_size: int,
         processes: Processes,
@@ -72,7 +73,7 @@ class FeatureFiles:
             self._open(manifest)
         self.key = json.dumps(processes.from_rank_0(manifest), sort_keys=True).encode()
 
-    def _describe(self, images: dict[str, list[str]]) -> dict[str, Any]:
+    def _describe(self, images: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """The manifest's entries for the lists: a replaced image shows by its size."""
         entries = {}
         for name, rows in self.lists.items():
