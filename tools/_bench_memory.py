@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "--grad_checkpointing": {"grad_checkpointing": True},
     "both": {"accum_steps": 4, "grad_checkpointing": True},
 }
+MEASURED = 16  # samples of the step that is measured, at most: a CPU takes 16 s for them
 NUM_CLASSES = 11003  # identities of CUHK-PEDES, the most of the data sets here
 
 
@@ -37,8 +38,11 @@ def bench_memory(args: EasyDict, device: torch.device) -> Iterator[dict[str, Any
     """Measure a step on this device and estimate it; then estimate steps on CUDA for batches of
     half, once and twice `--batch_size`. Memory in GiB."""
     names = parse_loss_names(args.loss_names)
-    measured = measured_peak(EasyDict(args, batch_size=min(args.batch_size, 8)), device)
-    yield {"what": "measured", "batch_size": min(args.batch_size, 8), **measured}
+    size = min(args.batch_size, MEASURED)
+    yield {
+        "what": "measured", "batch_size": size,
+        **measured_peak(EasyDict(args, batch_size=size), device),
+    }  # fmt: skip
 
     @functools.cache
     def model(half: bool, grad_checkpointing: bool) -> AEAFIRM:

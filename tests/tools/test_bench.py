@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,6 +7,8 @@ import torch
 import tools.bench as tool
 from model.build import build_training_model
 from tests.helpers import SCRATCH, golden_batch, options, run
+from tools._bench_memory import smallest_card
+from tools.gpu import sections_of
 from utils.errors import UserError
 
 SMALL = (
@@ -103,3 +106,40 @@ def test_a_file_of_another_kind_is_refused(tmp_path, monkeypatch):
         run(tool.main, monkeypatch, "--compare", tmp_path / "x.json", tmp_path / "x.json")
     with pytest.raises(UserError, match="--plain measures FIRM's loops"):
         run(tool.main, monkeypatch, *SMALL, "--plain", "--loss_names", "sdm")
+
+
+def test_memory_is_measured_here_and_estimated_for_cuda(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "memory.json"
+    words = (*SMALL, "--loss_names", "supkl+queue+match2+dot", "--what", "memory", "--json", path)
+    run(tool.main, monkeypatch, *words)
+    shown, rows = capsys.readouterr().out, json.loads(path.read_text())["memory"]
+    assert "| bf16      | --grad_checkpointing |" in shown and "batch 4 here:" in shown
+    measured, *estimates = rows
+    assert measured["measured_gib"] > 0 and len(estimates) == 3 * 4 * 3
+    for setting in ("", "--accum_steps 4", "both"):
+        peaks = [
+            r["peak_gib"] for r in estimates if (r["precision"], r["setting"]) == ("fp32", setting)
+        ]
+        assert peaks == sorted(peaks) and all(r["card_gib"] == 8 for r in estimates)
+
+
+@pytest.mark.parametrize(("gib", "card"), [(1, 8), (7.0, 8), (7.2, 12), (22.2, 24), (79, None)])
+def test_a_peak_fits_on_the_smallest_card_with_room_for_cuda_itself(gib, card):
+    assert smallest_card(int(gib * 2**30)) == card
+
+
+def test_the_page_of_a_card_says_which_goals_are_reached(mini_root, tmp_path, monkeypatch):
+    results = {}
+    for name, what in {
+        "default": ("--what", "step", "memory"),
+        "plain": ("--what", "step", "--plain"),
+        "data": ("--what", "data", "--root_dir", mini_root),
+    }.items():
+        measure(monkeypatch, tmp_path / name, *what)
+        results[name] = json.loads((tmp_path / name).read_text())
+    step = next(r for r in results["default"]["rows"] if r["what"] == "step")
+    step["utilisation"], step["memory_mib"] = 0.5, 13 * 1024
+    goals, times, memory = sections_of(results)
+    assert re.search(r"matrix peak +\| +50 % \| +45 % or more \| +yes", goals)
+    assert re.search(r"peak memory, GiB +\| +13.0 \| +under 12 \| +no", goals)
+    assert re.search(r"\| plain +\|", times) and "fits on" in memory
