@@ -99,8 +99,8 @@ class ImageFiles(Dataset[Tensor]):
         )
         path = Path(folder) / f"images-{self.size[0]}x{self.size[1]}-{self._hash()}.npy"
         if not path.exists():
-            with _locked(path) as locked:
-                if locked:
+            with locked(path) as alone:
+                if alone:
                     _remove_unfinished(path)
                 if not path.exists():  # another process may have made it meanwhile
                     self._write(path, num_workers, skip)
@@ -274,7 +274,7 @@ class _Cache:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[bool]:
     """Hold the lock on making a cache; other processes wait. Yields False if there is no lock: the
     file system has none, or this user may not open another user's lock.
 
@@ -293,13 +293,13 @@ def _locked(path: Path) -> Iterator[bool]:
                 text = f"{path}: another process is making this cache; waiting for it"
                 logging.getLogger(LOGGER_NAME).warning(text)
                 fcntl.lockf(file, fcntl.LOCK_EX)
-        locked = True
+        alone = True
     except OSError:  # if the folder is not writable, writing the cache will report it
-        locked = False
+        alone = False
     try:
-        yield locked
+        yield alone
     finally:
-        if locked:
+        if alone:
             with suppress(OSError):
                 lock.unlink()
         if file is not None:

@@ -24,6 +24,7 @@ import numpy as np
 
 from datasets.compact import Columns, TrainSamples
 from datasets.fingerprint import of_train
+from datasets.image_cache import locked
 from datasets.records import Data, Gallery, Image, Split
 from datasets.text import TokenizedCaptions
 from utils.console import LOGGER_NAME
@@ -43,21 +44,32 @@ def key_of(file: Path, content: str) -> str:
 
 
 def load_or_read(folder: Path, read: Callable[[], Data]) -> Data:
-    """The data set in `folder`, or else that of `read`, which is then written there."""
-    if (folder / CONTENT).is_file():
+    """The data set in `folder`, or else that of `read`, which is then written there. Of several
+    processes one reads, and the others wait."""
+    if (data := _load_if_usable(folder)) is not None:
+        return data
+    with locked(folder):
+        if (data := _load_if_usable(folder)) is not None:  # another process has made it meanwhile
+            return data
+        data = read()
         try:
-            return _load(folder)
-        except (UserError, ValueError, KeyError, TypeError, OSError) as error:
-            text = f"{folder}: cannot be used ({error}); the data set is read again"
+            _write(folder, data)
+            return _load(folder)  # whose arrays need less memory
+        except (UserError, ValueError, OSError) as error:  # later starts take longer, that is all
+            text = f"{folder}: the data set could not be stored for later starts: {error}"
             logging.getLogger(LOGGER_NAME).warning(text)
-    data = read()
-    try:
-        _write(folder, data)
-        return _load(folder)  # whose arrays need less memory
-    except (UserError, ValueError, OSError) as error:  # later starts take longer, that is all
-        text = f"{folder}: the data set could not be stored for later starts: {error}"
-        logging.getLogger(LOGGER_NAME).warning(text)
     return data
+
+
+def _load_if_usable(folder: Path) -> Data | None:
+    if not (folder / CONTENT).is_file():
+        return None
+    try:
+        return _load(folder)
+    except (UserError, ValueError, KeyError, TypeError, OSError) as error:
+        text = f"{folder}: cannot be used ({error}); the data set is read again"
+        logging.getLogger(LOGGER_NAME).warning(text)
+        return None
 
 
 def tokenized(data: Data, length: int) -> TokenizedCaptions:

@@ -1,12 +1,15 @@
 """Samples as columns are the samples; what millions of entries need is checked as exactly."""
 
 import json
+import multiprocessing
 import pickle
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from datasets import pedes
 from datasets.compact import Entries, ImagePaths, Texts, TrainSamples
 from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
@@ -173,6 +176,30 @@ def test_a_later_start_reads_the_stored_data_set_and_tokens(rendered, tmp_path, 
     assert contents(later) == contents(plain) and fingerprint(later) == fingerprint(plain)
     again = train_loader(later, args, CPU).dataset.caption_ids
     assert all(again[i].equal(tokens[i]) for i in range(len(first.train)))
+
+
+def test_of_processes_that_start_at_once_one_reads(rendered, tmp_path, monkeypatch):
+    root, cache = lines(rendered, tmp_path), str(tmp_path / "cache")
+
+    class Slow(pedes._Reader):
+        def __init__(self, *args):
+            with open(tmp_path / "reads", "a") as file:
+                file.write("x")
+            time.sleep(0.5)
+            super().__init__(*args)
+
+    monkeypatch.setattr(pedes, "_Reader", Slow)
+
+    def start():
+        assert len(read("custom", root, image_cache=cache).train)
+
+    processes = [multiprocessing.get_context("fork").Process(target=start) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "reads").read_text() == "x"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other column", "content", "tokens"])
