@@ -8,19 +8,43 @@ counts, which copy their memory into every process.
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from datasets.records import Image, TrainSample
 
 Columns: TypeAlias = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
-class Texts(Sequence[str]):
+class Rows(Sequence[T]):
+    """A sequence that makes an item when it is asked for it."""
+
+    @abstractmethod
+    def at(self, index: int) -> T:
+        """The item at an index from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self.at(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.at(index % len(self))
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.at, range(len(self)))
+
+
+class Texts(Rows[str]):
     """Texts in two arrays: their UTF-8 bytes, and where each of them ends."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -49,24 +73,12 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def at(self, index: int) -> str:
         text = bytes(self.bytes[self.ends[index] : self.ends[index + 1]])
         return text.decode("utf-8", "surrogatepass")
 
-    def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
 
-
-class Entries(Sequence[str]):
+class Entries(Rows[str]):
     """Names of entries such as "dataset.json, entry 17", ten bytes each: the number, and which of
     few beginnings stands before it."""
 
@@ -86,13 +98,7 @@ class Entries(Sequence[str]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def at(self, index: int) -> str:
         beginning = next(itertools.islice(self._beginnings, int(self._which[index]), None))
         number = self._numbers[index]
         return beginning if number < 0 else f"{beginning}{number}"
@@ -114,7 +120,7 @@ class Entries(Sequence[str]):
         return entries
 
 
-class TrainSamples(Sequence[TrainSample]):
+class TrainSamples(Rows[TrainSample]):
     """Training samples as columns; `samples[i]` makes a `TrainSample`.
 
     All samples have as many images and labels as the first one.
@@ -197,16 +203,7 @@ class TrainSamples(Sequence[TrainSample]):
     def __len__(self) -> int:
         return len(self._pids)
 
-    @overload
-    def __getitem__(self, index: int) -> TrainSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainSample]: ...
-    def __getitem__(self, index: int | slice) -> TrainSample | list[TrainSample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def at(self, index: int) -> TrainSample:
         images = [self._image(self._images[index * self.views + v]) for v in range(self.views)]
         return TrainSample(
             int(self._pids[index]),
@@ -217,9 +214,6 @@ class TrainSamples(Sequence[TrainSample]):
             int(self._sources[index]),
         )
 
-    def __iter__(self) -> Iterator[TrainSample]:
-        return (self[i] for i in range(len(self)))
-
     def _image(self, i: int) -> Image:
         width = self.attributes
         path = self._paths[i]
@@ -227,7 +221,7 @@ class TrainSamples(Sequence[TrainSample]):
         return Image(path, tuple(self._labels[i * width : (i + 1) * width].tolist()))
 
 
-class ImagePaths(Sequence[str]):
+class ImagePaths(Rows[str]):
     """The paths of the images of all samples: those of the first view, then those of the second.
 
     Args:
@@ -240,15 +234,7 @@ class ImagePaths(Sequence[str]):
     def __len__(self) -> int:
         return self.views * len(self.samples)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def at(self, index: int) -> str:
         view, i = divmod(index, len(self.samples))
-        if not 0 <= view < self.views:
-            raise IndexError(index)
         sample = self.samples[i]
         return sample.entry if self.entries else sample.images[view].path
