@@ -3,7 +3,7 @@
     make docs        # or: python tools/docs.py
 
 This writes all of docs/options.md. In README.md and the pages of docs/ it replaces the tables of
-losses, data sets and files, and the picture of the packages, wherever their first line occurs.
+losses, data sets, files and costs, and the picture of the packages, wherever their first line is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import utils  # noqa: F401  before torch is loaded
 
 from datasets.registry import datasets_table
 from model.losses.registry import losses_table
+from tools import scale
 from utils import option_docs
 from utils.console import say
 from utils.files import PROJECT
@@ -34,6 +35,7 @@ PACKAGES = ("processor", "datasets", "model", "solver", "tools", "utils")  # in 
 def documents() -> dict[Path, str]:
     """The text that every document should have, by its path."""
     parts = [losses_table(), datasets_table(), files_table(), picture()]
+    parts += [scale.step_table(), scale.data_table(), scale.evaluation_table()]
     pages = {option_docs.PAGE: option_docs.page()}
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         if path not in pages:
