@@ -73,7 +73,7 @@ DATASETS: dict[str, DatasetSpec] = {
         lambda args: read_custom(
             args.root_dir, read_attributes(args.attributes_file), args.image_cache
         ),
-        "your own: `dataset.json`, see [custom.md](custom.md)",
+        "your own: `dataset.json` or `dataset.jsonl`, see [custom.md](custom.md)",
         "one view or both; attributes if given",
     ),
 }

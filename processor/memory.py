@@ -130,7 +130,8 @@ def estimate_memory(
 
     Args:
         model: of any device; it is not changed.
-        like_cuda: as CUDA computes the step, or as the CPU does.
+        like_cuda: as CUDA computes layer normalisation, or as the CPU does. (The attention of short
+            captions is the CPU's in both, which takes a little more.)
         pairs: samples have two views.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=False)
