@@ -79,7 +79,7 @@ GROUPS: dict[str, list[Option]] = {
         Option("views",        str, "ag", choices=("a", "g", "ag"),
             help="AGSGData only: aerial images (a), ground images (g) or both (ag)"),
         Option("image_cache",  str, "", path=True, may_differ=True,
-            help="folder for a cache of resized images and of dataset.jsonl, made once (default: none)"),
+            help="folder for a cache of resized images, and of dataset.jsonl (default: no cache)"),
         Option("on_bad_image", str, "fail", choices=("fail", "skip"), may_differ=True,
             help="if a training image cannot be read: fail, or skip to the epoch's next sample"),
     ],
