@@ -97,6 +97,7 @@ class Pair(NamedTuple):
     Attributes:
         number: its row in the table.
         labels: by view and attribute.
+        pid: the identity's number in its source and split: 0, 1, ...
     """
 
     number: int
@@ -104,6 +105,7 @@ class Pair(NamedTuple):
     aerial: Candidate
     ground: Candidate
     labels: Mapping[str, Mapping[str, Label]]
+    pid: int = 0
 
     def candidate(self, view: str) -> Candidate:
         return self.aerial if view == "aerial" else self.ground

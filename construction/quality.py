@@ -1,0 +1,148 @@
+"""Quality: measure each picture once, then decide which are good enough.
+
+Blur is the variance of the Laplacian at one fixed size, because it depends on the size. Repetitions
+(frames of a video, copies) are found by the distance of perceptual hashes (pHash) within an
+identity and view.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import cv2
+import imagehash
+import numpy as np
+from PIL import Image
+
+from construction.records import Candidate, Measure, Picture
+from construction.recipe import Limit, Quality
+from datasets.transforms import BrokenImage, read_image
+from utils.files import add_to_hash
+
+SIZE = (128, 384)  # width and height at which sharpness is measured
+NEARLY_BLACK, NEARLY_WHITE = 8, 247  # grey levels
+CROP_QUALITY = 95  # of a crop's JPEG
+VERSION = 1  # increase it when the same picture gives other measures
+
+
+def measure_file(
+    file: str, pictures: Sequence[Picture], crops: Path
+) -> list[Measure]:
+    """Measures of the pictures in one file, which is decoded once. A box is cut out, and written
+    to `crops`/<source>/<name>. What cannot be read is a measure with a `problem`. Raises OSError if
+    a crop cannot be written."""
+    try:
+        frame = read_image(file)
+    except BrokenImage as error:
+        return [Measure(problem=str(error)) for _ in pictures]
+    return [_measure(frame, file, picture, crops) for picture in pictures]
+
+
+def _measure(frame: Image.Image, file: str, picture: Picture, crops: Path) -> Measure:
+    image = frame
+    if picture.box is not None:
+        left, top, width, height = picture.box
+        right, bottom = min(left + width, frame.width), min(top + height, frame.height)
+        left, top = max(left, 0), max(top, 0)
+        if left >= right or top >= bottom:
+            size = f"{frame.width}x{frame.height}"
+            return Measure(problem=f"the box {picture.box} is outside of the picture ({size})")
+        image = frame.crop((left, top, right, bottom))
+        file = str(crops / picture.source / picture.name)
+        _write_crop(image, Path(file))
+    digest = hashlib.sha256()
+    add_to_hash(digest, file)
+    grey = np.asarray(image.convert("L").resize(SIZE, Image.Resampling.BILINEAR))
+    clipped = (grey <= NEARLY_BLACK) | (grey >= NEARLY_WHITE)
+    return Measure(
+        file,
+        digest.hexdigest(),
+        *image.size,
+        round(float(cv2.Laplacian(grey, cv2.CV_64F).var()), 3),
+        round(float(grey.mean()), 3),
+        round(float(clipped.mean()), 4),
+        str(imagehash.phash(image)),
+    )
+
+
+def _write_crop(image: Image.Image, path: Path) -> None:
+    """Write a JPEG and rename it. It is not synced to disk, which would take longer than all else;
+    a crop that a loss of power destroys has another hash, and writing the data set finds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as stream:
+            image.save(stream, "JPEG", quality=CROP_QUALITY, subsampling=0)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def least_sharpness(limit: Limit | None, of_view: Sequence[float]) -> float:
+    """The smallest sharpness that is good enough for a view, whose pictures have `of_view`."""
+    if limit is None or not len(of_view):
+        return 0.0
+    if limit.at_least is not None:
+        return limit.at_least
+    return float(np.quantile(np.asarray(of_view), limit.quantile or 0.0))
+
+
+def judge(measure: Measure, least: float, recipe: Quality) -> tuple[str, str] | None:
+    """Why a picture is not good enough, as (reason, detail); None if it is.
+
+    Args:
+        least: the smallest sharpness of its view.
+    """
+    darkest, brightest = recipe.brightness
+    if measure.problem:
+        return "broken", measure.problem
+    if measure.width < recipe.min_width or measure.height < recipe.min_height:
+        least_size = f"{recipe.min_width}x{recipe.min_height}"
+        return "small", f"{measure.width}x{measure.height}, under {least_size}"
+    if measure.brightness < darkest:
+        return "dark", f"brightness {measure.brightness:.1f}, under {darkest:g}"
+    if measure.brightness > brightest:
+        return "bright", f"brightness {measure.brightness:.1f}, over {brightest:g}"
+    if measure.clipped > recipe.clipped:
+        share = f"{measure.clipped:.0%} of the pixels are nearly black or white"
+        return "clipped", f"{share}, over {recipe.clipped:.0%}"
+    if measure.sharpness < least:
+        return "blurry", f"sharpness {measure.sharpness:.1f}, under {least:.1f}"
+    return None
+
+
+def repetitions(pictures: Sequence[Candidate], distance: int) -> dict[int, tuple[int, int]]:
+    """The pictures of one identity and view that repeat a sharper one: by number, the number of
+    that one and the distance of their hashes (at most `distance` of 64 bits).
+
+    The sharpest picture stays. Then every other one, in the order of sharpness, stays unless it is
+    near one that stays.
+    """
+    order = sorted(pictures, key=lambda c: (-c.measure.sharpness, c.number))
+    hashes = np.array([int(c.measure.phash, 16) for c in order], np.uint64)
+    stay: list[int] = []  # positions in `order`
+    repeated: dict[int, tuple[int, int]] = {}
+    for i, candidate in enumerate(order):
+        distances = np.bitwise_count(hashes[stay] ^ hashes[i]) if stay else np.zeros(0, np.uint8)
+        if len(distances) and distances.min() <= distance:
+            near = int(distances.argmin())
+            repeated[candidate.number] = order[stay[near]].number, int(distances[near])
+        else:
+            stay.append(i)
+    return repeated
+
+
+def limits_of(
+    recipe: Quality, sharpness: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """By view, the smallest sharpness that is good enough. `sharpness`: of all pictures, by view."""
+    return {
+        view: least_sharpness(recipe.sharpness.get(view), values)  # type: ignore[call-overload]
+        for view, values in sharpness.items()
+    }
