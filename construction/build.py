@@ -9,38 +9,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
-from functools import partial
-from itertools import groupby, islice
-from multiprocessing import get_context
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from construction.attributes import check_recipe, label_identity
 from construction.balance import overflow, pair
-from construction.captions import write_captions
-from construction.card import write_card
-from construction.quality import VERSION, judge, limits_of, measure_file, repetitions
+from construction.measuring import measured
+from construction.quality import judge, least_sharpness, repetitions
 from construction.recipe import Recipe
-from construction.records import VIEWS, Candidate, Measure, Picture
+from construction.records import SPLITS, VIEWS, Candidate
 from construction.sources import READERS
 from construction.splits import held_out, split_people
-from construction.store import Store, key_of
+from construction.store import Store
 from construction.table import Table
 from construction.writing import MANIFEST, Writer, check_layout
 from utils.attributes import read_attributes
 from utils.console import say
 from utils.errors import UserError
 from utils.files import lock
-
-BATCH = 2000  # files that are measured before their measures are kept
-UNTIL = ("measure", "captions")
 
 
 class Build:
@@ -87,6 +75,7 @@ class Build:
                 return
             self._quality(table)
             self._balance(table)
+            self._pair(table)
             self._label(table, store)
             self._captions(table, store)
             if until == "captions":
@@ -101,119 +90,92 @@ class Build:
             pictures = READERS[source.reader](self.paths[source.reader], source)
             table.add(tqdm(pictures, desc=f"read {source.name}", unit="picture", disable=None))
         removed = (
-            (number, "no identity", "") if not picture.identity else (number, "no split", "")
+            (number, "no split" if picture.identity else "no identity", "")
             for _, group in table.frames()
             for number, picture in group
             if not picture.identity or (by_split and not picture.split)
         )
-        table.remove("sources", list(removed))
+        table.remove("sources", removed)
         kept = table.count("pictures") - table.count("removed")
         say(f"sources: {table.count('pictures')} pictures, {kept} with an identity")
         if not kept:
             raise UserError("none of the sources has a picture with an identity")
 
     def _measure(self, table: Table, store: Store) -> None:
-        """Measure what no earlier run has measured."""
-        k, n = self.shard
-        crops = self.work / "crops"
-        measure = partial(_measure_group, crops=str(crops))
+        """Measure what no earlier run has measured; with shards, this process's share of it."""
         total = table.count("pictures") - table.count("removed")
-        bar = tqdm(total=total, desc="measure", unit="picture", disable=None)
-        pool = (
-            ProcessPoolExecutor(self.workers, get_context("spawn"))
-            if self.workers > 1
-            else nullcontext()
-        )
-        measures: list[tuple[int, Measure]] = []
-        frames = table.frames()
-        with bar, pool as executor:
-            while batch := list(islice(frames, BATCH)):
-                todo = []
-                for file, group in batch:
-                    key = _measure_key(file, [picture for _, picture in group])
-                    kept = store.get("measure", key)
-                    found = [Measure(*values) for values in kept or ()]
-                    # A crop that has been deleted is cut again.
-                    if kept is None or not all(m.problem or os.path.exists(m.file) for m in found):
-                        if int(key[:8], 16) % n == k - 1:
-                            todo.append((key, file, group))
-                        continue
-                    measures += zip((number for number, _ in group), found, strict=True)
-                    bar.update(len(group))
-                jobs = [(file, [picture for _, picture in group]) for _, file, group in todo]
-                try:
-                    run = executor.map(measure, jobs, chunksize=8) if executor else map(measure, jobs)
-                    done = []
-                    for (key, _, group), result in zip(todo, run, strict=True):
-                        done.append((key, result))
-                        measures += zip((number for number, _ in group), result, strict=True)
-                        bar.update(len(group))
-                except BrokenProcessPool:
-                    raise UserError(
-                        "a process that measures was killed, probably for its memory; give fewer "
-                        "--workers, and run the same command again"
-                    ) from None
-                store.put("measure", done)
-        table.set_measures(measures)
-        missing = total - len(measures)
-        if missing and n == 1:
-            raise UserError(f"{missing} pictures were not measured")  # cannot happen
+        with tqdm(total=total, desc="measure", unit="picture", disable=None) as bar:
+            for measures in measured(
+                table.frames(), store, self.work / "crops", self.shard, self.workers
+            ):
+                table.set_measures(measures)
+                bar.update(len(measures))
 
     def _quality(self, table: Table) -> None:
         recipe = self.recipe.quality
-        sharpness = {
-            (source.name, view): table.column("sharpness", source.name, view)
+        missing = table.count("pictures") - table.count("removed") - table.count("measures")
+        if missing:
+            raise UserError(
+                f"{missing} pictures are not measured yet; run the other shares first "
+                "(--until measure)"
+            )
+        least = {
+            (source.name, view): least_sharpness(
+                recipe.sharpness.get(view), table.column("sharpness", source.name, view)
+            )
             for source in self.recipe.sources
             for view in VIEWS
         }
-        limits = {
-            source.name: limits_of(recipe, {v: sharpness[source.name, v] for v in VIEWS})
-            for source in self.recipe.sources
-        }
-        self.limits = limits
-        removed = []
-        for candidate in table.candidates():
-            least = limits[candidate.picture.source][candidate.picture.view]
-            if reason := judge(candidate.measure, least, recipe):
-                removed.append((candidate.number, *reason))
-        table.remove("quality", removed)
-        repeated = []
+        bad = (
+            (candidate.number, *reason)
+            for candidate in table.candidates()
+            if (reason := judge(candidate, least, recipe))
+        )
+        table.remove("quality", bad)
         if recipe.repeated is not None:
-            for group in table.identities(self._by_split):
-                for view in VIEWS:
-                    pictures = [c for c in group if c.picture.view == view]
-                    names = {c.number: c.picture.name for c in pictures}
-                    for number, (other, distance) in repetitions(pictures, recipe.repeated).items():
-                        detail = f"{distance} of 64 bits from {names[other]}"
-                        repeated.append((number, "repeated", detail))
-            table.remove("quality", repeated)
-        _report("quality", [*removed, *repeated], table)
+            table.remove("quality", self._repeated(table, recipe.repeated))
+        self._report(table, "quality")
+
+    def _repeated(self, table: Table, distance: int) -> Iterator[tuple[int, str, str]]:
+        for group in table.identities(self._by_split):
+            names = {c.number: c.picture.name for c in group}
+            for pictures in _by_view(group):
+                for number, (other, bits) in repetitions(pictures, distance).items():
+                    yield number, "repeated", f"{bits} of 64 bits from {names[other]}"
 
     def _balance(self, table: Table) -> None:
-        """Balance the views of each identity, split the persons, and make pairs."""
-        removed: list[tuple[int, str, str]] = []
-        for group in table.identities(self._by_split):
-            aerial, ground = _by_view(group)
-            if not aerial or not ground:
-                view = "ground" if aerial else "aerial"
-                removed += [(c.number, "one view", f"the identity has no {view} picture") for c in group]
-                continue
-            extra = overflow(aerial, ground, self.recipe.balance)
-            counts = f"{len(aerial)} aerial, {len(ground)} ground pictures"
-            removed += [(number, "overflow", counts) for number in sorted(extra)]
-        table.remove("balance", removed)
-        _report("balance", removed, table)
+        """Balance the views of each identity."""
+
+        def removed() -> Iterator[tuple[int, str, str]]:
+            for group in table.identities(self._by_split):
+                aerial, ground = _by_view(group)
+                if aerial and ground:
+                    counts = f"{len(aerial)} aerial, {len(ground)} ground pictures"
+                    for number in sorted(overflow(aerial, ground, self.recipe.balance)):
+                        yield number, "overflow", counts
+                else:
+                    view = "ground" if aerial else "aerial"
+                    for candidate in group:
+                        yield candidate.number, "one view", f"the identity has no {view} picture"
+
+        table.remove("balance", removed())
+        self._report(table, "balance")
+
+    def _pair(self, table: Table) -> None:
+        """Split the persons, and make pairs."""
         split_of = self._split_people(table)
-        pairs = []
-        for group in table.identities(self._by_split):
-            picture = group[0].picture
-            part = picture.split if self._by_split else ""
-            split = split_of[picture.source, picture.person, part]
-            for aerial, ground in pair(*_by_view(group), self.recipe.balance):
-                pairs.append((split, aerial.number, ground.number))
-        table.add_pairs(pairs)
-        counts = Counter(split for split, *_ in pairs)
-        say("pairs: " + ", ".join(f"{counts[s]} {s}" for s in ("train", "val", "test")))
+
+        def pairs() -> Iterator[tuple[str, int, int]]:
+            for group in table.identities(self._by_split):
+                picture = group[0].picture
+                part = picture.split if self._by_split else ""
+                split = split_of[picture.source, picture.person, part]
+                for aerial, ground in pair(*_by_view(group), self.recipe.balance):
+                    yield split, aerial.number, ground.number
+
+        table.add_pairs(pairs())
+        counts = dict(table.query("SELECT split, count(*) FROM pairs GROUP BY split"))
+        say("pairs: " + ", ".join(f"{counts.get(split, 0)} {split}" for split in SPLITS))
 
     def _split_people(self, table: Table) -> dict[tuple[str, str, str], str]:
         """The split of each (source, person, split of the source)."""
@@ -273,3 +235,22 @@ class Build:
     @property
     def _by_split(self) -> bool:
         return self.recipe.splits.by == "source"
+
+    def _report(self, table: Table, stage: str) -> None:
+        """Say how many pictures a stage has taken out, and why."""
+        rows = table.query(
+            "SELECT reason, count(*) FROM removed WHERE stage = ? GROUP BY reason "
+            "ORDER BY count(*) DESC, reason",
+            (stage,),
+        )
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rows) or "nothing"
+        kept = table.count("pictures") - table.count("removed")
+        say(f"{stage}: {kept} pictures are in; taken out: {reasons}")
+        if not kept:
+            raise UserError(f"{stage}: no picture is left ({reasons}); the recipe is too strict")
+
+
+def _by_view(group: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """The aerial and the ground pictures of an identity."""
+    aerial = [c for c in group if c.picture.view == "aerial"]
+    return aerial, [c for c in group if c.picture.view == "ground"]

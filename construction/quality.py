@@ -29,9 +29,7 @@ CROP_QUALITY = 95  # of a crop's JPEG
 VERSION = 1  # increase it when the same picture gives other measures
 
 
-def measure_file(
-    file: str, pictures: Sequence[Picture], crops: Path
-) -> list[Measure]:
+def measure_file(file: str, pictures: Sequence[Picture], crops: Path) -> list[Measure]:
     """Measures of the pictures in one file, which is decoded once. A box is cut out, and written
     to `crops`/<source>/<name>. What cannot be read is a measure with a `problem`. Raises OSError if
     a crop cannot be written."""
@@ -93,13 +91,16 @@ def least_sharpness(limit: Limit | None, of_view: Sequence[float]) -> float:
     return float(np.quantile(np.asarray(of_view), limit.quantile or 0.0))
 
 
-def judge(measure: Measure, least: float, recipe: Quality) -> tuple[str, str] | None:
+def judge(
+    candidate: Candidate, least: Mapping[tuple[str, str], float], recipe: Quality
+) -> tuple[str, str] | None:
     """Why a picture is not good enough, as (reason, detail); None if it is.
 
     Args:
-        least: the smallest sharpness of its view.
+        least: the smallest sharpness by source and view.
     """
-    darkest, brightest = recipe.brightness
+    picture, measure = candidate.picture, candidate.measure
+    sharp, (darkest, brightest) = least[picture.source, picture.view], recipe.brightness
     if measure.problem:
         return "broken", measure.problem
     if measure.width < recipe.min_width or measure.height < recipe.min_height:
@@ -112,8 +113,8 @@ def judge(measure: Measure, least: float, recipe: Quality) -> tuple[str, str] | 
     if measure.clipped > recipe.clipped:
         share = f"{measure.clipped:.0%} of the pixels are nearly black or white"
         return "clipped", f"{share}, over {recipe.clipped:.0%}"
-    if measure.sharpness < least:
-        return "blurry", f"sharpness {measure.sharpness:.1f}, under {least:.1f}"
+    if measure.sharpness < sharp:
+        return "blurry", f"sharpness {measure.sharpness:.1f}, under {sharp:.1f}"
     return None
 
 
@@ -136,13 +137,3 @@ def repetitions(pictures: Sequence[Candidate], distance: int) -> dict[int, tuple
         else:
             stay.append(i)
     return repeated
-
-
-def limits_of(
-    recipe: Quality, sharpness: Mapping[str, Sequence[float]]
-) -> dict[str, float]:
-    """By view, the smallest sharpness that is good enough. `sharpness`: of all pictures, by view."""
-    return {
-        view: least_sharpness(recipe.sharpness.get(view), values)  # type: ignore[call-overload]
-        for view, values in sharpness.items()
-    }

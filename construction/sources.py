@@ -182,7 +182,9 @@ def _g2aps_frames(root: Path, source: Source) -> Iterator[Picture]:
         name = _text(item[0], where)
         match = G2APS_FRAME.fullmatch(name)
         if not match:
-            raise UserError(f"{where}: the frame's name is {name!r}, not one such as D1_20_000840.jpg")
+            raise UserError(
+                f"{where}: the frame's name is {name!r}, not one such as D1_20_000840.jpg"
+            )
         letter, scene, height, frame = match.groups()
         stem = os.path.splitext(name)[0]
         for index, box in enumerate(_boxes(item[2], where)):
@@ -356,7 +358,9 @@ def _check_columns(path: Path, columns: list[str], source: Source) -> None:
         )
     boxes = [name for name in BOX if name in columns]
     if boxes and len(boxes) < len(BOX):
-        raise UserError(f"{path}: a box needs the columns {', '.join(BOX)}; there is only {boxes[0]}")
+        raise UserError(
+            f"{path}: a box needs the columns {', '.join(BOX)}; there is only {boxes[0]}"
+        )
 
 
 def _box(row: dict[str, Any], where: str) -> Box | None:
@@ -389,4 +393,3 @@ def _name(given: str, box: Box | None) -> str:
         stem = os.path.splitext(name)[0]
         name = f"{stem}_{'_'.join(map(str, box))}.jpg"
     return name
-

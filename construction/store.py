@@ -18,7 +18,9 @@ from typing import Any
 
 from utils.errors import UserError
 
-SCHEMA = "CREATE TABLE IF NOT EXISTS kept (kind TEXT, key TEXT, value TEXT, PRIMARY KEY (kind, key))"
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS kept (kind TEXT, key TEXT, value TEXT, PRIMARY KEY (kind, key))"
+)
 
 
 def key_of(*parts: object) -> str:
