@@ -5,7 +5,7 @@
     python build_dataset.py --recipe configs/construction/own.yaml \\
         --images crops.csv --output data/campus
 
-A run that was stopped goes on where it was when the same command is given again (docs/construction.md).
+A run that was stopped goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import utils  # noqa: F401  before torch is loaded
 
 import argparse
 import re
-from pathlib import Path
 
-from utils.console import say
 from utils.devices import cores
 from utils.errors import UserError, run_main
 from utils.files import path_option
@@ -30,13 +28,13 @@ def main() -> None:
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add = partial(parser.add_argument, metavar="PATH", type=path_option)
+    add("--recipe", required=True, help="a YAML file with every decision")
+    add("--output", required=True, help="folder of the data set, which is made")
+    add("--ag_reid", help="folder of AG-ReID, v1 or v2")
+    add("--g2aps", help="folder of G2APS, or of its crops")
+    add("--images", help="CSV or Parquet with a row for each picture of one's own")
     add = parser.add_argument
-    path = {"type": path_option, "metavar": "PATH"}
-    add("--recipe", required=True, help="a YAML file with every decision", **path)
-    add("--output", required=True, help="folder of the data set, which is made", **path)
-    add("--ag_reid", help="folder of AG-ReID, v1 or v2", **path)
-    add("--g2aps", help="folder of G2APS, or of its crops", **path)
-    add("--images", help="CSV or Parquet with a row for each picture of one's own", **path)
     add("--workers", type=int, default=cores(), help="processes that measure pictures")
     add("--shard", type=_shard, default=(1, 1), metavar="K/N",
         help="do share K of N of the measures and captions, from 1; needs --until")  # fmt: skip
@@ -48,16 +46,12 @@ def main() -> None:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
     try:
-        import openai  # noqa: F401
-        import pydantic  # noqa: F401
-        import cv2, imagehash, scipy  # noqa: E401, F401
-    except ImportError as error:
+        from construction.build import Build
+        from construction.recipe import read_recipe
+    except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not installed: pip install -r requirements-construction.txt"
         ) from None
-    from construction.build import Build
-    from construction.recipe import read_recipe
-
     given = {"ag_reid": args.ag_reid, "g2aps": args.g2aps, "table": args.images}
     sources = {reader: path for reader, path in given.items() if path}
     build = Build(read_recipe(args.recipe), sources, args.output, args.shard, args.workers)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from construction.records import Candidate, Picture
 from construction.recipe import Balance
+from construction.records import Candidate, Picture
 
 
 def overflow(aerial: Sequence[Candidate], ground: Sequence[Candidate], recipe: Balance) -> set[int]:

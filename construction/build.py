@@ -1,8 +1,8 @@
 """The stages in their order: from the recipe to the data set.
 
-Every run starts from the first stage. Stages that are cheap are computed anew; measures, answers and
-scores come from the store as far as they are there. So a run that was killed goes on where it was,
-and the result depends on nothing but the recipe, the pictures and the answers.
+Every run starts from the first stage. Stages that are cheap are computed anew; measures, answers
+and scores come from the store as far as they are there. So a run that was killed goes on where it
+was, and the result depends on nothing but the recipe, the pictures and the answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from construction.sources import READERS
 from construction.splits import held_out, split_people
 from construction.store import Store
 from construction.table import Table
-from construction.writing import MANIFEST, Writer, check_layout
+from construction.writing import Writer, check_layout
 from utils.attributes import read_attributes
 from utils.console import say
 from utils.errors import UserError
@@ -62,8 +62,17 @@ class Build:
         check_recipe(recipe, self.attributes)
         check_layout(recipe, self.attributes)
 
-    def run(self, until: str = "") -> None:
-        """All stages, or those up to "measure" or "captions". Raises UserError."""
+    def run(self, until: str = "", force: bool = False) -> None:
+        """All stages, or those up to "measure" or "captions". Raises UserError.
+
+        Args:
+            force: replace a data set that is there already, when the new one is complete.
+        """
+        if self.output.exists() and not (force and (self.output / MANIFEST).is_file()):
+            advice = "choose another folder, or replace it with --force"
+            if not (self.output / MANIFEST).is_file():
+                advice = "it is not a data set of this command; choose another folder"
+            raise UserError(f"{self.output}: exists; {advice}")
         self.work.mkdir(parents=True, exist_ok=True)
         lock(self.work, name=f"lock-{self.name}")
         with Store(self.work / "store", self.name) as store:
@@ -212,7 +221,9 @@ class Build:
 
     def _write(self, table: Table) -> None:
         table.finish()
-        unfinished = self.output.with_name(f"{self.output.name}.unfinished")
+        unfinished, replaced = (
+            self.output.with_name(f"{self.output.name}.{end}") for end in ("unfinished", "replaced")
+        )
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             unfinished.mkdir(parents=True)
@@ -223,6 +234,9 @@ class Build:
             writer.annotations()
             write_card(unfinished, table, self.recipe, self.notes)
             writer.manifest()
+            if self.output.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(self.output, replaced)
             os.rename(unfinished, self.output)
         except OSError as error:
             raise UserError(
@@ -231,6 +245,8 @@ class Build:
             ) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        say(f"wrote {self.output}: look at {self.output}/card.html")
 
     @property
     def _by_split(self) -> bool:

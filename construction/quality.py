@@ -18,8 +18,8 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from construction.records import Candidate, Measure, Picture
 from construction.recipe import Limit, Quality
+from construction.records import Candidate, Measure, Picture
 from datasets.transforms import BrokenImage, read_image
 from utils.files import add_to_hash
 

@@ -186,6 +186,8 @@ class Recipe(Strict):
                     f"the layout TBAGPR has the sources AG-ReID and G2APS-AG, not {wrong.pop()}; "
                     "rename it, or take the layout custom"
                 )
+            if not (self.splits.val and self.splits.test):
+                raise ValueError("splits: the layout TBAGPR has val and test; give both a share")
         return self
 
 

@@ -230,8 +230,8 @@ def _g2aps_crops(root: Path, source: Source) -> Iterator[Picture]:
             continue
         if not secap and not source.aerial_cameras:
             raise UserError(
-                f"{root}: {folder}/{file} is named as in Market-1501, which does not tell the view; "
-                f"give the source {source.name} aerial_cameras in the recipe, such as [c1, c2]"
+                f"{root}: {folder}/{file} is named as in Market-1501, without the view; give the "
+                f"source {source.name} aerial_cameras in the recipe, such as [c1, c2]"
             )
         person, camera, scene, frame = match.groups()
         aerial = camera == "0" if secap else f"c{camera}" in source.aerial_cameras

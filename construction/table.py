@@ -25,7 +25,8 @@ CREATE TABLE measures (number INTEGER PRIMARY KEY, {MEASURE.replace("file,", "cr
 CREATE TABLE removed (number INTEGER PRIMARY KEY, stage, reason, detail);
 CREATE TABLE labels (number, attribute, value, confidence, origin, PRIMARY KEY (number, attribute))
     WITHOUT ROWID;
-CREATE TABLE pairs (number INTEGER PRIMARY KEY, split, pid DEFAULT 0, aerial, ground, removed DEFAULT '');
+CREATE TABLE pairs (number INTEGER PRIMARY KEY, split, aerial, ground, pid DEFAULT 0,
+    removed DEFAULT '');
 CREATE TABLE captions (number INTEGER PRIMARY KEY, text, origin, score, problem, tries);
 """
 IN = "pictures JOIN measures USING (number) LEFT JOIN removed USING (number)"

@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import yaml
 
-from construction.records import SPLITS, VIEWS, Candidate, Caption, Pair
 from construction.recipe import Recipe
+from construction.records import SPLITS, VIEWS, Candidate, Caption, Pair
 from construction.table import Table
 from datasets.tbagpr import ATTRIBUTES, SOURCES
 from utils.attributes import Attribute
@@ -145,7 +145,10 @@ class Writer:
         )  # fmt: skip
         self._csv(
             "captions",
-            ("source", "split", "aerial", "ground", "caption", "origin", "score", "tries", "problem"),
+            (
+                "source", "split", "aerial", "ground",
+                "caption", "origin", "score", "tries", "problem",
+            ),
             "SELECT a.source, pairs.split, a.name, g.name, text, origin, score, tries, problem "
             "FROM pairs JOIN captions USING (number) JOIN pictures a ON a.number = aerial "
             "JOIN pictures g ON g.number = ground ORDER BY pairs.number",
