@@ -16,6 +16,7 @@ import utils  # noqa: F401  before torch is loaded
 
 import argparse
 import re
+from functools import partial
 
 from utils.devices import cores
 from utils.errors import UserError, run_main

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from construction.attributes import check_recipe, label_identity
 from construction.balance import overflow, pair
+from construction.card import write_card
 from construction.measuring import measured
 from construction.quality import judge, least_sharpness, repetitions
 from construction.recipe import Recipe
@@ -24,7 +26,7 @@ from construction.sources import READERS
 from construction.splits import held_out, split_people
 from construction.store import Store
 from construction.table import Table
-from construction.writing import Writer, check_layout
+from construction.writing import MANIFEST, Writer, check_layout
 from utils.attributes import read_attributes
 from utils.console import say
 from utils.errors import UserError

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from construction.records import View
 from utils.documents import read_yaml_file
 from utils.errors import UserError, suggest
 
@@ -51,7 +52,7 @@ class Quality(Strict):
 
     min_width: int = Field(24, ge=1)
     min_height: int = Field(48, ge=1)
-    sharpness: dict[Literal["aerial", "ground"], Limit] = {}
+    sharpness: dict[View, Limit] = {}
     brightness: tuple[float, float] = (0, 255)  # mean grey level, lowest and highest
     clipped: Share = 1.0  # largest share of pixels that are nearly black or nearly white
     # Largest distance of two perceptual hashes (64 bits) that counts as a repetition; none: keep.

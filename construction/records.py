@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-VIEWS = ("aerial", "ground")
+View = Literal["aerial", "ground"]
+VIEWS: tuple[View, View] = ("aerial", "ground")
 SPLITS = ("train", "val", "test")
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 
