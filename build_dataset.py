@@ -29,13 +29,13 @@ def main() -> None:
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = partial(parser.add_argument, metavar="PATH", type=path_option)
-    add("--recipe", required=True, help="a YAML file with every decision")
-    add("--output", required=True, help="folder of the data set, which is made")
-    add("--ag_reid", help="folder of AG-ReID, v1 or v2")
-    add("--g2aps", help="folder of G2APS, or of its crops")
-    add("--images", help="CSV or Parquet with a row for each picture of one's own")
     add = parser.add_argument
+    path = partial(parser.add_argument, metavar="PATH", type=path_option)
+    path("--recipe", required=True, help="a YAML file with every decision")
+    path("--output", required=True, help="folder of the data set, which is made")
+    path("--ag_reid", help="folder of AG-ReID, v1 or v2")
+    path("--g2aps", help="folder of G2APS, or of its crops")
+    path("--images", help="CSV or Parquet with a row for each picture of one's own")
     add("--workers", type=int, default=cores(), help="processes that measure pictures")
     add("--shard", type=_shard, default=(1, 1), metavar="K/N",
         help="do share K of N of the measures and captions, from 1; needs --until")  # fmt: skip

@@ -43,15 +43,17 @@ def pair(
     """(aerial, ground) pairs of an identity: every picture of the larger view is in one.
 
     With `round_robin`, the n-th picture of the larger view gets the n-th of the smaller one, modulo
-    their number. With `nearest_time`, it gets the one that is nearest in time.
+    their number. With `nearest_time`, it gets the one that is nearest in time; if times are
+    unknown, as with `round_robin`.
     """
     aerial, ground = (sorted(c, key=lambda c: _place(c.picture)) for c in (aerial, ground))
     more, fewer = (aerial, ground) if len(aerial) >= len(ground) else (ground, aerial)
     pairs = []
     for i, one in enumerate(more):
         other = fewer[i % len(fewer)]
-        if recipe.pairing == "nearest_time":
-            other = min(fewer, key=lambda c: (_apart(one.picture, c.picture), c.number))
+        timed = [c for c in fewer if _apart(one.picture, c.picture) is not None]
+        if recipe.pairing == "nearest_time" and timed:
+            other = min(timed, key=lambda c: (_apart(one.picture, c.picture), c.number))
         pairs.append((one, other) if more is aerial else (other, one))
     return pairs
 
@@ -60,8 +62,8 @@ def _place(picture: Picture) -> tuple[float, str]:
     return picture.time or 0.0, picture.name
 
 
-def _apart(one: Picture, other: Picture) -> float:
-    """Seconds between two pictures; infinity if the time of one is unknown."""
+def _apart(one: Picture, other: Picture) -> float | None:
+    """Seconds between two pictures, if their times are known."""
     if one.time is None or other.time is None:
-        return float("inf")
+        return None
     return abs(one.time - other.time)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from construction.recipe import Limit, Quality
-from construction.records import Candidate, Measure, Picture
+from construction.records import Candidate, Measure, Picture, View
 from datasets.transforms import BrokenImage, read_image
 from utils.files import add_to_hash
 
@@ -92,7 +92,7 @@ def least_sharpness(limit: Limit | None, of_view: Sequence[float]) -> float:
 
 
 def judge(
-    candidate: Candidate, least: Mapping[tuple[str, str], float], recipe: Quality
+    candidate: Candidate, least: Mapping[tuple[str, View], float], recipe: Quality
 ) -> tuple[str, str] | None:
     """Why a picture is not good enough, as (reason, detail); None if it is.
 

@@ -31,7 +31,7 @@ class Picture:
     source: str
     name: str
     file: str
-    view: str
+    view: View
     person: str
     identity: str
     box: Box | None = None
@@ -105,10 +105,10 @@ class Pair(NamedTuple):
     split: str
     aerial: Candidate
     ground: Candidate
-    labels: Mapping[str, Mapping[str, Label]]
+    labels: Mapping[View, Mapping[str, Label]]
     pid: int = 0
 
-    def candidate(self, view: str) -> Candidate:
+    def candidate(self, view: View) -> Candidate:
         return self.aerial if view == "aerial" else self.ground
 
 

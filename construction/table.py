@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from construction.records import Candidate, Caption, Label, Measure, Pair, Picture
+from construction.records import Box, Candidate, Caption, Label, Measure, Pair, Picture
 from utils.errors import UserError
 
 PICTURE = "source, name, file, view, person, identity, box, camera, time, split, notes"
@@ -166,9 +166,9 @@ class Table:
             (source, source, split, split),
         )
         for number, of_split, pid, *numbers in rows:
-            both = [self.candidate(n) for n in numbers]
-            labels = {c.picture.view: self.labels(c.number) for c in both}
-            yield Pair(number, of_split, *both, labels, pid)
+            aerial, ground = (self.candidate(n) for n in numbers)
+            labels = {c.picture.view: self.labels(c.number) for c in (aerial, ground)}
+            yield Pair(number, of_split, aerial, ground, labels, pid)
 
     def finish(self) -> None:
         """Take out the pairs that got no caption, and number the identities of the others: 0, 1,
@@ -214,8 +214,16 @@ class Table:
 
 
 def _picture(values: Sequence[Any]) -> Picture:
-    box, notes = json.loads(values[6]), json.loads(values[10])
-    return Picture(*values[:6], tuple(box) if box else None, *values[7:10], notes)
+    source, name, file, view, person, identity, box, camera, time, split, notes = values
+    return Picture(
+        source, name, file, view, person, identity, _box(box), camera, time, split,
+        json.loads(notes),
+    )  # fmt: skip
+
+
+def _box(text: str) -> Box | None:
+    values = json.loads(text)
+    return tuple(values) if values else None
 
 
 def _candidate(row: Sequence[Any]) -> Candidate:
