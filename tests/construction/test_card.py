@@ -178,6 +178,12 @@ def test_labels_and_captions_are_counted(filled):
         ["1", "10"],
         ["2", "1"],
     ]
+    scores = sorted(table.caption(p.number).score for p in table.pairs("campus"))
+    quantiles = [scores[4 * share // 100] for share in (0, 5, 25, 50, 75, 95, 100)]
+    assert rows(text, "Cosine of caption and picture by CLIP")[0] == [
+        "campus",
+        *(f"{q:.4g}" for q in quantiles),
+    ]
 
 
 def test_both_files_escape_untrusted_names_and_captions(tmp_path):
