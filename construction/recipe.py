@@ -86,15 +86,14 @@ class Attribute(Strict):
 
     origins: tuple[Origin, ...] = ()
     default: str | None = None  # the class if no origin has one
-    # For "annotation": a column of the source, and the class of each of its values.
-    column: str | None = None
-    values: dict[str | int, str] = {}
+    # For "annotation": by column of the source, the class of each value that tells one.
+    columns: dict[str, dict[str | int, str]] = {}
     dim_below: float = 70.0  # for "brightness": the mean grey level
 
     @model_validator(mode="after")
-    def _column(self) -> Attribute:
-        if "annotation" in self.origins and not (self.column and self.values):
-            raise ValueError("annotation needs column and values")
+    def _columns(self) -> Attribute:
+        if "annotation" in self.origins and not self.columns:
+            raise ValueError("annotation needs columns")
         return self
 
 

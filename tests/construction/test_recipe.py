@@ -60,7 +60,7 @@ def test_a_short_recipe_has_sensible_defaults(tmp_path):
             "the layout TBAGPR has the sources AG-ReID and G2APS-AG, not mine",
         ),
         ("sources: [{name: ../x, reader: table}]\n", "sources.0.name: .*pattern"),
-        (SOURCE + "attributes: {age: {origins: [annotation]}}\n", "annotation needs column"),
+        (SOURCE + "attributes: {age: {origins: [annotation]}}\n", "annotation needs columns"),
         (SOURCE + "seed: [\n", "r.yaml: not readable as YAML"),
     ],
 )
