@@ -394,4 +394,5 @@ def class_names(attributes: list[Attribute], labels: list[list[int]]) -> list[di
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write a new JSON file into a folder that is not complete yet."""
     path.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")

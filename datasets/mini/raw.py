@@ -498,10 +498,12 @@ def _located(bounds: Sequence[int]) -> np.ndarray:
 
 
 def _structs(fields: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
-    """A 1 x N array of MATLAB structs."""
+    """A 1 x N array of MATLAB structs. A number gets the smallest unsigned type, as `_located`."""
     array = np.empty((1, len(rows)), [(field, object) for field in fields])
     for i, row in enumerate(rows):
-        array[0, i] = tuple(np.uint8(x) if isinstance(x, int) else x for x in row)
+        array[0, i] = tuple(
+            np.array(x, np.min_scalar_type(x)) if isinstance(x, int) else x for x in row
+        )
     return array
 
 
