@@ -223,6 +223,8 @@ class Build:
 
     def _write(self, table: Table) -> None:
         table.finish()
+        if not any(True for _ in table.written()):
+            raise UserError("no pair has a caption that is good enough; see the log above")
         unfinished, replaced = (
             self.output.with_name(f"{self.output.name}.{end}") for end in ("unfinished", "replaced")
         )

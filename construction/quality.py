@@ -36,7 +36,9 @@ def measure_file(file: str, pictures: Sequence[Picture], crops: Path) -> list[Me
     try:
         frame = read_image(file)
     except BrokenImage as error:
-        return [Measure(problem=str(error)) for _ in pictures]
+        # Without the folder, because the records must not depend on where the source lies.
+        problem = str(error).replace(file, os.path.basename(file))
+        return [Measure(problem=problem) for _ in pictures]
     return [_measure(frame, file, picture, crops) for picture in pictures]
 
 
