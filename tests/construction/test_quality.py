@@ -82,7 +82,7 @@ def test_a_truncated_picture_is_a_problem_of_all_its_boxes_and_no_error(person, 
     measures = measure_file(str(tmp_path / "cut.jpg"), pictures, tmp_path)
     assert all("cut.jpg" in m.problem for m in measures) and len(measures) == 2
     missing = measured(tmp_path / "no.jpg")
-    assert missing.problem.startswith("no.jpg: No such file")
+    assert missing.problem.startswith("no.jpg: the image cannot be read: No such file")
 
 
 @pytest.mark.parametrize(
