@@ -23,9 +23,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from construction.recipe import Source
 from construction.records import SPLITS, VIEWS, Box, Picture
 from utils.errors import UserError, suggest
+from utils.files import open_file
 
 AG_REID = re.compile(r"P(\d{4})T(\d{5})A(\d)C(\d)F(\d+)\.jpe?g", re.IGNORECASE)
 AG_REID_ATTRIBUTES = "qut_attribute_v4_88_attributes.mat"
@@ -179,7 +182,11 @@ def _g2aps_frames(root: Path, source: Source) -> Iterator[Picture]:
     split_of = _g2aps_splits(annotation / "test" / "train_test", person_of)
     for number, item in enumerate(_flat(_read_mat(images, "Img"))):
         where = f"{images}, row {number}"
-        name = _text(item[0], where)
+        try:
+            given, _, given_boxes = item
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: expected name, _ and boxes, got {item!r:.80}") from None
+        name = _text(given, where)
         match = G2APS_FRAME.fullmatch(name)
         if not match:
             raise UserError(
@@ -187,7 +194,7 @@ def _g2aps_frames(root: Path, source: Source) -> Iterator[Picture]:
             )
         letter, scene, height, frame = match.groups()
         stem = os.path.splitext(name)[0]
-        for index, box in enumerate(_boxes(item[2], where)):
+        for index, box in enumerate(_boxes(given_boxes, where)):
             person = person_of.get((name, box))
             yield Picture(
                 source.name,
@@ -258,30 +265,32 @@ def _g2aps_crops(root: Path, source: Source) -> Iterator[Picture]:
 
 def _read_mat(path: Path, variable: str, simplify: bool = False) -> Any:
     """A variable of a MATLAB file. Raises UserError."""
-    from scipy.io import loadmat  # half a second
+    from scipy.io import loadmat, whosmat  # half a second
 
     try:
-        content = loadmat(path, variable_names=[variable], simplify_cells=simplify)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except MemoryError:
+        with open_file(path) as file:
+            content = loadmat(file, variable_names=[variable], simplify_cells=simplify)
+            if variable not in content:
+                file.seek(0)
+                names = ", ".join(name for name, *_ in whosmat(file)) or "nothing"
+                raise UserError(f"{path}: has no variable {variable}, but {names}")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # SciPy raises many kinds on a corrupted file
         raise UserError(f"{path}: not readable as a MATLAB file: {error}") from None
-    if variable not in content:
-        names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
-        raise UserError(f"{path}: has no variable {variable}, but {names}")
     return content[variable]
 
 
 def _flat(values: Any) -> list[Any]:
-    """The items of a MATLAB array, whatever its shape."""
-    return list(values.reshape(-1)) if hasattr(values, "reshape") else list(values)
+    """The items of a MATLAB array, whatever its shape; a single value is one item."""
+    return list(np.atleast_1d(values).reshape(-1))
 
 
 def _text(value: Any, where: str) -> str:
     """A MATLAB string, which is an array of one string."""
-    values = _flat(value) if hasattr(value, "reshape") else [value]
+    values = _flat(value)
     if len(values) != 1 or not isinstance(values[0], str):
         raise UserError(f"{where}: expected a name, got {value!r:.80}")
     return str(values[0])
