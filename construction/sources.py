@@ -274,12 +274,11 @@ def _read_mat(path: Path, variable: str, simplify: bool = False) -> Any:
                 file.seek(0)
                 names = ", ".join(name for name, *_ in whosmat(file)) or "nothing"
                 raise UserError(f"{path}: has no variable {variable}, but {names}")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
     except (MemoryError, UserError):
         raise
     except Exception as error:  # SciPy raises many kinds on a corrupted file
-        raise UserError(f"{path}: not readable as a MATLAB file: {error}") from None
+        reason = getattr(error, "strerror", None) or f"not readable as a MATLAB file: {error}"
+        raise UserError(f"{path}: {reason}") from None
     return content[variable]
 
 
