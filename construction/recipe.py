@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from construction.records import View
 from utils.documents import read_yaml_file
 from utils.errors import UserError, suggest
 
@@ -51,7 +52,7 @@ class Quality(Strict):
 
     min_width: int = Field(24, ge=1)
     min_height: int = Field(48, ge=1)
-    sharpness: dict[Literal["aerial", "ground"], Limit] = {}
+    sharpness: dict[View, Limit] = {}
     brightness: tuple[float, float] = (0, 255)  # mean grey level, lowest and highest
     clipped: Share = 1.0  # largest share of pixels that are nearly black or nearly white
     # Largest distance of two perceptual hashes (64 bits) that counts as a repetition; none: keep.
@@ -85,15 +86,14 @@ class Attribute(Strict):
 
     origins: tuple[Origin, ...] = ()
     default: str | None = None  # the class if no origin has one
-    # For "annotation": a column of the source, and the class of each of its values.
-    column: str | None = None
-    values: dict[str | int, str] = {}
+    # For "annotation": by column of the source, the class of each value that tells one.
+    columns: dict[str, dict[str | int, str]] = {}
     dim_below: float = 70.0  # for "brightness": the mean grey level
 
     @model_validator(mode="after")
-    def _column(self) -> Attribute:
-        if "annotation" in self.origins and not (self.column and self.values):
-            raise ValueError("annotation needs column and values")
+    def _columns(self) -> Attribute:
+        if "annotation" in self.origins and not self.columns:
+            raise ValueError("annotation needs columns")
         return self
 
 
@@ -135,6 +135,7 @@ class Clip(Strict):
 
     run: str = ""  # a run's folder; or else vanilla weights:
     pretrain_choice: str = "ViT-B/16"
+    img_size: tuple[int, int] = (384, 128)  # of vanilla weights; a run has its own
     at_least: float | None = Field(None, ge=-1, le=1)  # cosine of caption and picture
     quantile: Share | None = None
 
@@ -187,6 +188,8 @@ class Recipe(Strict):
                     f"the layout TBAGPR has the sources AG-ReID and G2APS-AG, not {wrong.pop()}; "
                     "rename it, or take the layout custom"
                 )
+            if not (self.splits.val and self.splits.test):
+                raise ValueError("splits: the layout TBAGPR has val and test; give both a share")
         return self
 
 

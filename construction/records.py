@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-VIEWS = ("aerial", "ground")
+View = Literal["aerial", "ground"]
+VIEWS: tuple[View, View] = ("aerial", "ground")
 SPLITS = ("train", "val", "test")
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 
@@ -30,7 +31,7 @@ class Picture:
     source: str
     name: str
     file: str
-    view: str
+    view: View
     person: str
     identity: str
     box: Box | None = None
@@ -97,15 +98,17 @@ class Pair(NamedTuple):
     Attributes:
         number: its row in the table.
         labels: by view and attribute.
+        pid: the identity's number in its source and split: 0, 1, ...
     """
 
     number: int
     split: str
     aerial: Candidate
     ground: Candidate
-    labels: Mapping[str, Mapping[str, Label]]
+    labels: Mapping[View, Mapping[str, Label]]
+    pid: int = 0
 
-    def candidate(self, view: str) -> Candidate:
+    def candidate(self, view: View) -> Candidate:
         return self.aerial if view == "aerial" else self.ground
 
 
