@@ -18,8 +18,9 @@ import io
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -43,6 +44,7 @@ FAILURES = 3  # questions in a row that an endpoint fails before it is set aside
 PICTURE_TOKENS = 4000  # more than models read for a picture of `picture_side`; for the budget
 MESSAGE = 300  # characters of a server's message in ours
 KIND = "answer"  # in the store
+THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -90,6 +92,11 @@ class Answer(NamedTuple):
     model: str = ""
     url: str = ""
     problem: str = ""
+
+    @property
+    def said(self) -> str:
+        """The text without the reasoning that some models put before it."""
+        return THOUGHTS.sub("", self.text).strip()
 
 
 class Usage(NamedTuple):
@@ -139,7 +146,7 @@ def ask(
     store: Store,
     total: int | None = None,
     what: str = "answers",
-) -> Iterator[tuple[Question, Answer]]:
+) -> Generator[tuple[Question, Answer], None, None]:
     """Ask what is not in the store; yields questions with answers, in the order of their arrival.
 
     A question that its server fails or refuses while it answers others comes back with a `problem`.
