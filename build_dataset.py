@@ -38,12 +38,14 @@ def main() -> None:
     path("--images", help="CSV or Parquet with a row for each picture of one's own")
     add("--workers", type=int, default=cores(), help="processes that measure pictures")
     add("--shard", type=_shard, default=(1, 1), metavar="K/N",
-        help="do share K of N of the measures and captions, from 1; needs --until")  # fmt: skip
-    add("--until", choices=("measure", "captions"), help="stop after this stage")
+        help="do share K of N, from 1, of the stage that --until names")  # fmt: skip
+    add("--until", choices=("measure", "labels", "captions"), help="stop after this stage")
     add("--force", action="store_true", help="replace the folder if it is such a data set")
     args = parser.parse_args()
     if args.shard[1] > 1 and not args.until:
-        raise UserError("--shard: give --until measure or captions; without --shard at the end")
+        raise UserError(
+            "--shard: name the stage with --until; the last run, which writes, has no --shard"
+        )
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
     try:
@@ -55,7 +57,8 @@ def main() -> None:
         ) from None
     given = {"ag_reid": args.ag_reid, "g2aps": args.g2aps, "table": args.images}
     sources = {reader: path for reader, path in given.items() if path}
-    build = Build(read_recipe(args.recipe), sources, args.output, args.shard, args.workers)
+    recipe, folder = read_recipe(args.recipe), args.recipe.parent
+    build = Build(recipe, sources, args.output, args.shard, args.workers, folder)
     build.run(args.until or "", args.force)
 
 

@@ -9,28 +9,36 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import groupby, islice
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from construction.attributes import check_recipe, label_identity
+from construction.attributes import Labeller, check_recipe
 from construction.balance import overflow, pair
+from construction.captions import notes, read_prompt, write_captions
 from construction.card import write_card
+from construction.clip import Encoder, load_encoder
+from construction.endpoints import usage
 from construction.measuring import measured
 from construction.quality import judge, least_sharpness, repetitions
-from construction.recipe import Recipe
-from construction.records import SPLITS, VIEWS, Candidate
+from construction.recipe import Clip, Recipe
+from construction.records import SPLITS, VIEWS, Candidate, Picture
 from construction.sources import READERS
 from construction.splits import held_out, split_people
 from construction.store import Store
 from construction.table import Table
-from construction.writing import MANIFEST, Writer, check_layout
+from construction.writing import MANIFEST, Writer
 from utils.attributes import read_attributes
 from utils.console import say
-from utils.errors import UserError
+from utils.errors import UserError, suggest
 from utils.files import lock
+
+T = TypeVar("T")
+UNTIL = ("measure", "labels", "captions")  # stages after which a run may stop
 
 
 class Build:
@@ -41,6 +49,7 @@ class Build:
         output: the data set's folder. The work folder is `<output>.work`.
         shard: (k, n): this process does share k of n of the measures and captions, from 1.
         workers: processes that measure.
+        folder: of the recipe, beside which prompts may be.
     """
 
     def __init__(
@@ -50,22 +59,23 @@ class Build:
         output: Path,
         shard: tuple[int, int] = (1, 1),
         workers: int = 1,
+        folder: Path = Path(),
     ) -> None:
-        self.recipe, self.paths, self.output = recipe, paths, output
+        self.recipe, self.paths, self.output, self.folder = recipe, paths, output, folder
         self.shard, self.workers = shard, workers
         self.work = output.with_name(f"{output.name}.work")
         self.name = "all" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}"
         self.attributes = read_attributes(recipe.attributes_file)
         self.notes: list[str] = []  # for the data card
+        self._encoder: Encoder | None = None
         missing = {source.reader for source in recipe.sources} - set(paths)
         if missing:
             option = {"table": "images"}.get(first := min(missing), first)
             raise UserError(f"the recipe has a source of {first}: give its place by --{option}")
         check_recipe(recipe, self.attributes)
-        check_layout(recipe, self.attributes)
 
     def run(self, until: str = "", force: bool = False) -> None:
-        """All stages, or those up to "measure" or "captions". Raises UserError.
+        """All stages, or those up to one of UNTIL. Raises UserError.
 
         Args:
             force: replace a data set that is there already, when the new one is complete.
@@ -81,25 +91,36 @@ class Build:
             table = Table(self.work / f"table-{self.name}.sqlite")
             self._sources(table)
             self._measure(table, store)
-            if until == "measure":
-                say(f"share {self.name} of the measures is kept in {store.path}")
-                return
-            self._quality(table)
-            self._balance(table)
-            self._pair(table)
-            self._label(table, store)
-            self._captions(table, store)
-            if until == "captions":
-                say(f"share {self.name} of the captions is kept in {store.path}")
+            if until != "measure":
+                self._quality(table)
+                self._balance(table)
+                self._pair(table)
+                if until != "captions" or self.recipe.captions.by == "text":
+                    self._label(table, store, self.shard if until == "labels" else (1, 1))
+                if until != "labels":
+                    self._captions(table, store)
+            for model, used in usage(store).items():
+                say(f"{model}: {used}, in all runs")
+            if until:
+                say(f"{self.name} of {until}: kept in {store.path}")
                 return
             self._write(table)
             table.close()
 
     def _sources(self, table: Table) -> None:
         by_split = self.recipe.splits.by == "source"
+        columns: set[str] = set()
         for source in self.recipe.sources:
             pictures = READERS[source.reader](self.paths[source.reader], source)
-            table.add(tqdm(pictures, desc=f"read {source.name}", unit="picture", disable=None))
+            bar = tqdm(pictures, desc=f"read {source.name}", unit="picture", disable=None)
+            table.add(_noting_columns(bar, columns))
+        for name, rule in self.recipe.attributes.items():
+            for column in rule.columns.keys() - columns:
+                known = ", ".join(sorted(columns)) or "none"
+                raise UserError(
+                    f"attributes.{name}.columns: no source has the column '{column}'."
+                    f"{suggest(column, columns)} Columns: {known}"
+                )
         removed = (
             (number, "no split" if picture.identity else "no identity", "")
             for _, group in table.frames()
@@ -213,13 +234,53 @@ class Build:
                 )
         return split_of
 
-    def _label(self, table: Table, store: Store) -> None:
-        if self.recipe.attributes:
-            label_identity  # noqa: B018
-            raise NotImplementedError
+    def _label(self, table: Table, store: Store, shard: tuple[int, int]) -> None:
+        """Labels of all pictures, or the models' answers for a share of them."""
+        if not self.recipe.attributes:
+            return
+        origins = {origin for rule in self.recipe.attributes.values() for origin in rule.origins}
+        prompt = read_prompt("attributes", self.folder) if "model" in origins else ""
+        encoder = self._load_encoder() if "clip" in origins else None
+        labeller = Labeller(self.recipe, self.attributes, store, prompt, encoder)
+        total = table.count("pictures") - table.count("removed")
+        labeller.prepare(lambda: _share(table.candidates(), shard), total // shard[1])
+        if shard != (1, 1):
+            return
+        for group in table.identities(self._by_split):
+            table.set_labels(
+                (number, attribute, label)
+                for number, labels in labeller.label(group).items()
+                for attribute, label in labels.items()
+            )
 
     def _captions(self, table: Table, store: Store) -> None:
-        raise NotImplementedError
+        """A caption of every pair; with shards, the models' answers for a share of the pairs."""
+        recipe, shard = self.recipe, self.shard
+        if shard != (1, 1):  # a quantile needs the scores of all pairs
+            recipe = recipe.model_copy(update={"clip": Clip()})
+        by = recipe.captions.by
+        prompt = read_prompt(by, self.folder, recipe.captions.prompt) if by != "grammar" else ""
+        encoder = self._load_encoder() if recipe.clip.filters else None
+        total = len(range(shard[0] - 1, table.count("pairs"), shard[1]))
+        written = write_captions(
+            lambda: _share(table.pairs(), shard),
+            recipe,
+            self.attributes,
+            store,
+            prompt,
+            encoder,
+            total,
+        )
+        with closing(written):
+            table.set_captions(written)
+        refused = table.count("captions WHERE text = ''")
+        say(f"captions: {total - refused} of {total} pairs have one; the others are given up")
+        self.notes += notes(recipe)
+
+    def _load_encoder(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = load_encoder(self.recipe.clip)
+        return self._encoder
 
     def _write(self, table: Table) -> None:
         table.finish()
@@ -268,6 +329,18 @@ class Build:
         say(f"{stage}: {kept} pictures are in; taken out: {reasons}")
         if not kept:
             raise UserError(f"{stage}: no picture is left ({reasons}); the recipe is too strict")
+
+
+def _noting_columns(pictures: Iterable[Picture], columns: set[str]) -> Iterator[Picture]:
+    """The pictures, while the names of their annotations are added to `columns`."""
+    for picture in pictures:
+        columns.update(picture.notes)
+        yield picture
+
+
+def _share(items: Iterable[T], shard: tuple[int, int]) -> Iterator[T]:
+    """Share k of n: every n-th item."""
+    return islice(items, shard[0] - 1, None, shard[1])
 
 
 def _by_view(group: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:

@@ -117,6 +117,7 @@ class Models(Strict):
     retries: int = Field(6, ge=0)  # of a request that fails (429, 500, time-out)
     temperature: float = Field(0.7, ge=0, le=2)
     max_tokens: int = Field(300, ge=1)
+    picture_side: int = Field(768, ge=32)  # longer side of a picture that is sent, at most; pixels
 
 
 class Captions(Strict):
@@ -134,6 +135,7 @@ class Clip(Strict):
 
     run: str = ""  # a run's folder; or else vanilla weights:
     pretrain_choice: str = "ViT-B/16"
+    img_size: tuple[int, int] = (384, 128)  # of vanilla weights; a run has its own
     at_least: float | None = Field(None, ge=-1, le=1)  # cosine of caption and picture
     quantile: Share | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ class Store:
 
     def __init__(self, folder: Path, name: str = "all") -> None:
         self.path = folder / f"{name}.sqlite"
+        self._lock = threading.Lock()  # a commit of one thread would end another's transaction
         with self._errors():
             folder.mkdir(parents=True, exist_ok=True)
             # The default journal, because a write-ahead log does not work on network file systems.
@@ -59,7 +61,7 @@ class Store:
     def put(self, kind: str, values: Iterable[tuple[str, Any]]) -> None:
         """Keep (key, value) pairs, all of them or none."""
         rows = [(kind, key, json.dumps(value)) for key, value in values]
-        with self._errors(), self._file:  # commits
+        with self._lock, self._errors(), self._file:  # commits
             self._file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", rows)
 
     def values(self, kind: str) -> Iterator[Any]:

@@ -25,7 +25,7 @@ import yaml
 from construction.recipe import Recipe
 from construction.records import SPLITS, VIEWS, Candidate, Caption, Pair
 from construction.table import Table
-from datasets.tbagpr import ATTRIBUTES, SOURCES
+from datasets.tbagpr import SOURCES
 from utils.attributes import Attribute
 from utils.errors import UserError
 
@@ -178,16 +178,6 @@ class Writer:
             yield file
         if listed:
             self.hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def check_layout(recipe: Recipe, attributes: list[Attribute]) -> None:
-    """Raise UserError if the layout cannot hold these attributes."""
-    given = {a.name: len(a.classes) for a in attributes}
-    if recipe.output.layout == "TBAGPR" and recipe.attributes and given != ATTRIBUTES:
-        raise UserError(
-            f"{recipe.attributes_file}: the layout TBAGPR has the attributes "
-            f"{', '.join(ATTRIBUTES)}; take the layout custom for others"
-        )
 
 
 def _train_row(number: int, pair: Pair, caption: Caption) -> list[Any]:

@@ -29,7 +29,9 @@ from utils.files import PROJECT
 
 ROOT = PROJECT
 ENTRY_POINTS = ("train.py", "test.py")
-PACKAGES = ("processor", "datasets", "model", "solver", "tools", "utils")  # in reading order
+PACKAGES = (  # in reading order
+    "processor", "construction", "datasets", "model", "solver", "tools", "utils",
+)  # fmt: skip
 
 
 def documents() -> dict[Path, str]:

@@ -1,35 +1,40 @@
-"""Pictures and measures for the tests of the stages."""
+"""Candidates and pairs of small pictures, and recipes for tests."""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
 
-from construction.records import Candidate, Measure, Picture
+from PIL import Image as PILImage
 
-PICTURE = {
-    "source": "s",
-    "name": "a/1.jpg",
-    "file": "/raw/a/1.jpg",
-    "view": "aerial",
-    "person": "P1",
-    "identity": "1",
-}
+from construction.recipe import Recipe
+from construction.records import Candidate, Label, Measure, Pair, Picture
 
 
-def picture(**values: Any) -> Picture:
-    return Picture(**{**PICTURE, **values})
+def candidate(
+    folder, number, view="ground", person="p0", brightness=120.0, notes=None
+) -> Candidate:
+    """A picture of one colour, which its number gives."""
+    file = folder / f"{number}.png"
+    PILImage.new("RGB", (16, 32), ((37 * number) % 256, (91 * number) % 256, 60)).save(file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    picture = Picture(
+        "AG-ReID", file.name, str(file), view, person, person, notes=notes or {}
+    )  # fmt: skip
+    measure = Measure(str(file), sha256, 16, 32, brightness=brightness)
+    return Candidate(number, picture, measure)
 
 
-def candidate(number: int, measure: dict[str, Any] | None = None, **values: Any) -> Candidate:
-    """A good picture: sharp, of middle brightness."""
-    good = {
-        "file": "x.jpg",
-        "sha256": f"{number:064x}",
-        "width": 64,
-        "height": 160,
-        "sharpness": 100.0,
-        "brightness": 120.0,
-        "phash": f"{number * 0x0F0F0F0F0F0F0F0F % 2**64:016x}",
-    }
-    name = f"{values.get('view', 'aerial')}/{number}.jpg"
-    return Candidate(number, picture(**{"name": name, **values}), Measure(**good | (measure or {})))
+def labels(origin="model", **values) -> dict[str, Label]:
+    return {name: Label(value, 1.0, origin) for name, value in values.items()}
+
+
+def pair(folder, number, aerial=None, ground=None) -> Pair:
+    """A pair with the labels of both views."""
+    pictures = (candidate(folder, 2 * number, "aerial"), candidate(folder, 2 * number + 1))
+    return Pair(number, "train", *pictures, {"aerial": aerial or {}, "ground": ground or {}})
+
+
+def recipe(**parts) -> Recipe:
+    """A recipe with the layout custom, unless `parts` has another."""
+    source = {"name": "AG-ReID", "reader": "ag_reid"}
+    return Recipe.model_validate({"sources": [source], "output": {"layout": "custom"}, **parts})

@@ -6,7 +6,7 @@ import pytest
 
 from construction.balance import overflow, pair
 from construction.recipe import Balance
-from tests.construction.helpers import candidate
+from tests.construction.made import candidate
 
 
 def views(aerial: int, ground: int):

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from construction.quality import judge, least_sharpness, measure_file, repetitions
 from construction.recipe import Limit, Quality
 from datasets.mini import render_people
-from tests.construction.helpers import candidate, picture
+from tests.construction.made import candidate, picture
 
 RECIPE = Quality(min_width=32, min_height=64, brightness=(30, 220), clipped=0.5)
 LEAST = {("s", "aerial"): 20.0, ("s", "ground"): 0.0}
