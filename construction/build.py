@@ -114,13 +114,7 @@ class Build:
             pictures = READERS[source.reader](self.paths[source.reader], source)
             bar = tqdm(pictures, desc=f"read {source.name}", unit="picture", disable=None)
             table.add(_noting_columns(bar, columns))
-        for name, rule in self.recipe.attributes.items():
-            for column in rule.columns.keys() - columns:
-                known = ", ".join(sorted(columns)) or "none"
-                raise UserError(
-                    f"attributes.{name}.columns: no source has the column '{column}'."
-                    f"{suggest(column, columns)} Columns: {known}"
-                )
+        self._check_columns(columns)
         removed = (
             (number, "no split" if picture.identity else "no identity", "")
             for _, group in table.frames()
@@ -132,6 +126,22 @@ class Build:
         say(f"sources: {table.count('pictures')} pictures, {kept} with an identity")
         if not kept:
             raise UserError("none of the sources has a picture with an identity")
+
+    def _check_columns(self, columns: set[str]) -> None:
+        """Say which columns of the recipe no source has. Raises UserError if nothing else can give
+        the label."""
+        for name, rule in self.recipe.attributes.items():
+            missing = sorted(rule.columns.keys() - columns)
+            if not missing or "annotation" not in rule.origins:
+                continue
+            known = (
+                f"{suggest(missing[0], columns)} Columns: {', '.join(sorted(columns)) or 'none'}"
+            )
+            text = f"attributes.{name}.columns: no source has the column '{missing[0]}'"
+            if len(rule.origins) == 1 and rule.default is None:
+                raise UserError(f"{text}.{known}")
+            say(f"warning: {text}.{known}")
+            self.notes.append(f"{text}; its labels come from what follows in the recipe.")
 
     def _measure(self, table: Table, store: Store) -> None:
         """Measure what no earlier run has measured; with shards, this process's share of it."""

@@ -168,6 +168,17 @@ def test_the_sources_own_splits_are_kept_and_the_overlap_is_told(raw, tmp_path):
     assert {row[2][0] for row in rows} == {"bounding_box_train"}
 
 
+def test_a_column_that_no_source_has_is_told_if_the_label_can_come_from_elsewhere(
+    raw, tmp_path, capsys
+):
+    columns = {"gendermal": {2: "male"}}
+    rule = {"origins": ["annotation"], "columns": columns, "default": "female"}
+    build(raw, tmp_path / "set", attributes={"gender": rule})
+    text = "attributes.gender.columns: no source has the column 'gendermal'"
+    assert f"warning: {text}. Did you mean 'gendermale'" in capsys.readouterr().out
+    assert text in (tmp_path / "set" / "card.html").read_text().replace("&#39;", "'")
+
+
 def test_links_point_at_the_raw_pictures_and_crops_are_copied(raw, tmp_path):
     build(raw, tmp_path / "set", output={"files": "link"})
     linked = [p for p in (tmp_path / "set/AG-ReID").rglob("*.jpg")]
