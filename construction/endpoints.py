@@ -40,7 +40,8 @@ from utils.errors import UserError, suggest
 
 AHEAD = 1000  # questions in memory, so that a caller who is busy for some seconds stops no endpoint
 CONNECT = 10.0  # seconds to connect
-FAILURES = 3  # questions in a row that an endpoint fails before it is set aside
+# Questions in a row that an endpoint fails before it is set aside, or as many as it gets at once.
+FAILURES = 3
 PICTURE_TOKENS = 4000  # more than models read for a picture of `picture_side`; for the budget
 MESSAGE = 300  # characters of a server's message in ours
 KIND = "answer"  # in the store
@@ -214,7 +215,7 @@ class _Server:
     """An endpoint while it is asked.
 
     Attributes:
-        failures: questions in a row that it has failed or refused.
+        failures: questions in a row that it has failed or refused; `patience` of them are too many.
         takes_schema: False when it has refused `response_format`.
         limit: its name of the limit on tokens.
     """
@@ -235,6 +236,7 @@ class _Server:
             max_retries=models.retries,
         )
         self.failures, self.down = 0, False
+        self.patience = max(FAILURES, endpoint.at_once)
         self.takes_schema, self.limit = True, "max_tokens"
         self.next_start = 0.0
 
@@ -275,17 +277,20 @@ class _Asker:
                 continue
             try:
                 answer = await self._send(server, question)
+            except UserError:
+                server.down = True  # for the questions that wait for it
+                raise
             except _Failed as failed:
                 was_down = server.down
                 self._count_failure(server, failed)
-                failures += not server.down
-                if failed.final or failures == 2:
-                    return Answer("", "error", problem=f"{server.name}: {failed}")
                 if not was_down and server.down and all(s.down for s in self.servers):
                     raise UserError(
                         f"{server.name}: {failed}; start it and run the same command again; "
                         f"{self._kept()} are kept"
                     ) from None
+                failures += not server.down
+                if failed.final or failures >= 2 + (0 if failed.repeated else self.models.retries):
+                    return Answer("", "error", problem=f"{server.name}: {failed}")
             else:
                 server.failures = 0
                 return answer
@@ -310,9 +315,8 @@ class _Asker:
             choices = getattr(completion, "choices", None)
             if not choices:
                 text = " ".join(str(completion).split())[:MESSAGE]
-                raise _Failed(
-                    f"its answer is no chat completion (should the URL end in /v1?): {text}"
-                )
+                reason = f"its answer is no chat completion (should the URL end in /v1?): {text}"
+                raise _Failed(reason, repeated=False)
             message, tokens = choices[0].message, completion.usage
             read, written = (tokens.prompt_tokens, tokens.completion_tokens) if tokens else (0, 0)
             answer = Answer(
@@ -373,7 +377,7 @@ class _Asker:
         except openai.APIConnectionError as error:
             raise _Failed(f"{error.__cause__ or error}", unreachable=True) from None
         except (openai.OpenAIError, ValueError) as error:  # a reply that is not JSON
-            raise _Failed(_reason(error)) from None
+            raise _Failed(_reason(error), repeated=False) from None
 
     def _request(self, server: _Server, question: Question) -> dict[str, Any]:
         """The arguments of `create`."""
@@ -393,9 +397,10 @@ class _Asker:
         """Set a server aside if it is unreachable or fails one question after the other. Raises
         UserError if it refuses one after the other."""
         server.failures += 1
-        if failed.final and server.failures >= FAILURES:
+        if failed.final and server.failures >= server.patience:
+            server.down = True
             raise UserError(f"{server.name}: refuses all questions: {failed}") from None
-        if not server.down and (failed.unreachable or server.failures >= FAILURES):
+        if not server.down and (failed.unreachable or server.failures >= server.patience):
             server.down = True
             if left := sum(not s.down for s in self.servers):
                 logger.warning(
@@ -449,11 +454,14 @@ class _Failed(Exception):
     Args:
         final: it refuses this question, so asking it again is of no use.
         unreachable: there is no connection.
+        repeated: the library has repeated the request.
     """
 
-    def __init__(self, reason: str, final: bool = False, unreachable: bool = False) -> None:
+    def __init__(
+        self, reason: str, final: bool = False, unreachable: bool = False, repeated: bool = True
+    ) -> None:
         super().__init__(reason)
-        self.final, self.unreachable = final, unreachable
+        self.final, self.unreachable, self.repeated = final, unreachable, repeated
 
 
 def picture_url(file: str, side: int) -> str:

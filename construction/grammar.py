@@ -21,14 +21,14 @@ DRAWS = 20  # captions that are tried until one has enough words
 
 NOUNS = {  # by gender and age; "" if the label is not known
     ("male", ""): ("man", "male pedestrian"),
-    ("male", "adult"): ("adult man", "grown man", "man of middle age"),
+    ("male", "adult"): ("adult man", "grown man", "middle-aged man"),
     ("male", "young"): ("young man", "young male pedestrian"),
     ("male", "old"): ("old man", "elderly man", "senior man"),
     ("female", ""): ("woman", "female pedestrian"),
-    ("female", "adult"): ("adult woman", "grown woman", "woman of middle age"),
+    ("female", "adult"): ("adult woman", "grown woman", "middle-aged woman"),
     ("female", "young"): ("young woman", "young female pedestrian"),
     ("female", "old"): ("old woman", "elderly woman", "senior woman"),
-    ("", ""): ("person", "pedestrian"),
+    ("", ""): ("pedestrian",),
     ("", "adult"): ("adult person", "grown-up person"),
     ("", "young"): ("young person", "young pedestrian"),
     ("", "old"): ("old person", "elderly person"),

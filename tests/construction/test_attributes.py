@@ -127,6 +127,8 @@ def test_a_vision_model_is_asked_once_for_what_no_origin_before_it_has(tmp_path,
         first = labels_of(rules, many[:1], store, **endpoints(server))
         assert first[0]["gender"].origin == "annotation"
         assert first[0]["angle"] == Label("back", 0.8, "model")
+        schema = server.last["response_format"]["json_schema"]["schema"]
+        assert schema["required"] == ["angle"]
         assert labels_of(rules, many[1:], store, **endpoints(server))[1] == {
             "gender": Label("female", 1.0, "model"),
             "angle": Label("back", 0.8, "model"),

@@ -12,7 +12,7 @@ import openai
 import pytest
 from PIL import Image as PILImage
 
-from construction.endpoints import Question, ask, kept_answer, picture_url, usage
+from construction.endpoints import Question, _Asker, ask, kept_answer, picture_url, usage
 from construction.recipe import Endpoint, Models
 from construction.store import Store
 from tests.construction.server import ModelServer, default_reply
@@ -114,6 +114,21 @@ def test_a_request_that_fails_once_is_repeated(fault, store):
         found = answers(questions(), models_of(server, timeout=0.5), store)
     assert texts(found) == expected(questions())
     assert set(server.answered.values()) == {1}
+
+
+def test_no_answer_is_lost_when_much_goes_wrong_at_once(store):
+    faults = (429, 500, 503, "reset", "malformed", "no_choices", None, None)
+
+    def fault(prompt, nth):
+        number = int(prompt.split()[1])
+        return faults[(3 * number + 5 * nth) % len(faults)] if nth < 2 else None
+
+    with ModelServer(fault=fault) as one, ModelServer(fault=fault) as two:
+        models = models_of(one, two, at_once=8, retries=4)
+        found = answers(questions(120), models, store)
+        assert texts(found) == expected(questions(120))
+        assert max((one.answered + two.answered).values()) == 1
+    assert usage(store)["tiny"].answers == 120
 
 
 def test_a_question_that_always_fails_comes_back_with_the_reason_and_is_not_kept(store):
@@ -270,14 +285,14 @@ def test_questions_are_read_only_as_far_ahead_as_they_are_needed(store, monkeypa
     read = []
 
     def many():
-        for question in questions(200):
+        for question in questions(60):
             read.append(question)
             yield question
 
     with ModelServer() as server:
         for number, _ in enumerate(ask(many(), models_of(server), store), 1):
             assert len(read) <= number + 10
-    assert len(read) == 200
+    assert len(read) == 60
 
 
 def test_a_caller_that_stops_keeps_what_has_arrived_and_ends_the_requests(store):
@@ -287,6 +302,28 @@ def test_a_caller_that_stops_keeps_what_has_arrived_and_ends_the_requests(store)
         asking.close()
         kept = usage(store)["tiny"].answers
         assert len(got) <= kept <= sum(server.requests.values()) < 100
+
+
+def test_what_arrives_while_others_are_written_is_kept_when_the_caller_stops(store, monkeypatch):
+    put, keep, arrived = store.put, _Asker._keep, []
+
+    def slow_put(kind, values):
+        time.sleep(0.3)
+        put(kind, values)
+
+    async def counted_keep(asker):
+        arrived.append(None)
+        await keep(asker)
+
+    monkeypatch.setattr(store, "put", slow_put)
+    monkeypatch.setattr(_Asker, "_keep", counted_keep)
+    with ModelServer() as server:
+        asking = ask(questions(5), models_of(server), store)
+        next(asking)  # the first has been written, the next three are, and the fifth arrives
+        while len(arrived) < 5:
+            time.sleep(0.005)
+        asking.close()
+    assert usage(store)["tiny"].answers == 5
 
 
 def ask_60(url, folder):
