@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import groupby, islice
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,11 +26,11 @@ from construction.clip import Encoder, load_encoder
 from construction.endpoints import usage
 from construction.measuring import measured
 from construction.quality import judge, least_sharpness, repetitions
-from construction.recipe import Clip, Recipe
-from construction.records import SPLITS, VIEWS, Candidate, Picture
+from construction.recipe import Captions, Clip, Recipe
+from construction.records import SPLITS, VIEWS, Candidate, Pair, Picture, View
 from construction.sources import READERS
 from construction.splits import held_out, split_people
-from construction.store import Store
+from construction.store import Store, key_of
 from construction.table import Table
 from construction.writing import MANIFEST, Writer
 from utils.attributes import read_attributes
@@ -253,7 +254,10 @@ class Build:
         encoder = self._load_encoder() if "clip" in origins else None
         labeller = Labeller(self.recipe, self.attributes, store, prompt, encoder)
         total = table.count("pictures") - table.count("removed")
-        labeller.prepare(lambda: _share(table.candidates(), shard), total // shard[1])
+        labeller.prepare(
+            lambda: _share(table.candidates(), shard, lambda c: c.measure.sha256),
+            total if shard == (1, 1) else None,
+        )
         if shard != (1, 1):
             return
         for group in table.identities(self._by_split):
@@ -271,20 +275,20 @@ class Build:
         by = recipe.captions.by
         prompt = read_prompt(by, self.folder, recipe.captions.prompt) if by != "grammar" else ""
         encoder = self._load_encoder() if recipe.clip.filters else None
-        total = len(range(shard[0] - 1, table.count("pairs"), shard[1]))
+        total = table.count("pairs")
         written = write_captions(
-            lambda: _share(table.pairs(), shard),
+            lambda: _share(table.pairs(), shard, partial(_shown, recipe.captions)),
             recipe,
             self.attributes,
             store,
             prompt,
             encoder,
-            total,
+            total if shard == (1, 1) else None,
         )
         with closing(written):
             table.set_captions(written)
-        refused = table.count("captions WHERE text = ''")
-        say(f"captions: {total - refused} of {total} pairs have one; the others are given up")
+        good, asked = table.count("captions WHERE text <> ''"), table.count("captions")
+        say(f"captions: {good} pairs of {total} have one; {asked - good} are given up")
         self.notes += notes(recipe)
 
     def _load_encoder(self) -> Encoder:
@@ -348,9 +352,20 @@ def _noting_columns(pictures: Iterable[Picture], columns: set[str]) -> Iterator[
         yield picture
 
 
-def _share(items: Iterable[T], shard: tuple[int, int]) -> Iterator[T]:
-    """Share k of n: every n-th item."""
-    return islice(items, shard[0] - 1, None, shard[1])
+def _share(
+    items: Iterable[T], shard: tuple[int, int], content: Callable[[T], object]
+) -> Iterator[T]:
+    """Share k of n. Items of the same content are in the same share, because they share answers."""
+    k, n = shard
+    return (item for item in items if n == 1 or int(key_of(content(item)), 16) % n == k - 1)
+
+
+def _shown(captions: Captions, pair: Pair) -> object:
+    """What a model is shown of a pair: the labels, or the pictures."""
+    views: Sequence[View] = VIEWS if captions.view == "both" else (captions.view,)
+    if captions.by == "text":
+        return [[*label] for view in views for label in pair.labels[view].values()]
+    return [pair.candidate(view).measure.sha256 for view in views]
 
 
 def _by_view(group: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
