@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from datasets.pedes import SPLITS
 from datasets.shards import BLOCK, Member, is_header_of, read_block
@@ -61,8 +62,8 @@ def index_shard(root: Path, shard: str, split: str) -> Indexed:
     """
     path, indexed = root / shard, Indexed()
     try:
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            samples = _samples(tar, root, shard, file.fileno(), indexed)
+        with open_file(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+            samples = _samples(tar, path, shard, file.fileno(), indexed)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (tarfile.TarError, ValueError, EOFError) as error:
@@ -76,8 +77,20 @@ def index_shard(root: Path, shard: str, split: str) -> Indexed:
     return indexed
 
 
+class _Headers(io.FileIO):
+    """A tar for `tarfile`, which would take memory for an extended header of any size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file.fileno(), closefd=False)
+
+    def read(self, size: int | None = -1, /) -> Any:
+        if size is not None and size > MAX_TEXT:
+            raise ValueError(f"a header of {size} bytes is over the limit of {MAX_TEXT}")
+        return super().read(size)
+
+
 def _samples(
-    tar: tarfile.TarFile, root: Path, shard: str, descriptor: int, indexed: Indexed
+    tar: tarfile.TarFile, path: Path, shard: str, descriptor: int, indexed: Indexed
 ) -> dict[str, dict[str, Any]]:
     """By key and kind of member, the path of an image, or the bytes of a text."""
     samples: dict[str, dict[str, Any]] = {}
@@ -91,7 +104,7 @@ def _samples(
         if kind is None:
             indexed.ignored.add(f"*.{ending}" if ending else "members without an ending")
             continue
-        where, key = f"{root / shard}, member {info.name}", f"{folder}/{first}".lstrip("/")
+        where, key = f"{path}, member {info.name}", f"{folder}/{first}".lstrip("/")
         if ".." in info.name.split("/"):
             raise UserError(f"{where}: a name with '..'; write the tar with other names")
         if not info.isreg() or info.issparse():

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import signal
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 import test as test_entry
 import tools.make_shards as tool
 import train as train_entry
+from datasets.shards import _opened, open_image, split_member
+from tests.datasets.test_shards import NAMES, paths_in, with_captions, write_tar
 from tests.helpers import ROOT, SCRATCH, run
 from tests.reliability.runs import (
     assert_same,
@@ -23,7 +27,7 @@ from tests.reliability.runs import (
 )
 from tests.reliability.test_resume import send_signal_at_step
 from utils.checkpoint import load_checkpoint
-from utils.errors import StoppedBySignal
+from utils.errors import StoppedBySignal, UserError
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +162,31 @@ def test_a_killed_make_shards_leaves_no_half_data_set_and_its_repetition_succeed
     assert {path.name for path in output.iterdir()} == {path.name for path in shards.iterdir()}
     for path in shards.iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_corrupted_tar_is_refused_or_gives_an_index_that_fits_it(form, tmp_path, request, tally):
+    members = with_captions({name: bytes([i]) * 300 for i, name in enumerate(NAMES)})
+    content = write_tar(tmp_path / "a.tar", members, form).read_bytes()
+    rng, count = random.Random(0), request.config.getoption("fuzz")
+    for _ in range(count):
+        broken = bytearray(content)
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            broken[rng.randrange(len(broken) // 512) * 512 + rng.randrange(512)] = rng.randrange(
+                256
+            )
+        for start in range(0, len(broken), 512):  # otherwise most are refused by their checksum
+            if broken[start + 257 :].startswith(b"ustar") and rng.random() < 0.9:
+                block = broken[start : start + 512]
+                total = sum(block[:148]) + sum(block[156:]) + 256
+                broken[start + 148 : start + 156] = b"%06o\0 " % total
+        (tmp_path / "b.tar").write_bytes(broken)
+        _opened.cache_clear()
+        try:
+            paths = paths_in(tmp_path / "b.tar")
+        except UserError:
+            continue
+        for path in paths:
+            with open_image(path) as file:
+                assert len(file.read()) == split_member(path).size
+    tally["fuzzed tars"] += count

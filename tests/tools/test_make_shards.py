@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 import webdataset
 
 import tools.make_shards as tool
+from datasets.overlap import overlap
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from datasets.shards import open_image
 from tests.helpers import read, run
@@ -99,6 +101,17 @@ def test_a_data_set_in_shards_has_the_same_samples_and_galleries(
 def test_an_identity_of_one_split_is_no_identity_of_another(mini_root, tmp_path, monkeypatch):
     data = read("custom", make(monkeypatch, tmp_path / "shards", "AGDataAttr", mini_root))
     assert not {*data.ids["train"]} & {*data.ids["test"]} and len(data.ids["train"]) == 8
+
+
+def test_people_and_pictures_in_two_splits_are_found_in_shards_as_in_files(
+    like_real, tmp_path, monkeypatch
+):
+    original = read("AGDataAttr", like_real)
+    data = read("custom", make(monkeypatch, tmp_path / "shards", "AGDataAttr", like_real))
+    for pair in (("val", "test"), ("train", "test")):
+        one, other = (overlap(d, *pair) for d in (original, data))
+        assert other.people == one.people > 0 and other.of_people == one.of_people
+        assert (other.images, other.of_images) == (one.images, one.of_images)
 
 
 def test_what_the_lists_of_a_split_may_be_stays_so():
@@ -287,6 +300,15 @@ def test_a_tar_that_is_not_complete_is_refused(damage, shard, monkeypatch):
         path.write_bytes({**contents, "header": broken}[damage])
     with pytest.raises(UserError, match="train-0.tar: not an uncompressed tar that is complete: .*; copy or write it again"):  # fmt: skip
         index(monkeypatch, folder)
+
+
+def test_a_header_of_any_size_takes_no_memory(tmp_path, monkeypatch):
+    info = tarfile.TarInfo("long")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**40
+    (tmp_path / "train-0.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    os.truncate(tmp_path / "train-0.tar", 2**41)  # without its blocks
+    with pytest.raises(UserError, match="a header of 1099511627776 bytes is over the limit"):
+        index(monkeypatch, tmp_path)
 
 
 def test_mistakes_are_refused_before_anything_is_written(rendered, tmp_path, monkeypatch):
