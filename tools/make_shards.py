@@ -39,7 +39,6 @@ from easydict import EasyDict
 from tqdm import tqdm
 
 from datasets.pedes import CUSTOM, CUSTOM_FILES, SPLITS
-from datasets.reading import normalise_path
 from datasets.records import Data, Image, Split
 from datasets.registry import read_dataset
 from datasets.shards import BLOCK, Member, open_image
@@ -56,7 +55,8 @@ from utils.text import visible
 INDEX = CUSTOM_FILES[1]
 LOCK = "lock"  # of a folder that is being written
 CHECK = "python tools/check_dataset.py --dataset_name custom --root_dir"
-NAMES = ("dataset_name", "root_dir", "views", "attributes_file", "seed", "num_workers")
+NAMES = ("dataset_name", "root_dir", "views", "attributes_file")
+FOR_OUTPUT, FOR_INDEX = (*NAMES, "config_file", "shard_size", "seed"), ("split", "workers")
 
 
 class Entry(NamedTuple):
@@ -143,7 +143,7 @@ class Writer:
 
     def write(self, entries: Sequence[Entry], seed: int) -> None:
         """Raises UserError if an image cannot be read or the disk is full."""
-        bar = tqdm(total=len(entries), desc=f"{self.folder}", unit="sample", disable=None)
+        bar = tqdm(total=len(entries), desc="write shards", unit="sample", disable=None)
         with bar:
             for split in SPLITS:
                 numbers = [i for i, entry in enumerate(entries) if entry.split == split]
@@ -217,8 +217,8 @@ def _content(path: str) -> bytes:
 def _stem(path: str) -> str:
     """The image's name without its ending, in characters that any program can read: the name tells
     AG-ReID's person."""
-    stem = os.path.basename(normalise_path(path)).rpartition(".")[0]
-    return re.sub(r"[^A-Za-z0-9_-]", "_", stem)[-60:] or "image"
+    stem = os.path.basename(path).rpartition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:60] or "image"
 
 
 def _ending(path: str) -> str:
@@ -242,7 +242,10 @@ def write_shards(args: EasyDict) -> None:
         check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
     entries, messages = entries_of(data)
     unfinished = output.with_name(f".{output.name}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from None
     lock(unfinished, name=LOCK)
     try:
         for old in unfinished.iterdir():  # of a killed process
@@ -252,10 +255,11 @@ def write_shards(args: EasyDict) -> None:
         writer.write(entries, args.seed)
         os.rename(unfinished, output)
         (output / LOCK).unlink()
-    except OSError as error:
-        raise UserError(f"{error.filename or output}: {error.strerror}") from None
-    finally:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or output}: {error.strerror}") from None
+        raise
     for message in (*data.warnings, *messages):
         say(f"warning: {visible(message)}")
     counts = Counter(entry.split for entry in entries)
@@ -279,7 +283,7 @@ def index_folder(folder: Path, split: str, workers: int) -> None:
     workers = min(workers, cores(), len(shards))
     # Spawned, because forked workers would inherit the threads of torch.
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
-    bar = tqdm(total=len(shards), desc=f"{folder}", unit="shard", disable=None)
+    bar = tqdm(total=len(shards), desc="index shards", unit="shard", disable=None)
 
     def write(file: IO[bytes]) -> None:
         with pool as executor, bar:
@@ -292,8 +296,7 @@ def index_folder(folder: Path, split: str, workers: int) -> None:
         write_atomically(folder / INDEX, write, before=lambda: _check(total, folder))
     except BrokenProcessPool:
         raise UserError(
-            f"--index {folder}: a process was killed, probably for its memory; give fewer "
-            "--num_workers"
+            f"--index {folder}: a process was killed, probably for its memory; give fewer --workers"
         ) from None
     parts = [f"{name}: {total.counts[name]}" for name in SPLITS if total.counts[name]]
     say(visible(f"wrote {folder / INDEX}, samples in {len(shards)} shards: {', '.join(parts)}"))
@@ -321,36 +324,46 @@ def _check(total: Indexed, folder: Path) -> None:
 def main() -> None:
     def extra(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
-        add("--config_file", metavar="YAML", type=expand, default="",
+        add("--config_file", metavar="YAML", type=expand, default=None,
             help="preset that names the data set; the command line overrides it")  # fmt: skip
         add("--output", metavar="FOLDER", type=path_option, default=None,
             help="write the data set there; the folder must not exist")  # fmt: skip
-        add("--shard_size", metavar="INT", type=int, default=1024,
-            help="of a tar, in MiB (default: 1024)")  # fmt: skip
+        add("--shard_size", metavar="INT", type=int, default=None,
+            help="--output: of a tar, in MiB (default: 1024)")  # fmt: skip
+        add("--seed", metavar="INT", type=int, default=None,
+            help="--output: seed of the order of training samples in the tars "
+            "(default: 1)")  # fmt: skip
         add("--index", metavar="FOLDER", type=path_option, default=None,
             help="only write dataset.jsonl for the tars that are there")  # fmt: skip
-        add("--split", choices=SPLITS, default="",
+        add("--split", choices=SPLITS, default=None,
             help="--index: split of samples whose JSON has none (default: the start of the "
             "tar's name)")  # fmt: skip
+        add("--workers", metavar="INT", type=int, default=None,
+            help="--index: processes, each for a tar at a time "
+            "(default: one per core)")  # fmt: skip
 
     given, own = parse_given(NAMES, __doc__.split("\n")[0], extra)
-    args = EasyDict(own)
-    if (args.output is None) == (args.index is None):
+    if (own["output"] is None) == (own["index"] is None):
         raise UserError("give either --output, to write shards, or --index, to index them")
-    if args.index is not None:
-        if unused := [n for n in NAMES[:-1] if n in given] + ["config_file"] * bool(
-            args.config_file
-        ):
-            raise UserError(f"--{unused[0]}: only with --output; --index reads no other data set")
-        index_folder(args.index, args.split, given.get("num_workers", cores()))
+    mode, others = ("output", FOR_INDEX) if own["output"] else ("index", FOR_OUTPUT)
+    given_own = {name: value for name, value in own.items() if value is not None}
+    for name in others:
+        if name in {**given, **given_own}:
+            raise UserError(f"--{name}: not with --{mode}")
+    args = EasyDict({"shard_size": 1024, "seed": 1, "split": "", "workers": cores(), **given_own})
+    for name, least, most in (
+        ("shard_size", 1, 2**30),
+        ("seed", 0, 2**32 - 1),
+        ("workers", 1, 512),
+    ):
+        if not least <= args[name] <= most:
+            raise UserError(f"--{name} {args[name]}: must be from {least} to {most}")
+    if mode == "index":
+        index_folder(args.index, args.split, args.workers)
         return
-    if args.split:
-        raise UserError("--split: only with --index")
-    if args.shard_size < 1:
-        raise UserError(f"--shard_size {args.shard_size}: must be 1 or more")
-    preset = read_preset(args.config_file) if args.config_file else {}
+    preset = read_preset(args.config_file) if "config_file" in args else {}
     values = {name: value for name, value in preset.items() if name in NAMES}
-    write_shards(EasyDict(resolve({**values, **given}), **own))
+    write_shards(EasyDict(resolve({**values, **given}), **args))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Data sets written as shards are the data sets that they were, here and in WebDataset."""
 
+import fcntl
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from datasets.shards import open_image
 from tests.helpers import read, run
 from tools.make_shards import entries_of
 from utils.errors import UserError
+from utils.files import lock
 
 SETS = [
     ("AGDataAttr", {}), ("AGSGData", {"views": "ag"}), ("G2APS", {}), ("CUHK-PEDES", {}),
@@ -31,7 +33,7 @@ def make(monkeypatch, output, name, root, *more):
 
 
 def index(monkeypatch, folder, *more):
-    run(tool.main, monkeypatch, "--index", folder, "--num_workers", 0, *more)
+    run(tool.main, monkeypatch, "--index", folder, "--workers", 1, *more)
     return [json.loads(line) for line in (folder / "dataset.jsonl").read_text().splitlines()]
 
 
@@ -249,7 +251,7 @@ def test_several_processes_index_as_one(shard, monkeypatch):
     for i in range(3):
         folder = shard(f"train-{i}.tar", **{"0_jpg": b"0", "0_txt": f"man {i}".encode()})
     rows = index(monkeypatch, folder)
-    run(tool.main, monkeypatch, "--index", folder, "--num_workers", 2)
+    run(tool.main, monkeypatch, "--index", folder, "--workers", 2)
     assert [json.loads(r) for r in (folder / "dataset.jsonl").read_text().splitlines()] == rows
     assert [row["captions"] for row in rows] == [["man 0"], ["man 1"], ["man 2"]]
 
@@ -318,9 +320,11 @@ def test_mistakes_are_refused_before_anything_is_written(rendered, tmp_path, mon
 
     refused("give either --output, to write shards, or --index")
     refused("give either --output", "--output", tmp_path / "a", "--index", tmp_path)
-    refused("--root_dir: only with --output", "--index", tmp_path, "--root_dir", tmp_path)
-    refused("--split: only with --index", "--output", tmp_path / "a", "--split", "test")
-    refused("--shard_size 0: must be 1", "--output", tmp_path / "a", "--shard_size", "0")
+    refused("--root_dir: not with --index", "--index", tmp_path, "--root_dir", tmp_path)
+    refused("--seed: not with --index", "--index", tmp_path, "--seed", "0")
+    refused("--split: not with --output", "--output", tmp_path / "a", "--split", "test")
+    refused("--shard_size 0: must be from 1", "--output", tmp_path / "a", "--shard_size", "0")
+    refused("--workers 0: must be from 1 to 512", "--index", tmp_path, "--workers", "0")
     refused(f"--output {tmp_path}: exists; give another folder", "--output", tmp_path)
     refused("there is no .*.tar in it or its subfolders", "--index", tmp_path)
     (tmp_path / "dataset.json").touch()
@@ -331,6 +335,13 @@ def test_mistakes_are_refused_before_anything_is_written(rendered, tmp_path, mon
     entries[0]["file_path"] = "x"
     (root / "reid_raw.json").write_text(json.dumps(entries))
     command = ["--dataset_name", "CUHK-PEDES", "--root_dir", root, "--output", tmp_path / "a"]
+    refused("imgs/x: its name must end with one of jpg, jpeg", *command)
+    refused("dataset.json/a: Not a directory", *command[:-1], tmp_path / "dataset.json/a")
+    (tmp_path / ".a.unfinished").mkdir()
+    held = lock(tmp_path / ".a.unfinished", inherited=True)
+    monkeypatch.setattr(fcntl, "lockf", fcntl.flock)  # which also excludes this process
+    refused("another process is using this folder", *command)
+    os.close(held)
     refused("imgs/x: its name must end with one of jpg, jpeg", *command)
     assert {path.name for path in tmp_path.iterdir()} == {"dataset.json", "set"}
 
