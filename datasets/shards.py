@@ -52,13 +52,14 @@ class ImageStatus(NamedTuple):
     mtime_ns: int  # of the file, or of the member's tar
 
 
-def split_member(path: str) -> Member | None:
+def split_member(path: str | os.PathLike[str]) -> Member | None:
     """The member of a tar that a path names; None for the path of a file."""
+    path = os.fspath(path)
     match = MEMBER.fullmatch(path) if MARK in path else None
     return Member(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
-def open_image(path: str, limit: int | None = None) -> BinaryIO:
+def open_image(path: str | os.PathLike[str], limit: int | None = None) -> BinaryIO:
     """Open an image, a file or a member of a tar, for reading.
 
     Raises OSError as `open_file` does; ShardChanged if the tar has another member there; and
@@ -77,7 +78,7 @@ def open_image(path: str, limit: int | None = None) -> BinaryIO:
     return file
 
 
-def image_status(path: str) -> ImageStatus:
+def image_status(path: str | os.PathLike[str]) -> ImageStatus:
     """Size and time of the last change of an image. Raises OSError."""
     member = split_member(path)
     status = os.stat(path if member is None else member.tar)
