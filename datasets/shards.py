@@ -16,6 +16,7 @@ import os
 import re
 import tarfile
 from io import BytesIO
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from utils.files import open_file
@@ -52,14 +53,14 @@ class ImageStatus(NamedTuple):
     mtime_ns: int  # of the file, or of the member's tar
 
 
-def split_member(path: str | os.PathLike[str]) -> Member | None:
+def split_member(path: str | Path) -> Member | None:
     """The member of a tar that a path names; None for the path of a file."""
     path = os.fspath(path)
     match = MEMBER.fullmatch(path) if MARK in path else None
     return Member(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
-def open_image(path: str | os.PathLike[str], limit: int | None = None) -> BinaryIO:
+def open_image(path: str | Path, limit: int | None = None) -> BinaryIO:
     """Open an image, a file or a member of a tar, for reading.
 
     Raises OSError as `open_file` does; ShardChanged if the tar has another member there; and
@@ -78,7 +79,7 @@ def open_image(path: str | os.PathLike[str], limit: int | None = None) -> Binary
     return file
 
 
-def image_status(path: str | os.PathLike[str]) -> ImageStatus:
+def image_status(path: str | Path) -> ImageStatus:
     """Size and time of the last change of an image. Raises OSError."""
     member = split_member(path)
     status = os.stat(path if member is None else member.tar)
