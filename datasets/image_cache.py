@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
+from datasets.shards import image_status
 from datasets.transforms import BrokenImage, load_image
 from utils.console import LOGGER_NAME, process_rank
 from utils.documents import load_json
@@ -142,13 +143,13 @@ class ImageFiles(Dataset[Tensor]):
         digest = hashlib.sha256(f"{VERSION} {self.size}".encode())
         for path, entry in zip(*self._distinct(), strict=True):
             try:
-                status = os.stat(path)
+                status = image_status(path)
             except OSError as error:
                 where = f"{path} ({entry})".removesuffix(" ()")
                 raise UserError(f"{where}: {error.strerror}") from None
             absolute = os.path.abspath(path)
             digest.update(b"\n" + os.fsencode(absolute))
-            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}".encode())
+            digest.update(f"\0{status.size}\0{status.mtime_ns}".encode())
         return digest.hexdigest()[:16]
 
     def _distinct(self) -> tuple[list[str], list[str]]:

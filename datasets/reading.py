@@ -17,8 +17,9 @@ import numpy as np
 
 from datasets.compact import Entries
 from datasets.records import Data, Image, TrainSample
+from datasets.shards import BLOCK, INDEX_AGAIN, Member, image_status, open_image, split_member
+from datasets.transforms import MAX_BYTES
 from utils.errors import UserError
-from utils.files import add_to_hash
 from utils.tokenizer import MAX_TEXT, MAX_WORD, is_cut, text_problem
 
 LARGEST_PID = 2**31 - 1
@@ -56,16 +57,40 @@ def checked_caption(value: Any, entry: str, checks: EntryChecks) -> str:
 
 
 class ImageFolder:
-    """Finds images below a folder. It lists each folder once, which is faster than asking for every
-    image."""
+    """Finds images below a folder: files, and members of tar files (datasets/shards.py). It lists
+    each folder once, which is faster than asking for every image."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._listed: dict[str, _Listing] = {}
+        self._tars: dict[str, tuple[str, int]] = {}  # by relative path: full path, bytes
 
     def find(self, relative: str, entry: str) -> str:
         """Full path of an image. If no file has exactly this name, the file whose name is equal
-        after `normalise_path`. Raises UserError if it is missing or outside the folder."""
+        after `normalise_path`. Raises UserError if it is missing or outside the folder, or if its
+        tar ends before it does."""
+        member = split_member(relative)
+        if member is None:
+            return self._find_file(relative, entry)
+        shown = ascii(relative[:200])[1:-1]
+        if ".." in member.name.split("/"):
+            raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
+        if member.tar not in self._tars:
+            path = self._find_file(member.tar, f"{entry}: image {shown}", "its shard")
+            try:
+                self._tars[member.tar] = path, os.stat(path).st_size
+            except OSError as error:
+                raise UserError(f"{entry}: {path}: {error.strerror}") from None
+        path, length = self._tars[member.tar]
+        if not BLOCK <= member.offset <= length - member.size:
+            raise UserError(
+                f"{entry}: image {shown}: {path} has only {length} bytes: it is incomplete, or was "
+                "written anew after it was indexed; copy it again, or index it again: "
+                f"{INDEX_AGAIN}"
+            )
+        return str(Member(path, *member[1:]))
+
+    def _find_file(self, relative: str, entry: str, what: str = "image") -> str:
         shown = ascii(relative[:200])[1:-1]  # printable, whatever the file contains
         folder_name, name = os.path.split(relative)
         outside = ".." in relative.split("/") or os.path.isabs(relative)
@@ -77,7 +102,7 @@ class ImageFolder:
             return os.path.join(self._in_root(folder_name), name)
         parts = normalise_path(relative).split("/")
         if outside or ".." in parts:
-            raise UserError(f"{entry}: image path {shown} leaves the data set's folder")
+            raise UserError(f"{entry}: {what} path {shown} leaves the data set's folder")
         *folders, name = [part for part in parts if part not in ("", ".")] or [""]
         folder = self.root
         for part in folders:
@@ -86,13 +111,13 @@ class ImageFolder:
         if listing.has(name := listing.names.get(name, name)):
             return str(folder / name)
         if listing.problem:
-            raise UserError(f"{entry}: image {shown}: {folder} cannot be read: {listing.problem}")
-        raise UserError(f"{entry}: image {shown} is missing in {self.root}")
+            raise UserError(f"{entry}: {what} {shown}: {folder} cannot be read: {listing.problem}")
+        raise UserError(f"{entry}: {what} {shown} is missing in {self.root}")
 
     @property
     def folders(self) -> list[str]:
-        """The folders that were listed."""
-        return list(self._listed)
+        """The folders that were listed, and the tar files with images."""
+        return [*self._listed, *(path for path, _ in self._tars.values())]
 
     def _in_root(self, folder: str) -> str:
         return os.path.join(self.root, folder) if folder else str(self.root)
@@ -235,24 +260,26 @@ def read_checked(read: Callable[[EntryChecks], Data]) -> Data:
 
 
 def same_content(paths: Sequence[str]) -> list[int]:
-    """A number for every path, the same for files of the same bytes: 0, 1, ... in the order in
+    """A number for every path, the same for images of the same bytes: 0, 1, ... in the order in
     which the contents first appear.
 
-    Only files of equal size are read. A file that cannot be read equals no other.
+    Only images of equal size are read. An image that cannot be read equals no other.
     """
 
     def size_of(path: str) -> int:
         try:
-            return os.stat(path).st_size
+            return image_status(path).size
         except OSError:
             return -1
 
     def digest(path: str) -> str:
         sha256 = hashlib.sha256()
         try:
-            add_to_hash(sha256, path)
+            with open_image(path, MAX_BYTES) as file:
+                while block := file.read(2**20):
+                    sha256.update(block)
             return sha256.hexdigest()
-        except OSError:
+        except (OSError, ValueError):
             return path
 
     by_size: dict[int, list[str]] = {}

@@ -12,7 +12,8 @@ from utils.errors import UserError
 
 
 class Image(NamedTuple):
-    """An image file, and its attribute labels if the data set has attributes."""
+    """An image, a file or a member of a tar (datasets/shards.py), and its attribute labels if the
+    data set has attributes."""
 
     path: str
     attributes: tuple[int, ...] = ()
@@ -88,7 +89,9 @@ class Data:
     ids: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     root: str = ""  # the data set's folder, with which the images' paths begin
     warnings: list[str] = field(default_factory=list)  # such as repetitions: one line for each kind
-    folders: list[str] = field(default_factory=list)  # in which the reader looked for images
+    folders: list[str] = field(
+        default_factory=list
+    )  # and tars in which the reader looked for images
 
     @property
     def attribute_names(self) -> tuple[str, ...]:

@@ -3,8 +3,8 @@
 Reading and checking millions of entries takes minutes. With `--image_cache FOLDER`, a data set of
 `dataset.jsonl` is written to `FOLDER/dataset-<key>/` as arrays. Later starts and all processes map
 them into memory. The key is a hash of the annotation file (path, size, time of its last change), of
-the attributes and of this file's version. Folders of images are remembered with the time of their
-last change: if one has changed, the data set is read again.
+the attributes and of this file's version. Folders and tars of images are remembered with the time
+of their last change: if one has changed, the data set is read again.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import functools
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -24,8 +23,8 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from datasets.shards import INDEX_AGAIN, ShardChanged, open_image
 from utils.errors import UserError
-from utils.files import open_file
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -100,9 +99,7 @@ def read_image(
     try:
         # Not opened by PIL: it would wait forever on a pipe, and it memory-maps some files, where
         # a truncation by another program would kill the process (SIGBUS).
-        with open_file(path) as file:
-            if (length := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                raise ValueError(f"its {length} bytes are over the limit of {MAX_BYTES}")
+        with open_image(path, MAX_BYTES) as file:
             scans = _scans(file)
             with PILImage.open(file, formats=FORMATS) as image:
                 _refuse_bomb(*image.size, scans)  # before it is decoded
@@ -120,6 +117,8 @@ def read_image(
         error = f"it is not one of {', '.join(FORMATS)}"
     except MemoryError:
         raise
+    except ShardChanged as reason:
+        error, advice = f"{reason}", f"Index the shards again: {INDEX_AGAIN}"
     except Exception as reason:  # decoders raise many kinds of errors on corrupted files
         error = f"{reason}" or type(reason).__name__
         if isinstance(reason, OSError) and reason.errno:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.shards import image_status
 from utils.console import LOGGER_NAME
 from utils.distributed import Processes
 from utils.documents import read_json_file
@@ -78,7 +79,7 @@ class FeatureFiles:
         entries = {}
         for name, rows in self.lists.items():
             try:
-                sizes = [os.stat(path).st_size for path in images.get(name, ())]
+                sizes = [image_status(path).size for path in images.get(name, ())]
             except OSError as error:
                 raise UserError(f"{error.filename}: {error.strerror}") from None
             entries[name] = {

@@ -28,7 +28,7 @@ from utils.console import say
 from utils.files import PROJECT
 
 ROOT = PROJECT
-ENTRY_POINTS = ("train.py", "test.py")
+ENTRY_POINTS = ("train.py", "test.py", "build_dataset.py")
 PACKAGES = (  # in reading order
     "processor", "construction", "datasets", "model", "solver", "tools", "utils",
 )  # fmt: skip
