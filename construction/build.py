@@ -88,8 +88,8 @@ class Build:
             raise UserError(f"{self.output}: exists; {advice}")
         self.work.mkdir(parents=True, exist_ok=True)
         lock(self.work, name=f"lock-{self.name}")
-        with Store(self.work / "store", self.name) as store:
-            table = Table(self.work / f"table-{self.name}.sqlite")
+        path = self.work / f"table-{self.name}.sqlite"
+        with Store(self.work / "store", self.name) as store, closing(Table(path)) as table:
             self._sources(table)
             self._measure(table, store)
             if until != "measure":
@@ -104,9 +104,9 @@ class Build:
                 say(f"{model}: {used}, in all runs")
             if until:
                 say(f"{self.name} of {until}: kept in {store.path}")
-                return
-            self._write(table)
-            table.close()
+            else:
+                self._write(table)
+        path.unlink()
 
     def _sources(self, table: Table) -> None:
         by_split = self.recipe.splits.by == "source"

@@ -230,16 +230,16 @@ def _removed_pairs(table: Table, recipe: Recipe, problem: str, total: int) -> It
     """Some of the pairs that got no caption because of a problem."""
     for place in _drawn(recipe, f"no caption: {problem}", total, EXAMPLES):
         rows = table.query(
-            "SELECT aerial, ground, tries FROM pairs JOIN captions USING (number) "
+            "SELECT aerial, ground, problem, tries FROM pairs JOIN captions USING (number) "
             "WHERE removed = ? ORDER BY number LIMIT 1 OFFSET ?",
             (problem, place),
         )
-        for aerial, ground, tries in rows:
+        for aerial, ground, last, tries in rows:
             pictures = [table.candidate(number).picture for number in (aerial, ground)]
             yield Example(
                 f"no caption: {problem}",
                 " and ".join(f"{p.source}/{p.name}" for p in pictures),
-                f"answers read: {tries}",
+                f"{last} (answer {tries})",
                 tuple(thumbnail(p.file, p.box) for p in pictures),
             )
 

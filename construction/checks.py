@@ -47,6 +47,8 @@ ABOUT_THE_PICTURE = (
     r"\bin (the )?pictures?\b", r"\b(picture|shot|frame) (shows|depicts|is|was|appears|quality)\b",
     r"\b(blurry|blurred|blurriness|pixelated|pixelation|grainy|low[- ]resolution|out of focus)\b",
     r"\b(resolution|image quality|viewpoint|vantage point|point of view|bird's[- ]eye)\b",
+    # A person may face the camera, or walk towards it.
+    r"(?<!facing )(?<!faces )(?<!toward )(?<!towards )(?<!from )(?<!past )(?<!to )(?<!at )"
     r"\bthe camera\b", r"\bcamera('s)? (angle|view|lens|perspective|position)", r"\bviewer\b",
     r"\b(drone|uav|cctv|surveillance|aerial|top-down|overhead (view|angle|shot))\b",
     r"\b(from above|from a height|high angle|ground[- ]level|close-up)\b",
@@ -136,7 +138,7 @@ def problem_of(
     found = [word.lower() for word in WORD.findall(lower)]
     fewest, most = words
     if not fewest <= len(found) <= most:
-        return f"{len(found)} words, not {fewest} to {most}"
+        return f"length: {len(found)} words, not {fewest} to {most}"
     if problem := _language_problem(text, found):
         return problem
     asked = [word.lower() for word in WORD.findall(prompt.translate(PLAIN_QUOTES).lower())]

@@ -290,7 +290,7 @@ class _Asker:
                     ) from None
                 failures += not server.down
                 if failed.final or failures >= 2 + (0 if failed.repeated else self.models.retries):
-                    return Answer("", "error", problem=f"{server.name}: {failed}")
+                    return Answer("", "error", problem=f"no answer: {server.name}: {failed}")
             else:
                 server.failures = 0
                 return answer

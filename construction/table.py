@@ -171,10 +171,12 @@ class Table:
             yield Pair(number, of_split, aerial, ground, labels, pid)
 
     def finish(self) -> None:
-        """Take out the pairs that got no caption, and number the identities of the others: 0, 1,
-        ... in each source and split."""
+        """Take out the pairs that got no caption, with the kind of their problem (what stands
+        before its colon), and number the identities of the others: 0, 1, ... in each source and
+        split."""
         self._file.execute(
-            "UPDATE pairs SET removed = coalesce((SELECT problem FROM captions "
+            "UPDATE pairs SET removed = coalesce((SELECT "
+            "substr(problem, 1, instr(problem || ':', ':') - 1) FROM captions "
             "WHERE captions.number = pairs.number AND text = ''), '')"
         )
         self._file.execute(

@@ -152,7 +152,7 @@ def test_what_fell_out_leads_from_what_was_found_to_what_is_left(filled):
         ["no caption: too short", "0", "1", "1"],
         ["pairs left", "5", "5", "10"],
     ]
-    assert "answers read: 2" in text
+    assert "(answer 2)" in text
 
 
 def test_labels_and_captions_are_counted(filled):

@@ -135,7 +135,7 @@ def test_a_question_that_always_fails_comes_back_with_the_reason_and_is_not_kept
     with ModelServer(fault=lambda prompt, nth: 500 if prompt.endswith("3") else None) as server:
         models = models_of(server, at_once=1)
         found = answers(questions(6), models, store)
-        assert found["question 3"].problem == f"{server.url} (tiny): 500: fault 500"
+        assert found["question 3"].problem == f"no answer: {server.url} (tiny): 500: fault 500"
         assert kept_answer(questions(6)[3], models, store) is None
         server.fault = lambda prompt, nth: None
         assert texts(answers(questions(6), models, store)) == expected(questions(6))
@@ -145,7 +145,7 @@ def test_a_question_that_always_fails_comes_back_with_the_reason_and_is_not_kept
 def test_a_question_that_is_refused_comes_back_with_the_reason(store):
     with ModelServer(fault=lambda prompt, nth: 400 if prompt.endswith("3") else None) as server:
         found = answers(questions(6), models_of(server), store)
-        assert found["question 3"].problem == f"{server.url} (tiny): 400: fault 400"
+        assert found["question 3"].problem == f"no answer: {server.url} (tiny): 400: fault 400"
         assert server.requests["question 3"] == 1  # repeating it would be of no use
     assert len(found) == 6 and usage(store)["tiny"].answers == 5
 
