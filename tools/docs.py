@@ -30,7 +30,7 @@ from utils.files import PROJECT
 ROOT = PROJECT
 ENTRY_POINTS = ("train.py", "test.py", "build_dataset.py")
 PACKAGES = (  # in reading order
-    "processor", "construction", "datasets", "model", "solver", "tools", "utils",
+    "gallery", "processor", "construction", "datasets", "model", "solver", "tools", "utils",
 )  # fmt: skip
 
 

@@ -1,0 +1,15 @@
+"""Search one's own pictures and videos for a person, by a sentence or a picture.
+
+    records    what is known of a person in a picture: one row of a table
+    ingest     pictures, boxes, data sets and videos to rows
+    encode     rows to features and attributes, by a run or by vanilla weights
+    store      the gallery's folder: what is kept, and how a second run changes it
+    where      the grammar of filters
+    index      nearest features: FAISS here, or Milvus elsewhere
+    query      sentences and pictures to hits
+    heatmap    why this one: where in a picture a sentence is seen
+    sheet      hits as a picture or a page
+    page       the search page
+
+Nothing here trains; of `processor` it uses `inference` alone.
+"""
