@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
         (
             "path",
             pa.string(),
-        ),  # of the picture or video, relative to the manifest's `root` if below
+        ),  # of the file, relative to the manifest's `root` if below it
         ("frame_time", pa.float64()),  # seconds in a video; null for a picture
         ("left", pa.int32()),  # the person's box in pixels; null if the whole picture is the person
         ("top", pa.int32()),
