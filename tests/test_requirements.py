@@ -14,7 +14,7 @@ PYTHONS = runpy.run_path(str(ROOT / ".ci/resolve.py"))["PYTHONS"]
 def test_every_package_has_one_pin_on_every_python(python):
     lines = [
         line.split("#")[0].strip()
-        for name in ("requirements.txt", "requirements-dev.txt")
+        for name in ("requirements.txt", "requirements-construction.txt", "requirements-dev.txt")
         for line in (ROOT / name).read_text().splitlines()
     ]
     requirements = [Requirement(line) for line in lines if line and not line.startswith("-r")]

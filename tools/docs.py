@@ -28,8 +28,10 @@ from utils.console import say
 from utils.files import PROJECT
 
 ROOT = PROJECT
-ENTRY_POINTS = ("train.py", "test.py")
-PACKAGES = ("processor", "datasets", "model", "solver", "tools", "utils")  # in reading order
+ENTRY_POINTS = ("train.py", "test.py", "build_dataset.py")
+PACKAGES = (  # in reading order
+    "processor", "construction", "datasets", "model", "solver", "tools", "utils",
+)  # fmt: skip
 
 
 def documents() -> dict[Path, str]:

@@ -29,9 +29,9 @@ def console(head: Sequence[object], rows: Sequence[Sequence[object]], left: int 
     return _table(head, rows, visible, left).get_string()
 
 
-def markdown(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; its first column is aligned left."""
-    table = _table(head, rows, in_markdown)
+def markdown(head: Sequence[object], rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are aligned left."""
+    table = _table(head, rows, in_markdown, left)
     table.set_style(TableStyle.MARKDOWN)
     return table.get_string()
 

@@ -3,13 +3,14 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,9 +29,12 @@ VERSION = 1  # increase it when the same parameters give other files
 SPLITS = ("train", "val", "test")
 MARKER = "mini.json"  # holds the parameters; it is written last, so it marks a complete set
 JSON_NAME = {"AG-ReID": "agtext_{}.json", "G2APS-AG": "g2aps_{}.json"}
-_QUALITY = (85, 92)  # of a JPEG, lowest and highest
+QUALITY = (85, 92)  # of a JPEG, lowest and highest
 LAYOUTS = ("TBAGPR", *PEDES, "custom")
 VALS = ("disjoint", "like_real")
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class Pair(NamedTuple):
@@ -94,6 +98,19 @@ def render(
             )
     if pairs < 1 or min(train_ids, val_ids, test_ids) < 1:
         raise ValueError("pairs and every number of identities must be at least 1")
+    return fill_folder(
+        root, parameters, force, partial(_render_all, workers=workers, progress=progress)
+    )
+
+
+def fill_folder(
+    root: Path,
+    parameters: dict[str, Any],
+    force: bool,
+    fill: Callable[[Path, dict[str, Any]], object],
+) -> bool:
+    """Let `fill(folder, parameters)` write a rendered set, and rename the folder to `root` when it
+    is complete. Returns and raises what `render` does."""
     present = root.exists() or root.is_symlink()
     if present and (root.is_symlink() or not root.is_dir()) and force:
         raise FileExistsError(f"{root} is a link or no folder; remove it, or choose another folder")
@@ -108,8 +125,8 @@ def render(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _render_all(unfinished, parameters, workers, progress)
-        _write_json(unfinished / MARKER, parameters)
+        fill(unfinished, parameters)
+        write_json(unfinished / MARKER, parameters)
         if present:  # renamed first, because a half deleted set could look complete
             shutil.rmtree(replaced, ignore_errors=True)
             root.rename(replaced)
@@ -143,7 +160,7 @@ def render_people(
         job = (0, source, identity, pid, person)
         for record in _render_identity(job, root, seed, pairs, "custom", real=False):
             aerial, ground = (file.as_posix() for file in record["files"])
-            classes = _class_names(attributes, record["labels"])
+            classes = class_names(attributes, record["labels"])
             rendered.append(Pair(pid, aerial, ground, record["captions"], *classes))
     return rendered
 
@@ -178,7 +195,7 @@ def sample_pair(
     rng = np.random.default_rng([seed, split, source, identity, k, 1])
     views = sample_view(rng, person, source, True), sample_view(rng, person, source, False)
     captions = [caption(person, views, rng) for _ in range(3)]
-    return views, captions, int(rng.integers(*_QUALITY, endpoint=True))
+    return views, captions, int(rng.integers(*QUALITY, endpoint=True))
 
 
 def _is_complete(root: Path, parameters: dict[str, Any]) -> bool:
@@ -194,17 +211,12 @@ def _render_all(root: Path, parameters: dict[str, Any], workers: int, progress: 
     real = parameters.get("val") == "like_real"
     jobs = _jobs(parameters, real)
     work = partial(_render_identity, root=root, seed=seed, pairs=pairs, layout=layout, real=real)
-    # Spawned, because forked workers would inherit the threads and memory of a training program.
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
-    with pool as executor:
-        done = executor.map(work, jobs, chunksize=4) if executor else map(work, jobs)
-        bar = tqdm(done, total=len(jobs), unit="person", disable=None if progress else True)
-        results = list(zip(jobs, bar, strict=True))
+    results = list(zip(jobs, run_jobs(work, jobs, workers, progress, "person"), strict=True))
     if layout != "TBAGPR":
         first = 1 if layout == "CUHK-PEDES" else 0  # its identities start at 1
         entries = [(job[0], first + i, r) for i, (job, rows) in enumerate(results) for r in rows]
         file = PEDES[layout][0] if layout in PEDES else CUSTOM
-        _write_json(root / file, _entries(layout, entries))
+        write_json(root / file, _entries(layout, entries))
         return
     for source, source_name in enumerate(SOURCES):
         folder = root / source_name
@@ -215,14 +227,25 @@ def _render_all(root: Path, parameters: dict[str, Any], workers: int, progress: 
             records = [r for job, rows in results if job[:2] == (split, source) for r in rows]
             rng = np.random.default_rng([seed, split, source, 2])
             content = _eval_json(records, rng) if split else _train_json(records)
-            _write_json(folder / JSON_NAME[source_name].format(name), content)
+            write_json(folder / JSON_NAME[source_name].format(name), content)
     attrs = [
         {_key(job[1], path): labels}
         for job, rows in results
         for record in rows
         for path, labels in zip(record["paths"], record["labels"], strict=True)
     ]
-    _write_json(root / "attrs.json", attrs)
+    write_json(root / "attrs.json", attrs)
+
+
+def run_jobs(
+    work: Callable[[Job], Result], jobs: list[Job], workers: int, progress: bool, unit: str
+) -> list[Result]:
+    """The results of `work` for each job, in order, from `workers` processes."""
+    # Spawned, because forked workers would inherit the threads and memory of a training program.
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
+    with pool as executor:
+        done = executor.map(work, jobs, chunksize=4) if executor else map(work, jobs)
+        return list(tqdm(done, total=len(jobs), unit=unit, disable=None if progress else True))
 
 
 def _jobs(parameters: dict[str, Any], real: bool) -> list[tuple[int, int, int, int, Person]]:
@@ -269,9 +292,9 @@ def _render_identity(
                 jpeg = io.BytesIO()  # PIL's writer loses the system's error message
                 paint(person, view).save(jpeg, "JPEG", quality=quality)
                 (root / file).write_bytes(jpeg.getvalue())
-        labels = [_labels(person, view) for view in views]
+        shown = [labels(person, view) for view in views]
         records.append(
-            {"pid": pid, "paths": paths, "files": files, "captions": captions, "labels": labels}
+            {"pid": pid, "paths": paths, "files": files, "captions": captions, "labels": shown}
         )
     return records
 
@@ -306,7 +329,7 @@ def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list[s
     return None if aerial else Path("imgs", name)
 
 
-def _labels(person: Person, view: View) -> list[int]:
+def labels(person: Person, view: View) -> list[int]:
     """Gender, age, light, weight, height, angle and altitude of one image."""
     p = person
     return [p.gender, p.age, view.dim, p.weight, p.height, view.angle, int(view.aerial)]
@@ -349,7 +372,7 @@ def _entries(layout: str, records: list[tuple[int, int, dict[str, Any]]]) -> lis
         aerial, ground = record["files"]
         entry = {"split": SPLITS[split], "id": identity, "captions": record["captions"][:2]}
         if layout == "custom":
-            classes = _class_names(attributes, record["labels"])
+            classes = class_names(attributes, record["labels"])
             entry |= {
                 "image": aerial.as_posix(),
                 "pair_image": ground.as_posix(),
@@ -362,7 +385,7 @@ def _entries(layout: str, records: list[tuple[int, int, dict[str, Any]]]) -> lis
     return entries
 
 
-def _class_names(attributes: list[Attribute], labels: list[list[int]]) -> list[dict[str, str]]:
+def class_names(attributes: list[Attribute], labels: list[list[int]]) -> list[dict[str, str]]:
     """For each image, the name of its class by the name of the attribute."""
     return [
         {a.name: a.classes[value] for a, value in zip(attributes, values, strict=True)}
@@ -370,5 +393,6 @@ def _class_names(attributes: list[Attribute], labels: list[list[int]]) -> list[d
     ]
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write a new JSON file into a folder that is not complete yet."""
     path.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")

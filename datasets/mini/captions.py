@@ -59,9 +59,12 @@ _WEIGHTS = {1: ("slim", "thin", "slender"), 2: ("heavy-set", "stout", "overweigh
 _HEIGHTS = {1: ("tall",), 2: ("short",)}
 
 
-def caption(person: Person, views: tuple[View, View], rng: np.random.Generator) -> str:
-    """Describe the person of a pair of views (aerial, ground) in English."""
-    long = rng.random() < LONG_SHARE
+def caption(person: Person, views: tuple[View, ...], rng: np.random.Generator) -> str:
+    """Describe the person of a pair of views (aerial, ground), or of a single view, in English.
+
+    Only captions of pairs can be long, because those compare the two views.
+    """
+    long = rng.random() < LONG_SHARE and len(views) > 1
     low, high = LONG_WORDS if long else (SHORTEST, LONGEST)
     keep = float(rng.uniform(0.6, 1.0))
     while True:
@@ -72,17 +75,17 @@ def caption(person: Person, views: tuple[View, View], rng: np.random.Generator) 
 
 
 class _Speaker:
-    """Phrases for one pair of pictures, with random choice among synonyms.
+    """Phrases for one pair of pictures, or a single one, with random choice among synonyms.
 
     `keep` scales the probability with which a minor detail is mentioned.
     """
 
     def __init__(
-        self, person: Person, views: tuple[View, View], rng: np.random.Generator, keep: float
+        self, person: Person, views: tuple[View, ...], rng: np.random.Generator, keep: float
     ) -> None:
         self.p, self.views, self.rng, self.keep = person, views, rng, keep
         self.angles = {view.angle for view in views}
-        self.ground = next(view for view in views if not view.aerial)
+        self.ground = views[-1]  # of a single aerial view, that one
         self.he, self.his = ("she", "her") if person.gender else ("he", "his")
 
     def any(self, *words: str) -> str:
