@@ -25,10 +25,7 @@ from utils.interrupt import exit_on_signals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     path = partial(parser.add_argument, metavar="PATH", type=path_option)
     path("--recipe", required=True, help="a YAML file with every decision")
@@ -36,13 +33,18 @@ def main() -> None:
     path("--ag_reid", help="folder of AG-ReID, v1 or v2")
     path("--g2aps", help="folder of G2APS, or of its crops")
     path("--images", help="CSV or Parquet with a row for each picture of one's own")
-    add("--workers", type=int, default=cores(), help="processes that measure pictures")
-    add("--shard", type=_shard, default=(1, 1), metavar="K/N",
+    add(
+        "--workers",
+        type=int,
+        default=cores(),
+        help="processes that measure pictures (default: one per core)",
+    )
+    add("--shard", type=_shard, metavar="K/N",
         help="do share K of N, from 1, of the stage that --until names")  # fmt: skip
     add("--until", choices=("measure", "labels", "captions"), help="stop after this stage")
     add("--force", action="store_true", help="replace the folder if it is such a data set")
     args = parser.parse_args()
-    if args.shard[1] > 1 and not args.until:
+    if args.shard and not args.until:
         raise UserError(
             "--shard: name the stage with --until; the last run, which writes, has no --shard"
         )
@@ -58,7 +60,7 @@ def main() -> None:
     given = {"ag_reid": args.ag_reid, "g2aps": args.g2aps, "table": args.images}
     sources = {reader: path for reader, path in given.items() if path}
     recipe, folder = read_recipe(args.recipe), args.recipe.parent
-    build = Build(recipe, sources, args.output, args.shard, args.workers, folder)
+    build = Build(recipe, sources, args.output, args.shard or (1, 1), args.workers, folder)
     build.run(args.until or "", args.force)
 
 
@@ -70,5 +72,5 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    exit_on_signals()
+    exit_on_signals("the same command goes on from here")
     run_main(main)

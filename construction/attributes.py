@@ -63,6 +63,12 @@ def check_recipe(recipe: Recipe, attributes: Sequence[Classes]) -> None:
                     )
         if not rule.origins and rule.default is None:
             raise UserError(f"attributes.{name}: neither origins nor a default")
+    if recipe.attributes and (missing := [n for n in by_name if n not in recipe.attributes]):
+        raise UserError(
+            f"attributes: {missing[0]} is missing in the recipe; {recipe.attributes_file} has it, "
+            "and a data set has all of its attributes or none: give it a default, or name another "
+            "attributes_file"
+        )
     if recipe.captions.by != "vision" and not recipe.attributes:
         raise UserError(
             f"captions.by {recipe.captions.by}: captions are written from labels, but the recipe "
@@ -147,10 +153,12 @@ class Labeller:
             if not label and rule.default is not None:
                 label = Label(rule.default, 0.0, "default")
             if not label:
+                notes = candidate.picture.notes
+                found = ", ".join(f"{c} is {notes.get(c)!r}" for c in rule.columns)
                 raise UserError(
                     f"{candidate.picture.file}: no label for {name} from "
-                    f"{', '.join(rule.origins)}; give attributes.{name} a default or one more of "
-                    "its origins in the recipe"
+                    f"{', '.join(rule.origins)}{f' ({found})' if found else ''}; give "
+                    f"attributes.{name} a default or one more of its origins in the recipe"
                 )
             labels[name] = label
         return labels

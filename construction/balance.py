@@ -40,30 +40,39 @@ def overflow(aerial: Sequence[Candidate], ground: Sequence[Candidate], recipe: B
 def pair(
     aerial: Sequence[Candidate], ground: Sequence[Candidate], recipe: Balance
 ) -> list[tuple[Candidate, Candidate]]:
-    """(aerial, ground) pairs of an identity: every picture of the larger view is in one.
+    """(aerial, ground) pairs of an identity: every picture of the larger view is in one, and those
+    of the smaller view are in equally many.
 
     With `round_robin`, the n-th picture of the larger view gets the n-th of the smaller one, modulo
-    their number. With `nearest_time`, it gets the one that is nearest in time; if times are
-    unknown, as with `round_robin`.
+    their number. With `nearest_time`, the two that are nearest in time are a pair, then the nearest
+    two of the others, and so on. If a time is unknown, it is `round_robin`.
     """
     aerial, ground = (sorted(c, key=lambda c: _place(c.picture)) for c in (aerial, ground))
     more, fewer = (aerial, ground) if len(aerial) >= len(ground) else (ground, aerial)
-    pairs = []
-    for i, one in enumerate(more):
-        other = fewer[i % len(fewer)]
-        timed = [c for c in fewer if _apart(one.picture, c.picture) is not None]
-        if recipe.pairing == "nearest_time" and timed:
-            other = min(timed, key=lambda c: (_apart(one.picture, c.picture), c.number))
-        pairs.append((one, other) if more is aerial else (other, one))
-    return pairs
+    timed = all(c.picture.time is not None for c in (*more, *fewer))
+    if recipe.pairing == "nearest_time" and timed:
+        pairs = _nearest(more, fewer)
+    else:
+        pairs = [(one, fewer[i % len(fewer)]) for i, one in enumerate(more)]
+    return pairs if more is aerial else [(two, one) for one, two in pairs]
+
+
+def _nearest(
+    more: Sequence[Candidate], fewer: Sequence[Candidate]
+) -> list[tuple[Candidate, Candidate]]:
+    """Pairs by time, in rounds: in each of them a picture of `fewer` gets at most one partner."""
+    times, other_times = (np.array([c.picture.time for c in view]) for view in (more, fewer))
+    order = np.abs(times[:, None] - other_times[None]).argsort(axis=None, kind="stable")
+    ranked = [divmod(int(place), len(fewer)) for place in order]
+    partner: dict[int, int] = {}
+    while len(partner) < len(more):
+        used: set[int] = set()
+        for i, j in ranked:
+            if i not in partner and j not in used:
+                partner[i] = j
+                used.add(j)
+    return [(more[i], fewer[j]) for i, j in sorted(partner.items())]
 
 
 def _place(picture: Picture) -> tuple[float, str]:
     return picture.time or 0.0, picture.name
-
-
-def _apart(one: Picture, other: Picture) -> float | None:
-    """Seconds between two pictures, if their times are known."""
-    if one.time is None or other.time is None:
-        return None
-    return abs(one.time - other.time)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -25,7 +26,7 @@ from construction.card import write_card
 from construction.clip import Encoder, load_encoder
 from construction.endpoints import usage
 from construction.measuring import measured
-from construction.quality import judge, least_sharpness, repetitions
+from construction.quality import judge, judge_sharpness, least_sharpness, repetitions
 from construction.recipe import Captions, Clip, Recipe
 from construction.records import SPLITS, VIEWS, Candidate, Pair, Picture, View
 from construction.sources import READERS
@@ -39,7 +40,7 @@ from utils.errors import UserError, suggest
 from utils.files import lock
 
 T = TypeVar("T")
-UNTIL = ("measure", "labels", "captions")  # stages after which a run may stop
+ONE_SOURCE = {"AG-ReID": "AGTBPR", "G2APS-AG": "G2APS"}  # --dataset_name of TBAGPR's sources
 
 
 class Build:
@@ -64,21 +65,30 @@ class Build:
     ) -> None:
         self.recipe, self.paths, self.output, self.folder = recipe, paths, output, folder
         self.shard, self.workers = shard, workers
+        self.output = output = Path(os.path.abspath(output))
         self.work = output.with_name(f"{output.name}.work")
         self.name = "all" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}"
         self.attributes = read_attributes(recipe.attributes_file)
         self.notes: list[str] = []  # for the data card
+        self.prompts: dict[str, str] = {}  # by name, what models are asked
         self._encoder: Encoder | None = None
-        missing = {source.reader for source in recipe.sources} - set(paths)
-        if missing:
-            option = {"table": "images"}.get(first := min(missing), first)
-            raise UserError(f"the recipe has a source of {first}: give its place by --{option}")
+        readers: set[str] = {source.reader for source in recipe.sources}
+        option = {"table": "images"}
+        for reader in sorted(readers - set(paths)):
+            name = option.get(reader, reader)
+            raise UserError(f"the recipe has a source of {reader}: give its place by --{name}")
+        for reader in sorted(set(paths) - readers):
+            raise UserError(f"--{option.get(reader, reader)}: the recipe has no such source")
         check_recipe(recipe, self.attributes)
+        rules = recipe.attributes.values()
+        self.origins = {origin for rule in rules for origin in rule.origins}
 
     def run(self, until: str = "", force: bool = False) -> None:
-        """All stages, or those up to one of UNTIL. Raises UserError.
+        """All stages. Raises UserError.
 
         Args:
+            until: "measure", "labels" or "captions": stop after this stage, and do only this
+                process's share of it.
             force: replace a data set that is there already, when the new one is complete.
         """
         if self.output.exists() and not (force and (self.output / MANIFEST).is_file()):
@@ -86,10 +96,26 @@ class Build:
             if not (self.output / MANIFEST).is_file():
                 advice = "it is not a data set of this command; choose another folder"
             raise UserError(f"{self.output}: exists; {advice}")
-        self.work.mkdir(parents=True, exist_ok=True)
+        if until == "captions" and self.recipe.captions.by == "grammar":
+            raise UserError("--until captions: a grammar writes them, which asks no model")
+        if until == "labels" and not self.origins & {"model", "clip"}:
+            raise UserError("--until labels: none of the recipe's origins asks a model")
+        try:
+            self._run(until)
+        except sqlite3.Error as error:
+            raise UserError(f"{self.work}: its table cannot be written: {error}") from None
+
+    def _run(self, until: str) -> None:
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.work}: {error.strerror}") from None
         lock(self.work, name=f"lock-{self.name}")
         path = self.work / f"table-{self.name}.sqlite"
-        with Store(self.work / "store", self.name) as store, closing(Table(path)) as table:
+        folder, others = self.work / "store", until != "measure"
+        with Store(folder, self.name, others) as store, closing(Table(path)) as table:
+            if until != "measure":
+                self._prepare(until)
             self._sources(table)
             self._measure(table, store)
             if until != "measure":
@@ -107,6 +133,19 @@ class Build:
             else:
                 self._write(table)
         path.unlink()
+
+    def _prepare(self, until: str) -> None:
+        """Read prompts and load encoders before anything that takes time. Raises UserError."""
+        by = self.recipe.captions.by
+        if by != "grammar":
+            self.prompts[by] = read_prompt(by, self.folder, self.recipe.captions.prompt)
+        if "model" in self.origins:
+            self.prompts["attributes"] = read_prompt("attributes", self.folder)
+        if "clip" in self.origins or (self.recipe.clip.filters and self.shard == (1, 1)):
+            try:
+                self._encoder = load_encoder(self.recipe.clip)
+            except UserError as error:
+                raise UserError(f"clip in the recipe: {error}") from None
 
     def _sources(self, table: Table) -> None:
         by_split = self.recipe.splits.by == "source"
@@ -126,7 +165,16 @@ class Build:
         kept = table.count("pictures") - table.count("removed")
         say(f"sources: {table.count('pictures')} pictures, {kept} with an identity")
         if not kept:
-            raise UserError("none of the sources has a picture with an identity")
+            what = "identity and split (splits.by is source)" if by_split else "identity"
+            raise UserError(f"none of the sources has a picture with an {what}")
+        several = table.query(
+            "SELECT source, identity, group_concat(DISTINCT person) FROM pictures "
+            "GROUP BY source, identity HAVING count(DISTINCT person) > 1 LIMIT 1"
+        )
+        for source, identity, people in several:
+            raise UserError(
+                f"{source}: the identity {identity} is of several persons: {people}; name one"
+            )
 
     def _check_columns(self, columns: set[str]) -> None:
         """Say which columns of the recipe no source has. Raises UserError if nothing else can give
@@ -162,6 +210,13 @@ class Build:
                 f"{missing} pictures are not measured yet; run the other shares first "
                 "(--until measure)"
             )
+        bad = (
+            (candidate.number, *reason)
+            for candidate in table.candidates()
+            if (reason := judge(candidate.measure, recipe))
+        )
+        table.remove("quality", bad)
+        # A quantile is one of the pictures that are good otherwise.
         least = {
             (source.name, view): least_sharpness(
                 recipe.sharpness.get(view), table.column("sharpness", source.name, view)
@@ -169,12 +224,16 @@ class Build:
             for source in self.recipe.sources
             for view in VIEWS
         }
-        bad = (
+        blurry = (
             (candidate.number, *reason)
             for candidate in table.candidates()
-            if (reason := judge(candidate, least, recipe))
+            if (
+                reason := judge_sharpness(
+                    candidate.measure, least[candidate.picture.source, candidate.picture.view]
+                )
+            )
         )
-        table.remove("quality", bad)
+        table.remove("quality", blurry)
         if recipe.repeated is not None:
             table.remove("quality", self._repeated(table, recipe.repeated))
         self._report(table, "quality")
@@ -249,10 +308,8 @@ class Build:
         """Labels of all pictures, or the models' answers for a share of them."""
         if not self.recipe.attributes:
             return
-        origins = {origin for rule in self.recipe.attributes.values() for origin in rule.origins}
-        prompt = read_prompt("attributes", self.folder) if "model" in origins else ""
-        encoder = self._load_encoder() if "clip" in origins else None
-        labeller = Labeller(self.recipe, self.attributes, store, prompt, encoder)
+        prompt = self.prompts.get("attributes", "")
+        labeller = Labeller(self.recipe, self.attributes, store, prompt, self._encoder)
         total = table.count("pictures") - table.count("removed")
         labeller.prepare(
             lambda: _share(table.candidates(), shard, lambda c: c.measure.sha256),
@@ -272,41 +329,41 @@ class Build:
         recipe, shard = self.recipe, self.shard
         if shard != (1, 1):  # a quantile needs the scores of all pairs
             recipe = recipe.model_copy(update={"clip": Clip()})
-        by = recipe.captions.by
-        prompt = read_prompt(by, self.folder, recipe.captions.prompt) if by != "grammar" else ""
-        encoder = self._load_encoder() if recipe.clip.filters else None
         total = table.count("pairs")
         written = write_captions(
             lambda: _share(table.pairs(), shard, partial(_shown, recipe.captions)),
             recipe,
             self.attributes,
             store,
-            prompt,
-            encoder,
+            self.prompts.get(recipe.captions.by, ""),
+            self._encoder,
             total if shard == (1, 1) else None,
         )
         with closing(written):
             table.set_captions(written)
         good, asked = table.count("captions WHERE text <> ''"), table.count("captions")
-        say(f"captions: {good} pairs of {total} have one; {asked - good} are given up")
+        problems = table.query(
+            "SELECT problem, count(*) FROM captions WHERE text = '' GROUP BY problem "
+            "ORDER BY count(*) DESC, problem LIMIT 3"
+        )
+        given_up = "; ".join(f"{count} {problem}" for problem, count in problems)
+        say(
+            f"captions: {good} pairs of {total} have one; {asked - good} are given up"
+            + f", most often: {given_up}" * bool(given_up)
+        )
         self.notes += notes(recipe)
-
-    def _load_encoder(self) -> Encoder:
-        if self._encoder is None:
-            self._encoder = load_encoder(self.recipe.clip)
-        return self._encoder
 
     def _write(self, table: Table) -> None:
         table.finish()
         if not any(True for _ in table.written()):
-            raise UserError("no pair has a caption that is good enough; see the log above")
+            raise UserError("no pair has a caption that is good enough (most often: see above)")
         unfinished, replaced = (
             self.output.with_name(f"{self.output.name}.{end}") for end in ("unfinished", "replaced")
         )
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             unfinished.mkdir(parents=True)
-            writer = Writer(unfinished, table, self.recipe, self.attributes)
+            writer = Writer(unfinished, table, self.recipe, self.attributes, self.prompts)
             total = sum(1 for _ in table.written())
             for _ in tqdm(writer.pictures(), total=total, desc="write", disable=None):
                 pass
@@ -319,13 +376,19 @@ class Build:
             os.rename(unfinished, self.output)
         except OSError as error:
             raise UserError(
-                f"{self.output}: could not be written: {error.filename or unfinished}: "
-                f"{error.strerror or error}; what was paid for is kept in {self.work}"
+                f"{self.output}: could not be written: {error.strerror or error} (at "
+                f"{error.filename}); what was paid for is kept in {self.work}"
             ) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-        say(f"wrote {self.output}: look at {self.output}/card.html")
+        custom = self.recipe.output.layout == "custom"
+        names = {source.name for source in self.recipe.sources}
+        name = "custom" if custom else "AGDataAttr" if len(names) == 2 else ONE_SOURCE[names.pop()]
+        say(
+            f"wrote {self.output}: look at {self.output}/card.html; check it with\n"
+            f"python tools/check_dataset.py --dataset_name {name} --root_dir {self.output}"
+        )
 
     @property
     def _by_split(self) -> bool:
@@ -342,7 +405,9 @@ class Build:
         kept = table.count("pictures") - table.count("removed")
         say(f"{stage}: {kept} pictures are in; taken out: {reasons}")
         if not kept:
-            raise UserError(f"{stage}: no picture is left ({reasons}); the recipe is too strict")
+            query = "SELECT name, detail FROM removed JOIN pictures USING (number) WHERE stage = ?"
+            name, detail = next(table.query(query, (stage,)))
+            raise UserError(f"{stage}: no picture is left ({reasons}), such as {name}: {detail}")
 
 
 def _noting_columns(pictures: Iterable[Picture], columns: set[str]) -> Iterator[Picture]:

@@ -50,8 +50,12 @@ ANGLES = {
     "side": ("seen from the side", "turned sideways"),
 }
 LIGHTS = {"bright": ("in bright light", "in good light"), "dim": ("in dim light", "in half-light")}
-# The height of the camera says nothing about the person.
-SPOKEN = ("gender", "age", "height", "weight", "angle", "light", "altitude")
+# The classes that it has words for. The height of the camera says nothing about the person.
+SPOKEN = {
+    "gender": {gender for gender, _ in NOUNS}, "age": {age for _, age in NOUNS},
+    "height": {*HEIGHTS}, "weight": {*WEIGHTS}, "angle": {*ANGLES}, "light": {*LIGHTS},
+    "altitude": {"level", "above"},
+}  # fmt: skip
 
 
 def write(
@@ -86,12 +90,13 @@ def _draw(labels: Mapping[str, str], attributes: Sequence[Attribute], rng: rando
     sentences = [
         rng.choice(attribute.sentences[attribute.classes.index(labels[attribute.name])])
         for attribute in attributes
-        if attribute.name in labels and attribute.name not in SPOKEN
+        if attribute.name in labels and not _spoken(attribute)
     ]
+    labels = {a.name: labels[a.name] for a in attributes if a.name in labels and _spoken(a)}
     noun = rng.choice(NOUNS[labels.get("gender", ""), labels.get("age", "")])
     traits = [t for t in (word(HEIGHTS, "height"), word(WEIGHTS, "weight")) if t]
     circumstances = [c for c in (word(ANGLES, "angle"), word(LIGHTS, "light")) if c]
-    if not any(name in labels for name in SPOKEN if name != "altitude"):
+    if not labels.keys() - {"altitude"}:
         return " ".join(sentences)
     he = {"male": "he", "female": "she"}.get(labels.get("gender", ""), "this person")
     plain = _article(noun)
@@ -111,6 +116,11 @@ def _draw(labels: Mapping[str, str], attributes: Sequence[Attribute], rng: rando
     ]  # fmt: skip
     main = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in rng.choice(plans)]
     return " ".join([*main, *sentences])
+
+
+def _spoken(attribute: Attribute) -> bool:
+    """Whether it is an attribute of TBAGPR, with the classes that it has there."""
+    return {*attribute.classes} <= SPOKEN.get(attribute.name, set())
 
 
 def _article(phrase: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,13 +13,16 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-from construction.quality import VERSION, measure_file
+from construction.quality import UNREADABLE, VERSION, measure_file
 from construction.records import Measure, Picture
 from construction.store import Store, key_of
 from utils.errors import UserError
+from utils.interrupt import init_worker_signals
 
 Group = tuple[str, list[tuple[int, Picture]]]  # a file, and the numbered pictures in it
-BATCH = 2000  # files that are measured before their measures are kept
+BATCH = 2000  # files that are looked up at once
+KIND = "measure"  # in the store
+KEPT_EVERY = 5.0  # seconds of measuring that a kill may lose
 
 
 def measured(
@@ -37,7 +41,11 @@ def measured(
     frames, (k, n) = iter(frames), shard
     measure = partial(_measure, crops=crops)
     # Spawned, because forked workers would inherit threads and memory.
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
+    pool = (
+        ProcessPoolExecutor(workers, get_context("spawn"), init_worker_signals, (os.getpid(), 0))
+        if workers > 1
+        else nullcontext()
+    )
     with pool as executor:
         while batch := list(islice(frames, BATCH)):
             keys = [_key(*group) for group in batch]
@@ -46,16 +54,28 @@ def measured(
                 i for i, kept in enumerate(found) if kept is None and int(keys[i], 16) % n == k - 1
             ]
             jobs = [batch[i] for i in todo]
+            fresh: list[tuple[str, list[Measure]]] = []
+            began = time.monotonic()
             try:
                 made = executor.map(measure, jobs, chunksize=8) if executor else map(measure, jobs)
                 for i, measures in zip(todo, made, strict=True):
                     found[i] = measures
+                    if not any(UNREADABLE in m.problem for m in measures):
+                        fresh.append((keys[i], measures))
+                    if time.monotonic() - began > KEPT_EVERY:
+                        store.put(KIND, fresh)
+                        fresh, began = [], time.monotonic()
             except BrokenProcessPool:
                 raise UserError(
                     "a process that measures pictures was killed, probably for its memory; run "
                     "the same command again with fewer --workers"
                 ) from None
-            store.put("measure", ((keys[i], found[i]) for i in todo))
+            except BaseException:
+                if executor:
+                    executor.shutdown(wait=False, cancel_futures=True)
+                raise
+            finally:
+                store.put(KIND, fresh)
             yield [
                 (number, measure_of)
                 for (_, pictures), measures in zip(batch, found, strict=True)
@@ -81,7 +101,7 @@ def _key(file: str, pictures: list[tuple[int, Picture]]) -> str:
 
 def _kept(store: Store, key: str) -> list[Measure] | None:
     """The measures of an earlier run, unless one of its crops has been deleted."""
-    kept = store.get("measure", key)
+    kept = store.get(KIND, key)
     measures = [Measure(*values) for values in kept or ()]
     if kept is None or not all(m.problem or os.path.exists(m.file) for m in measures):
         return None

@@ -8,8 +8,9 @@ identity and view.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,31 +20,40 @@ import numpy as np
 from PIL import Image
 
 from construction.recipe import Limit, Quality
-from construction.records import Candidate, Measure, Picture, View
+from construction.records import Candidate, Measure, Picture
 from datasets.transforms import BrokenImage, read_image
 from utils.files import add_to_hash
 
 SIZE = (128, 384)  # width and height at which sharpness is measured
 NEARLY_BLACK, NEARLY_WHITE = 8, 247  # grey levels
 CROP_QUALITY = 95  # of a crop's JPEG
-VERSION = 1  # increase it when the same picture gives other measures
+UNREADABLE = "cannot be opened"  # in a problem that may pass, and so is not kept
+VERSION = 2  # increase it when the same picture gives other measures
 
 
 def measure_file(file: str, pictures: Sequence[Picture], crops: Path) -> list[Measure]:
     """Measures of the pictures in one file, which is decoded once. A box is cut out, and written
     to `crops`/<source>/<name>. What cannot be read is a measure with a `problem`. Raises OSError if
     a crop cannot be written."""
+    name, digest = os.path.basename(file), hashlib.sha256()
+    try:
+        add_to_hash(digest, file)
+    except OSError as error:
+        problem = f"{name}: {UNREADABLE}: {error.strerror or error}"
+        return [Measure(problem=problem) for _ in pictures]
     try:
         frame = read_image(file)
     except BrokenImage as error:
         # Without the folder, because the records must not depend on where the source lies.
-        problem = str(error).replace(file, os.path.basename(file))
+        problem = str(error).replace(file, name)
         return [Measure(problem=problem) for _ in pictures]
-    return [_measure(frame, file, picture, crops) for picture in pictures]
+    found = Measure(file, digest.hexdigest())
+    return [_measure(frame, found, picture, crops) for picture in pictures]
 
 
-def _measure(frame: Image.Image, file: str, picture: Picture, crops: Path) -> Measure:
-    image = frame
+def _measure(frame: Image.Image, found: Measure, picture: Picture, crops: Path) -> Measure:
+    """The measures of a picture in a frame; `found` has the frame's file and hash."""
+    image, file, sha256 = frame, found.file, found.sha256
     if picture.box is not None:
         left, top, width, height = picture.box
         right, bottom = min(left + width, frame.width), min(top + height, frame.height)
@@ -53,14 +63,12 @@ def _measure(frame: Image.Image, file: str, picture: Picture, crops: Path) -> Me
             return Measure(problem=f"the box {picture.box} is outside of the picture ({size})")
         image = frame.crop((left, top, right, bottom))
         file = str(crops / picture.source / picture.name)
-        _write_crop(image, Path(file))
-    digest = hashlib.sha256()
-    add_to_hash(digest, file)
+        sha256 = _write_crop(image, Path(file))
     grey = np.asarray(image.convert("L").resize(SIZE, Image.Resampling.BILINEAR))
     clipped = (grey <= NEARLY_BLACK) | (grey >= NEARLY_WHITE)
     return Measure(
         file,
-        digest.hexdigest(),
+        sha256,
         *image.size,
         round(float(cv2.Laplacian(grey, cv2.CV_64F).var()), 3),
         round(float(grey.mean()), 3),
@@ -69,19 +77,23 @@ def _measure(frame: Image.Image, file: str, picture: Picture, crops: Path) -> Me
     )
 
 
-def _write_crop(image: Image.Image, path: Path) -> None:
-    """Write a JPEG and rename it. It is not synced to disk, which would take longer than all else;
-    a crop that a loss of power destroys has another hash, and writing the data set finds it."""
+def _write_crop(image: Image.Image, path: Path) -> str:
+    """Write a JPEG and rename it; returns its hash. It is not synced to disk, which would take
+    longer than all else; a crop that a loss of power destroys has another hash, and writing the
+    data set finds it."""
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=CROP_QUALITY, subsampling=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as stream:
-            image.save(stream, "JPEG", quality=CROP_QUALITY, subsampling=0)
+            stream.write(content.getvalue())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def least_sharpness(limit: Limit | None, of_view: Sequence[float]) -> float:
@@ -93,18 +105,11 @@ def least_sharpness(limit: Limit | None, of_view: Sequence[float]) -> float:
     return float(np.quantile(np.asarray(of_view), limit.quantile or 0.0))
 
 
-def judge(
-    candidate: Candidate, least: Mapping[tuple[str, View], float], recipe: Quality
-) -> tuple[str, str] | None:
-    """Why a picture is not good enough, as (reason, detail); None if it is.
-
-    Args:
-        least: the smallest sharpness by source and view.
-    """
-    picture, measure = candidate.picture, candidate.measure
-    sharp, (darkest, brightest) = least[picture.source, picture.view], recipe.brightness
+def judge(measure: Measure, recipe: Quality) -> tuple[str, str] | None:
+    """Why a picture cannot be used, however sharp it is, as (reason, detail); None if it can."""
+    darkest, brightest = recipe.brightness
     if measure.problem:
-        return "broken", measure.problem
+        return "unreadable" if UNREADABLE in measure.problem else "broken", measure.problem
     if measure.width < recipe.min_width or measure.height < recipe.min_height:
         least_size = f"{recipe.min_width}x{recipe.min_height}"
         return "small", f"{measure.width}x{measure.height}, under {least_size}"
@@ -115,8 +120,17 @@ def judge(
     if measure.clipped > recipe.clipped:
         share = f"{measure.clipped:.0%} of the pixels are nearly black or white"
         return "clipped", f"{share}, over {recipe.clipped:.0%}"
-    if measure.sharpness < sharp:
-        return "blurry", f"sharpness {measure.sharpness:.1f}, under {sharp:.1f}"
+    return None
+
+
+def judge_sharpness(measure: Measure, least: float) -> tuple[str, str] | None:
+    """The same for blur.
+
+    Args:
+        least: the smallest sharpness of its view.
+    """
+    if measure.sharpness < least:
+        return "blurry", f"sharpness {measure.sharpness:.1f}, under {least:.1f}"
     return None
 
 

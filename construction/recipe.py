@@ -7,16 +7,40 @@ error that names it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from construction.records import View
 from utils.documents import read_yaml_file
 from utils.errors import UserError, suggest
 
+N = TypeVar("N", int, float)
+
+
+def _ordered(pair: tuple[N, N]) -> tuple[N, N]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{pair[0]} is over {pair[1]}: give the lowest first")
+    return pair
+
+
+Ordered = Annotated[tuple[N, N], AfterValidator(_ordered)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Origin = Literal["annotation", "view", "brightness", "model", "clip"]
+
+
+# Of the data set's own files.
+RESERVED = {
+    "construction", "attrs.json", "dataset.jsonl", "card.md", "card.html", "manifest.sha256",
+}  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -32,6 +56,14 @@ class Source(Strict):
     reader: Literal["ag_reid", "g2aps", "table"]
     # Of a table: the cameras of the aerial view, if it has no column `view`.
     aerial_cameras: tuple[str, ...] = ()
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name in RESERVED:
+            raise ValueError(f"{name} is a file or folder of the data set; take another name")
+        return name
 
 
 class Limit(Strict):
@@ -53,7 +85,7 @@ class Quality(Strict):
     min_width: int = Field(24, ge=1)
     min_height: int = Field(48, ge=1)
     sharpness: dict[View, Limit] = {}
-    brightness: tuple[float, float] = (0, 255)  # mean grey level, lowest and highest
+    brightness: Ordered[float] = (0, 255)  # mean grey level, lowest and highest
     clipped: Share = 1.0  # largest share of pixels that are nearly black or nearly white
     # Largest distance of two perceptual hashes (64 bits) that counts as a repetition; none: keep.
     repeated: Annotated[int, Field(ge=0, le=64)] | None = None
@@ -89,6 +121,14 @@ class Attribute(Strict):
     # For "annotation": by column of the source, the class of each value that tells one.
     columns: dict[str, dict[str | int, str]] = {}
     dim_below: float = 70.0  # for "brightness": the mean grey level
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _no_booleans(cls, columns: Any) -> Any:
+        for column, values in columns.items() if isinstance(columns, dict) else ():
+            if isinstance(values, dict) and any(isinstance(value, bool) for value in values):
+                raise ValueError(f"{column}: YAML reads yes, no, true and false as booleans; quote")
+        return columns
 
     @model_validator(mode="after")
     def _columns(self) -> Attribute:
@@ -127,7 +167,7 @@ class Captions(Strict):
     prompt: str = ""  # a file; default: prompts/<by>.txt beside the recipe
     view: Literal["aerial", "ground", "both"] = "ground"  # the picture that a model sees
     tries: int = Field(3, ge=1)  # answers until the pair is dropped
-    words: tuple[int, int] = (8, 120)
+    words: Ordered[int] = (8, 120)
 
 
 class Clip(Strict):
@@ -176,6 +216,8 @@ class Recipe(Strict):
     def _together(self) -> Recipe:
         if len({source.name for source in self.sources}) < len(self.sources):
             raise ValueError("sources: two have the same name")
+        if len({source.reader for source in self.sources}) < len(self.sources):
+            raise ValueError("sources: two have the same reader, but the command names one place")
         asks = self.captions.by != "grammar" or any(
             "model" in attribute.origins for attribute in self.attributes.values()
         )
@@ -190,6 +232,8 @@ class Recipe(Strict):
                 )
             if not (self.splits.val and self.splits.test):
                 raise ValueError("splits: the layout TBAGPR has val and test; give both a share")
+        if not self.splits.test:
+            raise ValueError("splits.test: a data set needs a test split; give it a share")
         return self
 
 

@@ -17,6 +17,7 @@ are measured, and does not stop the others.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ import numpy as np
 
 from construction.recipe import Source
 from construction.records import SPLITS, VIEWS, Box, Picture
-from utils.errors import UserError, suggest
+from utils.errors import UserError
 from utils.files import open_file
 
 AG_REID = re.compile(r"P(\d{4})T(\d{5})A(\d)C(\d)F(\d+)\.jpe?g", re.IGNORECASE)
@@ -96,37 +97,39 @@ def read_table(path: Path, source: Source) -> Iterator[Picture]:
 
     Raises UserError that names the row.
     """
+    number = 0
     for number, row in enumerate(_rows(path), 1):
         where = f"{path}, row {number}"
         if number == 1:
             _check_columns(path, list(row), source)
-        given, identity = str(row["path"] or ""), str(row["identity"] or "").strip()
+        given, identity = _plain(row["path"]), _plain(row["identity"])
         if not given:
             raise UserError(f"{where}: no path")
-        camera = str(row.get("camera") or "")
-        view = str(row.get("view") or "").strip().lower()
+        camera, view = _plain(row.get("camera")), _plain(row.get("view")).lower()
         if not view and camera:
             view = "aerial" if camera in source.aerial_cameras else "ground"
         if view not in VIEWS:
             raise UserError(f"{where}: the view is {view!r}; it must be {' or '.join(VIEWS)}")
-        split = str(row.get("split") or "").strip().lower()
+        split = _plain(row.get("split")).lower()
         if split not in ("", *SPLITS):
             raise UserError(f"{where}: the split is {split!r}; it must be {', '.join(SPLITS)}")
         box = _box(row, where)
         file = os.path.join(path.parent, given)
         yield Picture(
             source.name,
-            _name(given, box),
+            _name(given, box, number),
             file,
             view,
-            str(row.get("person") or "").strip() or identity,
+            _plain(row.get("person")) or identity,
             identity,
             box,
             camera,
             _number(row.get("time"), f"{where}: time"),
             split,
-            {key: value for key, value in row.items() if key not in KNOWN and value is not None},
+            {key: _note(v) for key, v in row.items() if key not in KNOWN and v is not None},
         )
+    if not number:
+        raise UserError(f"{path}: has no rows")
 
 
 READERS: dict[str, Reader] = {"ag_reid": read_ag_reid, "g2aps": read_g2aps, "table": read_table}
@@ -327,7 +330,7 @@ def _as_box(values: Any, where: str) -> Box:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a CSV or Parquet file. Raises UserError."""
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() in (".parquet", ".pq"):
             import pyarrow
             from pyarrow import parquet
 
@@ -338,7 +341,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path}: not readable as Parquet: {error}") from None
             return
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(
@@ -357,8 +361,7 @@ def _check_columns(path: Path, columns: list[str], source: Source) -> None:
     if not missing and "view" not in columns and "camera" not in columns:
         missing = ["view"]
     if missing:
-        close = suggest(missing[0], columns)
-        raise UserError(f"{path}: no column {missing[0]}, but {', '.join(columns)}.{close}")
+        raise UserError(f"{path}: no column {missing[0]}, but {', '.join(columns)}")
     if "view" not in columns and not source.aerial_cameras:
         raise UserError(
             f"{path}: no column view, so the recipe must give the source {source.name} "
@@ -388,15 +391,35 @@ def _number(value: Any, where: str) -> float | None:
     if value is None or value == "":
         return None
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where} is {value!r}, not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where} is {value!r}, not a number")
+    return number
 
 
-def _name(given: str, box: Box | None) -> str:
-    """A picture's path in the data set: its own, without a way out of the folder."""
-    parts = [part for part in given.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+def _plain(value: Any) -> str:
+    """A value of a table as text. Whole numbers have no point: a column of integers in which one is
+    missing may hold them as 7.0."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _note(value: Any) -> str | int | float:
+    return value if isinstance(value, (str, int, float)) else str(value)
+
+
+def _name(given: str, box: Box | None, row: int) -> str:
+    """A picture's path in the data set: that in the table; or, if it leads out of the table's
+    folder, the file's name with the number of the row."""
+    parts = [part for part in given.replace("\\", "/").split("/") if part not in ("", ".")]
     name = "/".join(parts)
+    if os.path.isabs(given) or ".." in parts:
+        name = f"{row:08}_{parts[-1]}"
     if box is not None:
         stem = os.path.splitext(name)[0]
         name = f"{stem}_{'_'.join(map(str, box))}.jpg"

@@ -13,8 +13,8 @@ from utils.errors import UserError
 def split_people(people: Sequence[str], recipe: Splits, seed: int, source: str) -> dict[str, str]:
     """By person of a source, "train", "val" or "test", at random. At least one person is in each
     of the splits that the recipe gives a share. Raises UserError if there are too few."""
-    test = _share(len(people), recipe.test)
-    val = _share(len(people), recipe.val)
+    test = _count(len(people), recipe.test)
+    val = _count(len(people), recipe.val)
     if val + test >= len(people):
         raise UserError(
             f"the source {source} has {len(people)} persons left, but val and test need "
@@ -32,7 +32,7 @@ def held_out(
 ) -> set[str]:
     """The persons of a source's own train split that become val: a share of them, and nobody who is
     also in test. Raises UserError if that leaves nobody for train."""
-    wanted, in_test = _share(len(train), recipe.val), set(test)
+    wanted, in_test = _count(len(train), recipe.val), set(test)
     order = [p for p in _shuffled(train, seed, source) if p not in in_test]
     if wanted >= len(train) or len(order) < wanted:
         raise UserError(
@@ -42,7 +42,7 @@ def held_out(
     return set(order[:wanted])
 
 
-def _share(count: int, share: float) -> int:
+def _count(count: int, share: float) -> int:
     return max(1, round(share * count)) if share else 0
 
 

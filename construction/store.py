@@ -35,9 +35,10 @@ class Store:
     Args:
         folder: holds the files of all runs.
         name: of this run's file, such as "3-of-16".
+        others: merge the files of other runs.
     """
 
-    def __init__(self, folder: Path, name: str = "all") -> None:
+    def __init__(self, folder: Path, name: str = "all", others: bool = True) -> None:
         self.path = folder / f"{name}.sqlite"
         self._lock = threading.Lock()  # a commit of one thread would end another's transaction
         with self._errors():
@@ -47,7 +48,7 @@ class Store:
             self._file.execute("PRAGMA synchronous = FULL")
             self._file.execute(SCHEMA)
             self._file.commit()
-        for other in sorted(folder.glob("*.sqlite")):
+        for other in sorted(folder.glob("*.sqlite")) if others else ():
             if other != self.path:
                 self._merge(other)
 

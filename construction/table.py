@@ -29,6 +29,7 @@ CREATE TABLE pairs (number INTEGER PRIMARY KEY, split, aerial, ground, pid DEFAU
     removed DEFAULT '');
 CREATE TABLE captions (number INTEGER PRIMARY KEY, text, origin, score, problem, tries);
 """
+CANDIDATE = f"number, {PICTURE}, crop, {MEASURE.split(', ', 1)[1]}"
 IN = "pictures JOIN measures USING (number) LEFT JOIN removed USING (number)"
 
 
@@ -47,21 +48,22 @@ class Table:
         for statement in SCHEMA.split(";"):
             self._file.execute(statement)
 
-    def add(self, pictures: Iterable[Picture]) -> int:
-        """Add pictures; their numbers follow each other. Returns how many there are now. Raises
-        UserError if two have the same name."""
+    def add(self, pictures: Iterable[Picture]) -> None:
+        """Add pictures; their numbers follow each other. Raises UserError if two have the same
+        name."""
+        marks = ", ".join("?" * len(PICTURE.split(", ")))
         for picture in pictures:
-            values = [getattr(picture, name) for name in PICTURE.split(", ")]
-            values[6], values[10] = json.dumps(picture.box), json.dumps(dict(picture.notes))
-            marks = ", ".join("?" * len(values))
+            in_json = {"box": json.dumps(picture.box), "notes": json.dumps(dict(picture.notes))}
+            values = (vars(picture) | in_json).values()
             try:
-                self._file.execute(f"INSERT INTO pictures ({PICTURE}) VALUES ({marks})", values)
+                self._file.execute(
+                    f"INSERT INTO pictures ({PICTURE}) VALUES ({marks})", tuple(values)
+                )
             except sqlite3.IntegrityError:
                 raise UserError(
                     f"{picture.file}: a second picture with the name {picture.name} in the source "
                     f"{picture.source}"
                 ) from None
-        return self.count("pictures")
 
     def count(self, what: str) -> int:
         return self._file.execute(f"SELECT count(*) FROM {what}").fetchone()[0]
@@ -94,7 +96,7 @@ class Table:
         # The order is not that of an index. So SQLite sorts all rows before it gives the first one,
         # and what the caller writes meanwhile does not matter.
         rows = self._file.execute(
-            f"SELECT number, {PICTURE}, crop, {MEASURE.split(', ', 1)[1]} FROM {IN} "
+            f"SELECT {CANDIDATE} FROM {IN} "
             "WHERE stage IS NULL ORDER BY +source, +split, identity, view, time, name"
         )
         return map(_candidate, rows)
@@ -109,8 +111,7 @@ class Table:
         key = attrgetter(*of)
         order = ", ".join(f"+{name}" for name in of)
         rows = self._file.execute(
-            f"SELECT number, {PICTURE}, crop, {MEASURE.split(', ', 1)[1]} FROM {IN} "
-            f"WHERE stage IS NULL ORDER BY {order}, view, time, name"
+            f"SELECT {CANDIDATE} FROM {IN} WHERE stage IS NULL ORDER BY {order}, view, time, name"
         )
         for _, group in groupby(map(_candidate, rows), key=lambda c: key(c.picture)):
             yield list(group)
@@ -196,8 +197,7 @@ class Table:
 
     def candidate(self, number: int) -> Candidate:
         row = self._file.execute(
-            f"SELECT number, {PICTURE}, crop, {MEASURE.split(', ', 1)[1]} FROM pictures "
-            "JOIN measures USING (number) WHERE number = ?",
+            f"SELECT {CANDIDATE} FROM pictures JOIN measures USING (number) WHERE number = ?",
             (number,),
         ).fetchone()
         return _candidate(row)

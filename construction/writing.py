@@ -2,7 +2,7 @@
 
     <output>/AG-ReID/agtext_train.json, ...   attrs.json           the layout TBAGPR
     <output>/dataset.jsonl                                         the layout `custom`
-    <output>/construction/recipe.yaml, removed.csv, labels.csv, captions.csv
+    <output>/construction/recipe.yaml, prompts/, removed.csv, labels.csv, captions.csv
     <output>/manifest.sha256                                       check with sha256sum -c
 
 The same recipe, pictures and answers of models give the same bytes.
@@ -39,15 +39,19 @@ class Writer:
     Args:
         folder: where; it does not exist.
         attributes: those of `attributes_file`.
+        prompts: by name, what models were asked.
     """
 
     def __init__(
-        self, folder: Path, table: Table, recipe: Recipe, attributes: list[Attribute]
+        self,
+        folder: Path,
+        table: Table,
+        recipe: Recipe,
+        attributes: list[Attribute],
+        prompts: dict[str, str],
     ) -> None:
-        self.folder, self.table, self.recipe = folder, table, recipe
-        # In the order of the labels; only if the recipe says where all of them come from.
-        labelled = all(a.name in recipe.attributes for a in attributes)
-        self.attributes = attributes if labelled else []
+        self.folder, self.table, self.recipe, self.prompts = folder, table, recipe, prompts
+        self.attributes = attributes if recipe.attributes else []  # in the order of the labels
         self.hashes: dict[str, str] = {}  # by path in the folder
 
     def pictures(self) -> Iterator[Candidate]:
@@ -133,6 +137,9 @@ class Writer:
         with self._open(f"{FOLDER}/recipe.yaml") as file:
             content = self.recipe.model_dump(mode="json")
             yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
+        for name, prompt in self.prompts.items():
+            with self._open(f"{FOLDER}/prompts/{name}.txt") as file:
+                file.write(prompt + "\n")
         self._csv(
             "removed", ("source", "picture", "identity", "view", "stage", "reason", "detail"),
             "SELECT source, name, identity, view, stage, reason, detail FROM pictures "

@@ -18,12 +18,15 @@ WATCH_SECONDS = 5  # between a worker's checks whether its training still runs
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 
 
-def exit_on_signals() -> None:
-    """Before training there is nothing to save: `SIGNALS` end the program at once, with the status
-    after which a scheduler may requeue it."""
+def exit_on_signals(state: str = "there was nothing to save") -> None:
+    """`SIGNALS` end the program at once, with the status after which a scheduler may requeue it.
+
+    Args:
+        state: what the message says of it; a training saves nothing before its first step.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedBySignal(f"{signal.Signals(number).name}: stopped; there was nothing to save")
+        raise StoppedBySignal(f"{signal.Signals(number).name}: stopped; {state}")
 
     for number in SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:

@@ -212,7 +212,7 @@ def test_zero_shot_labels_where_the_model_has_none(tmp_path, store, clip_file):
 def test_an_attribute_without_a_label_is_an_error_that_names_picture_and_mend(tmp_path, store):
     rules = {"age": {"origins": ["annotation"], "columns": {"old": {2: "old"}}}}
     with pytest.raises(
-        UserError, match=r"7.png: no label for age from annotation; give attributes.a"
+        UserError, match=r"7.png: no label for age from annotation .old is None.; give attributes.a"
     ):
         labels_of(rules, [candidate(tmp_path, 7)], store)
 

@@ -48,7 +48,16 @@ def test_nearest_time_gives_the_partner_that_was_seen_at_about_the_same_time():
     numbers = [
         (a.number, g.number) for a, g in pair(aerial, ground, Balance(pairing="nearest_time"))
     ]
+    # Each ground picture has one partner, the nearest ones first; then the rest go on.
     assert numbers == [(0, 100), (1, 100), (2, 101)]
+
+
+def test_nearest_time_uses_every_picture_of_balanced_views_once():
+    aerial, ground = views(6, 6)
+    late = [candidate(c.number, view="ground", time=c.picture.time + 100) for c in ground]
+    pairs = pair(aerial, late, Balance(pairing="nearest_time"))
+    assert {g.number for _, g in pairs} == {c.number for c in late} and len(pairs) == 6
+    assert (pairs[5][0].number, pairs[5][1].number) == (5, 100)  # the nearest two of all
 
 
 @pytest.mark.parametrize("pairing", ["round_robin", "nearest_time"])

@@ -13,9 +13,11 @@ import yaml
 
 import build_dataset
 import train
+from construction import quality
 from construction.build import Build
 from construction.recipe import Recipe
 from datasets.mini import render_raw
+from tests.construction.server import ModelServer
 from tests.helpers import read, run
 from tools import check_dataset
 from utils.errors import UserError
@@ -45,7 +47,7 @@ def built(raw, tmp_path_factory):
 def build(raw, to, shard=(1, 1), until="", force=False, workers=1, **changes):
     content = yaml.safe_load(Path(RECIPE).read_text())
     for key, value in changes.items():
-        content[key] = {**content[key], **value} if isinstance(value, dict) else value
+        content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
     paths = {"ag_reid": raw / "AG-ReID", "g2aps": raw / "G2APS"}
     recipe = Recipe.model_validate(content)
     Build(recipe, paths, to, shard, workers).run(until, force)
@@ -138,14 +140,70 @@ def test_the_manifest_names_every_file(built):
 
 def test_shares_of_the_stages_give_the_same_data_set(raw, built, tmp_path):
     output = tmp_path / "set"
-    with pytest.raises(UserError, match="are not measured yet; run the other shares first"):
-        build(raw, output, (1, 2), "captions")
-    for share in ((1, 2), (2, 2)):
-        build(raw, output, share, "measure")
-    for share in ((1, 2), (2, 2)):
-        build(raw, output, share, "captions")
-    build(raw, output)
-    assert manifest(output) == manifest(built)
+    sentence = (
+        "A {} in a red jacket, blue jeans and black shoes carries a bag on the left shoulder."
+    )
+    with ModelServer(lambda *_: sentence.format("man")) as server:
+        asks = {
+            "captions": {"by": "vision"},
+            "models": {"endpoints": [{"url": server.url, "model": "tiny"}]},
+        }
+        build(raw, tmp_path / "alone", **asks)
+        answers = sum(server.answered.values())
+        with pytest.raises(UserError, match="are not measured yet; run the other shares first"):
+            build(raw, output, (1, 2), "captions", **asks)
+        for until in ("measure", "captions"):
+            for share in ((1, 2), (2, 2)):
+                build(raw, output, share, until, **asks)
+        assert sum(server.answered.values()) == 2 * answers
+    build(raw, output, **asks)  # all answers are there
+    assert manifest(output) == manifest(tmp_path / "alone")
+    prompt = (output / "construction/prompts/vision.txt").read_text()
+    assert prompt == Path("configs/construction/prompts/vision.txt").read_text().strip() + "\n"
+
+
+def test_the_quantile_of_sharpness_is_one_of_the_pictures_that_can_be_used(raw, tmp_path):
+    quantiles = {view: {"quantile": 0.1} for view in ("aerial", "ground")}
+    build(raw, tmp_path / "set", quality={"sharpness": quantiles})
+    with open(tmp_path / "set/construction/removed.csv", newline="") as file:
+        gone = Counter((row["source"], row["reason"]) for row in csv.DictReader(file))
+    total = sum(1 for _ in (raw / "AG-ReID").glob("*/*.jpg"))
+    unusable = sum(gone["AG-ReID", r] for r in ("broken", "small", "dark", "bright"))
+    assert abs(gone["AG-ReID", "blurry"] - 0.1 * (total - unusable)) <= 2 < unusable
+
+
+def test_a_picture_that_could_not_be_opened_is_measured_when_it_can(raw, tmp_path, monkeypatch):
+    refused = ["query_all_c3"]
+
+    def refuse(digest, path, real=quality.add_to_hash):
+        if any(part in str(path) for part in refused):
+            raise PermissionError(13, "Permission denied")
+        real(digest, path)
+
+    monkeypatch.setattr(quality, "add_to_hash", refuse)
+    build(raw, tmp_path / "set")
+    assert ",unreadable," in (tmp_path / "set/construction/removed.csv").read_text()
+    refused.clear()
+    build(raw, tmp_path / "set", force=True)
+    assert ",unreadable," not in (tmp_path / "set/construction/removed.csv").read_text()
+
+
+def test_an_identity_of_two_persons_is_refused(tmp_path):
+    lines = [f"{i}.jpg,7,{view},{'ab'[i % 2]}" for i, view in enumerate(["aerial", "ground"] * 2)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,identity,view,person", *lines]))
+    content = {"sources": [{"name": "own", "reader": "table"}], "output": {"layout": "custom"}}
+    content["captions"] = {"by": "vision"}
+    content["models"] = {"endpoints": [{"url": "http://127.0.0.1:1/v1", "model": "x"}]}
+    made = Build(Recipe.model_validate(content), {"table": tmp_path / "t.csv"}, tmp_path / "set")
+    with pytest.raises(UserError, match="own: the identity 7 is of several persons: a,b"):
+        made.run()
+
+
+def test_stages_that_ask_nothing_have_no_shares(raw, tmp_path):
+    with pytest.raises(UserError, match="--until captions: a grammar writes them"):
+        build(raw, tmp_path / "set", until="captions")
+    with pytest.raises(UserError, match="--until labels: none of the recipe's origins asks"):
+        build(raw, tmp_path / "set", until="labels")
 
 
 def test_a_changed_picture_is_measured_again(raw, tmp_path):
@@ -221,7 +279,7 @@ def test_a_folder_that_is_there_is_replaced_only_by_force_and_if_it_is_such_a_se
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"quality": {"min_width": 5000}}, "quality: no picture is left .*small.*too strict"),
+        ({"quality": {"min_width": 5000}}, "quality: no picture is left .*small.*, such as .*under"),
         (
             {"attributes": {"gender": {"origins": ["annotation"], "columns": {"gendermal": {2: "male"}}}}},
             r"attributes.gender.columns: no source has the column 'gendermal'. Did you mean 'gendermale",
@@ -240,6 +298,7 @@ def test_a_recipe_that_leaves_nothing_is_refused(raw, tmp_path, changes, message
     [
         (["--ag_reid", "x"], "the recipe has a source of g2aps: give its place by --g2aps"),
         (["--ag_reid", "x", "--g2aps", "y"], "x: no such folder"),
+        (["--ag_reid", "x", "--g2aps", "y", "--images", "z"], "--images: the recipe has no such"),
         (["--shard", "1/2"], "--shard: name the stage with --until"),
         (["--workers", "0"], "--workers 0: at least 1"),
     ],

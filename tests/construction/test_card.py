@@ -17,7 +17,7 @@ from datasets.mini import render_people
 HOSTILE = """"'><script>x<b onload=y>|{{ 7 * 7 }}```\x1b\u202e[a](b)&amp;"""
 RECIPE = {
     "seed": 3,
-    "sources": [{"name": "campus", "reader": "table"}, {"name": "town", "reader": "table"}],
+    "sources": [{"name": "campus", "reader": "table"}, {"name": "town", "reader": "ag_reid"}],
     "attributes": {
         "gender": {"origins": ["clip"], "default": "male"},
         "angle": {"origins": ["clip"], "default": "side"},

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from construction.quality import judge, least_sharpness, measure_file, repetitions
+from construction.quality import (
+    judge,
+    judge_sharpness,
+    least_sharpness,
+    measure_file,
+    repetitions,
+)
 from construction.recipe import Limit, Quality
 from datasets.mini import render_people
 from tests.construction.made import candidate, picture
 
 RECIPE = Quality(min_width=32, min_height=64, brightness=(30, 220), clipped=0.5)
-LEAST = {("s", "aerial"): 20.0, ("s", "ground"): 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def test_a_truncated_picture_is_a_problem_of_all_its_boxes_and_no_error(person, 
     measures = measure_file(str(tmp_path / "cut.jpg"), pictures, tmp_path)
     assert all("cut.jpg" in m.problem for m in measures) and len(measures) == 2
     missing = measured(tmp_path / "no.jpg")
-    assert missing.problem.startswith("no.jpg: the image cannot be read: No such file")
+    assert missing.problem.startswith("no.jpg: cannot be opened: No such file")
 
 
 @pytest.mark.parametrize(
@@ -95,17 +100,19 @@ def test_a_truncated_picture_is_a_problem_of_all_its_boxes_and_no_error(person, 
         ({"brightness": 29.9}, "dark", "brightness 29.9, under 30"),
         ({"brightness": 221.0}, "bright", "brightness 221.0, over 220"),
         ({"clipped": 0.51}, "clipped", "51% of the pixels are nearly black or white, over 50%"),
-        ({"sharpness": 19.9}, "blurry", "sharpness 19.9, under 20.0"),
-        ({"sharpness": 20.0}, None, ""),
+        ({"sharpness": 0.0}, None, ""),
+        ({"problem": "a.jpg: cannot be opened: x"}, "unreadable", "a.jpg: cannot be opened: x"),
     ],
 )
 def test_each_reason_names_the_value_and_the_limit(measure, reason, detail):
     wanted = None if reason is None else (reason, detail)
-    assert judge(candidate(1, measure), LEAST, RECIPE) == wanted
+    assert judge(candidate(1, measure).measure, RECIPE) == wanted
 
 
-def test_the_limit_of_sharpness_is_that_of_the_view():
-    assert judge(candidate(1, {"sharpness": 5.0}, view="ground"), LEAST, RECIPE) is None
+def test_a_picture_under_the_limit_of_sharpness_is_blurry():
+    measure = candidate(1, {"sharpness": 19.9}).measure
+    assert judge_sharpness(measure, 20) == ("blurry", "sharpness 19.9, under 20.0")
+    assert judge_sharpness(measure, 19.9) is None
 
 
 def test_a_quantile_takes_out_this_share_of_a_view():

@@ -61,6 +61,21 @@ def test_a_short_recipe_has_sensible_defaults(tmp_path):
         ),
         ("sources: [{name: ../x, reader: table}]\n", "sources.0.name: .*pattern"),
         (SOURCE + "attributes: {age: {origins: [annotation]}}\n", "annotation needs columns"),
+        (
+            "sources: [{name: AG-ReID, reader: table}, {name: G2APS-AG, reader: table}]\n",
+            "two have the same reader",
+        ),
+        (
+            "sources: [{name: a, reader: table}]\noutput: {layout: custom}\nsplits: {test: 0}\n",
+            "splits.test: a data set needs a test split",
+        ),
+        ("sources: [{name: construction, reader: table}]\n", "is a file or folder of the data set"),
+        (SOURCE + "quality: {brightness: [230, 25]}\n", "brightness: 230.* is over 25"),
+        (SOURCE + "captions: {words: [50, 10]}\n", "captions.words: 50 is over 10"),
+        (
+            SOURCE + "attributes: {gender: {origins: [annotation], columns: {sex: {yes: male}}}}\n",
+            "sex: YAML reads yes, no, true and false as booleans; quote",
+        ),
         (SOURCE + "seed: [\n", "r.yaml: not readable as YAML"),
     ],
 )

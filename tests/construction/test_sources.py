@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from collections import Counter
@@ -147,7 +148,7 @@ BOXES = {"left": "1", "top": "2", "width": "30.4", "height": "80"}
 
 def table(tmp_path, rows, name="t.csv"):
     path = tmp_path / name
-    if name.endswith("parquet"):
+    if name.endswith(("parquet", "pq")):
         pa.parquet.write_table(pa.Table.from_pylist(rows), path)
     else:
         lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
@@ -161,7 +162,20 @@ def test_a_table_gives_pictures_with_times_and_annotations(tmp_path, name):
     assert (anna.file, anna.name) == (f"{tmp_path}/a/1.jpg", "a/1.jpg")
     assert (anna.person, anna.identity, anna.view, anna.time) == ("anna", "anna", "aerial", 1.5)
     assert anna.notes == {"sex": "f"} and bob.time is None and bob.view == "ground"
-    assert (bob.file, bob.name) == ("/abs/../2.jpg", "abs/2.jpg")  # stays in the data set's folder
+    assert (bob.file, bob.name) == ("/abs/../2.jpg", "00000002_2.jpg")
+
+
+def test_zeros_dates_and_missing_numbers_of_a_parquet_file_are_kept(tmp_path):
+    rows = [
+        {"path": f"{i}.jpg", "identity": i, "camera": i, "person": None if i else 7.0,
+         "day": datetime.date(2026, 1, 1 + i), "raw": b"x"}
+        for i in range(2)
+    ]  # fmt: skip
+    source = Source(name="own", reader="table", aerial_cameras=[0])
+    one, two = read_table(table(tmp_path, rows, "t.pq"), source)
+    assert (one.identity, one.person, one.view, one.camera) == ("0", "7", "aerial", "0")
+    assert (two.identity, two.person, two.view) == ("1", "1", "ground")
+    assert one.notes["day"] == "2026-01-01"
 
 
 def test_boxes_cameras_persons_and_splits_of_a_table(tmp_path):
@@ -182,6 +196,7 @@ def test_boxes_cameras_persons_and_splits_of_a_table(tmp_path):
     [
         ({"view": "sky"}, "t.csv, row 2: the view is 'sky'; it must be aerial or ground"),
         ({"path": ""}, "row 2: no path"),
+        ({"time": "nan"}, "row 2: time is 'nan', not a number"),
         ({"time": "noon"}, "row 2: time is 'noon', not a number"),
         ({"split": "dev"}, "row 2: the split is 'dev'; it must be train, val, test"),
         ({**BOXES, "width": "0"}, "row 2: a box of 0x80 pixels"),
@@ -200,6 +215,7 @@ def test_a_wrong_value_of_a_table_is_named_with_its_row(tmp_path, change, messag
     "text, message",
     [
         ("file,identity,view\n1,2,aerial\n", r"no column path, but file, identity, view"),
+        ("path, identity ,view\n", "t.csv: has no rows"),
         ("path,identity\n1,2\n", "no column view, but path, identity"),
         ("path,identity,camera\n1,2,c\n", "the recipe must give the source own aerial_cameras"),
         ("path,identity,view,left\n1,2,aerial,3\n", "a box needs the columns left, top, width"),
