@@ -47,7 +47,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-construction.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-construction.txt requirements-search.txt $(VENV)/installed
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 

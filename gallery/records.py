@@ -1,8 +1,8 @@
 """What is known of each person in a gallery: one row of a table, and one row of its features.
 
 Items are an Arrow table with the columns of SCHEMA, and for each attribute a column of its class
-and one of the class's score (`gender`, `gender_score`). Features are [N, D] float16 of unit length;
-row n belongs to item n.
+and one of the class's score (`gender`, `gender_score`; see `column_of`). Features are
+[N, D] float16 of unit length; row n belongs to item n.
 """
 
 from __future__ import annotations
@@ -45,9 +45,15 @@ def id_of(path: str, frame_time: float | None, box: Sequence[int] | None) -> int
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def column_of(attribute: str) -> str:
+    """The column of an attribute: its name, or `person_height` if SCHEMA has that name itself."""
+    taken = attribute in SCHEMA.names or attribute.removesuffix("_score") in SCHEMA.names
+    return f"person_{attribute}" if taken else attribute
+
+
 def schema_with(attributes: Sequence[str]) -> pa.Schema:
     """SCHEMA, with two more columns for each attribute."""
     fields = list(SCHEMA)
-    for name in attributes:
+    for name in map(column_of, attributes):
         fields += [pa.field(name, pa.string()), pa.field(f"{name}_score", pa.float32())]
     return pa.schema(fields)

@@ -171,7 +171,7 @@ def _build_parser(
     options: Iterable[Option], description: str, defaults: bool = True
 ) -> argparse.ArgumentParser:
     """A parser without defaults: an option that is not given stays absent; a preset may set it."""
-    parser = _Parser(
+    parser = Parser(
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -205,7 +205,9 @@ def _build_parser(
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a UserError."""
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError with one line; argparse would print a page of usage."""
         # argparse and `Option.coerce_one` both name the option.
