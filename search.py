@@ -2,6 +2,7 @@
 
     python search.py index --config_file logs/AGDataAttr/<run>/configs.yaml \\
         --images path/to/pictures --gallery galleries/campus
+    python search.py find "a woman in a yellow dress" --gallery galleries/campus
     python search.py info --gallery galleries/campus
     python search.py delete --gallery galleries/campus --identity 17
 
@@ -26,6 +27,7 @@ from utils.interrupt import exit_on_signals
 # does. It is imported for this command alone, because torch and others take seconds.
 COMMANDS = {
     "index": "gallery.commands_index",
+    "find": "gallery.find",
     "info": "gallery.commands_info",
     "delete": "gallery.commands_delete",
 }
