@@ -80,9 +80,14 @@ def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
 def convert_image(image: PILImage.Image, size: tuple[int, int]) -> Tensor:
     """The same for an image that PIL has opened: turn it upright, as its EXIF data says, and resize
     it. Returns [3, H, W] uint8."""
+    return _resized(upright(image), size)
+
+
+def upright(image: PILImage.Image) -> PILImage.Image:
+    """An image that PIL has opened, in RGB, turned upright as its EXIF data says."""
     image.load()  # also turns a TIFF upright and removes its orientation
     turn, rgb = UPRIGHT.get(_orientation(image)), to_rgb(image)
-    return _resized(rgb if turn is None else _turned(rgb, turn), size)
+    return rgb if turn is None else _turned(rgb, turn)
 
 
 def read_image(
@@ -107,12 +112,12 @@ def read_image(
                     image.draft("RGB", at_least if _orientation(image) >= 5 else at_least[::-1])
                 image.load()  # also turns a TIFF upright and removes its orientation
                 turn = UPRIGHT.get(_orientation(image))
-                upright = to_rgb(image)
+                rgb = to_rgb(image)
             if turn is None:
-                return upright
-            if upright is not image:
+                return rgb
+            if rgb is not image:
                 image.close()  # also frees its pixels
-            return _turned(upright, turn)
+            return _turned(rgb, turn)
     except UnidentifiedImageError:
         error = f"it is not one of {', '.join(FORMATS)}"
     except MemoryError:

@@ -11,8 +11,6 @@ worst failures and random captions. If the data set has moved, give its folder w
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets import thumbnails
 from datasets.records import Image, Split
 from datasets.transforms import read_image
 from processor.inference import load_run
@@ -39,6 +38,7 @@ from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
 from utils.metrics import METRICS
 from utils.options import OPTIONS
+from utils.pages import render
 from utils.runs import CONFIG
 from utils.text import visible
 
@@ -136,11 +136,7 @@ def best_images(
 
 def thumbnail(path: str) -> tuple[int, str]:
     """A small JPEG: its width at a height of `THUMBNAIL`, and a data URL."""
-    image = read_image(path)
-    image.thumbnail((THUMBNAIL * 2, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75, optimize=True)
-    address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image, address = thumbnails.thumbnail(read_image(path), (THUMBNAIL * 2, THUMBNAIL))
     return max(1, round(THUMBNAIL * image.width / image.height)), address
 
 
@@ -180,11 +176,9 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
     """The page. The template escapes all inserted text, and shows control characters and unpaired
     surrogates by their numbers.
 
-    Raises UserError if jinja2 or Matplotlib is not installed.
+    Raises UserError if Matplotlib or jinja2 is not installed.
     """
     try:  # Matplotlib takes a second to load, so `--help` and errors come before it
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
         from tools import _report_charts as charts
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; pip install -r requirements.txt") from None
@@ -192,14 +186,10 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
     by_run = [sheets(run, given) if given.queries else [] for run in runs]
     every = [sheet for of_run in by_run for sheet in of_run]
     paths = sorted({picture.path for s in every for *_, best in s.captions for picture in best})
-    thumbnails = {path: thumbnail(path) for path in paths}
+    shown = {path: thumbnail(path) for path in paths}
     longest = max((len(points) for run in runs for points in run.scalars.values()), default=0)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: value if hasattr(value, "__html__") else visible(value),
-    )  # fmt: skip
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        Path(__file__).parent / "templates/report.html.jinja",
         runs=runs,
         metrics=metrics(runs),
         names=METRICS,
@@ -208,9 +198,9 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
         thinned=charts.MOST if longest > charts.MOST else 0,
         options=[options_table(run) for run in runs],
         sheets=by_run,
-        thumbnails=thumbnails,
+        thumbnails=shown,
         # The page holds each picture once, even if several files have it or several sheets show it.
-        numbers={thumb: n for n, thumb in enumerate(dict.fromkeys(thumbnails.values()))},
+        numbers={thumb: n for n, thumb in enumerate(dict.fromkeys(shown.values()))},
         height=THUMBNAIL,
     )
 
