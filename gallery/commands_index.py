@@ -105,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
             stack.enter_context(writing(args.gallery))
         processes.barrier()
         name = NEXT if args.reencode else MANIFEST
-        manifest = processes.from_rank_0(_manifest_if_any(args.gallery, name))
+        there = _manifest_if_any(args.gallery, name) if processes.is_rank_0 else None
+        manifest = processes.from_rank_0(there)
         encoder = _encoder(args, device.type, manifest)
         for note in encoder.run.notes:
             log.info(note)

@@ -102,14 +102,14 @@ def detected(
         for row, frame, found in zip(chunk.rows, chunk.images, boxes, strict=True):
             picture = PILImage.fromarray(frame)
             for left, top, width, height in found:
+                if len(ready.rows) == batch_size:
+                    yield ready.stacked(size)
+                    ready = Chunk()
                 crop = picture.crop((left, top, left + width, top + height))
                 place = {"left": left, "top": top, "width": width, "height": height}
                 number = id_of(row["path"], row["frame_time"], (left, top, width, height))
                 ready.rows.append({**row, **place, "id": number})
                 ready.images.append(convert_image(crop, size))
-                if len(ready.rows) == batch_size:
-                    yield ready.stacked(size)
-                    ready = Chunk()
         ready.done += chunk.done
         ready.broken += chunk.broken
     if ready.rows or ready.done or ready.broken:

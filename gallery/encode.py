@@ -180,7 +180,9 @@ def weights_encoder(
     choice: str, img_size: Sequence[int] | None = None, *, sha256: str = "", **options: Any
 ) -> Encoder:
     """The encoder of vanilla weights, as `--pretrain_choice` names them. Raises UserError."""
-    if file := parse_choice(choice).file:  # the gallery may be used from another folder
+    if choice != "scratch" and (
+        file := parse_choice(choice).file
+    ):  # the gallery may be used from another folder
         choice = choice.removesuffix(file) + os.path.abspath(expand(file))
     loaded = load_pretrained(choice, img_size=img_size, **options)
     about = {"kind": "weights", "name": choice, "folder": "", "checkpoint": ""}

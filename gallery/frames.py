@@ -133,31 +133,30 @@ class Reader(IterableDataset[Chunk]):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         chunk = Chunk()
         for job in self.jobs[first::step]:
-            digest, problem = "", ""
+            problems: list[str] = []
             try:
                 digest = digest_of(job.file, job.is_video)
-                for row, image in self._people(job, digest, chunk):
-                    chunk.rows.append(row)
-                    chunk.images.append(image)
-                    if len(chunk.rows) == self.count:
+                for row, image in self._people(job, digest, problems):
+                    if len(chunk.rows) == self.count:  # here, so that files end with their rows
                         yield self._finished(chunk)
                         chunk = Chunk()
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{job.file}: {error.strerror or error}"
-            if problem:
-                chunk.broken.append((job.path, problem))
-            else:
+                    chunk.rows.append(row)
+                    chunk.images.append(image)
                 chunk.done.append(Done(job, digest))
+            except UserError as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{job.file}: {error.strerror or error}")
+            chunk.broken += [(job.path, problem) for problem in problems]
         if chunk.rows or chunk.done or chunk.broken:
             yield self._finished(chunk)
 
     def _finished(self, chunk: Chunk) -> Chunk:
         return chunk if self.frames else chunk.stacked(self.size)
 
-    def _people(self, job: Job, digest: str, chunk: Chunk) -> Iterator[tuple[Row, Any]]:
-        """Rows and images of a file's people. Raises UserError or OSError if it cannot be read."""
+    def _people(self, job: Job, digest: str, problems: list[str]) -> Iterator[tuple[Row, Any]]:
+        """Rows and images of a file's people; adds to `problems` those that cannot be shown. Raises
+        UserError or OSError if the file cannot be read."""
         if job.is_video:
             for time, frame in video_frames(job.file, self.every):
                 row = row_of(job, digest, job.people[0], frame_time=time)
@@ -184,8 +183,7 @@ class Reader(IterableDataset[Chunk]):
                 area = inside(person.box, picture.width, picture.height)
                 if area is None:
                     size = f"{picture.width}x{picture.height}"
-                    problem = f"the box {person.box} is outside of the picture ({size})"
-                    chunk.broken.append((job.path, problem))
+                    problems.append(f"the box {person.box} is outside of the picture ({size})")
                 else:
                     crop = convert_image(picture.crop(area), self.size)
                     yield row_of(job, digest, person, taken=taken), crop

@@ -318,7 +318,9 @@ def read_part(
 def features_of(table: pa.Table) -> np.ndarray:
     """The features [rows, D] float16 of a part's table."""
     column = table["feature"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+    return (
+        column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+    )
 
 
 def with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
