@@ -117,7 +117,7 @@ def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
         worst = first.argsort(descending=True)[: given.queries].tolist()
         order = torch.randperm(len(first), generator=torch.Generator().manual_seed(0)).tolist()
         for kind, chosen in (("worst", worst), ("random", order[: given.queries])):
-            captions: list[tuple[str, str, list[RankedPicture]]] = []
+            captions = []
             # Only shown captions are compared, so that memory does not grow with the test set.
             best_CK = best_images(caption_CD[chosen], image_GD)
             for q, similarity_K, best_K in zip(chosen, *best_CK, strict=True):
