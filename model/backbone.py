@@ -172,7 +172,7 @@ class Backbone(open_clip.CLIP):
         with self._attention_kernel(length, x.device):
             x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
         tokens_BLD = self.ln_final(x) @ self.text_projection
-        rows = torch.arange(len(ids_BL), device=ids_BL.device)
+        rows = torch.arange(ids_BL.shape[0], device=ids_BL.device)
         return tokens_BLD[rows, ids_BL.argmax(dim=-1)], tokens_BLD
 
     def _adapt_vision(self, stride: int | None) -> None:

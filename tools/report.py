@@ -5,7 +5,8 @@
 Evaluate the runs first (test.py). The page shows for each run its metrics, curves of losses and
 metrics, recall against rank, FIRM's accuracy per attribute, and all options. For each gallery of
 the test split it shows captions with their ten best images, hits framed green and misses red: the
-worst failures and random captions. If the data set has moved, give its folder with --root_dir.
+worst failures and random captions. With --heatmaps it also shows where in an image the caption is
+seen. If the data set has moved, give its folder with --root_dir.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,8 @@ from torch import Tensor
 from datasets import thumbnails
 from datasets.records import Image, Split
 from datasets.transforms import read_image
-from processor.inference import load_run
+from gallery.heatmap import heat_maps, overlay
+from processor.inference import Run, load_run
 from processor.results import read_queries
 from tools._report_runs import ReportedRun, percentages, read_run
 from utils.command_line import options_of_run
@@ -50,12 +53,16 @@ THUMBNAIL = 120  # pixels high
 # Ranked pictures
 
 
+Thumbnail = tuple[int, str]  # width in pixels, and a data URL
+
+
 class RankedPicture(NamedTuple):
-    """One of a caption's best images."""
+    """One of a caption's best images, and its heat map."""
 
     path: str
     hit: bool
     label: str
+    heat: Thumbnail | None = None
 
 
 class Sheet(NamedTuple):
@@ -67,11 +74,11 @@ class Sheet(NamedTuple):
 
 def encode(
     run: ReportedRun, given: argparse.Namespace
-) -> tuple[str, Split, Tensor, dict[str, tuple[Tensor, list[Image], list[int]]]]:
+) -> tuple[Run, Split, Tensor, dict[str, tuple[Tensor, list[Image], list[int]]]]:
     """Encode the test split with the run's model.
 
-    Returns the data set's folder, the split, its captions' features [C, D], and for each gallery
-    the images' features [G, D], the images and their identities.
+    Returns the loaded run, the split, its captions' features [C, D], and for each gallery the
+    images' features [G, D], the images and their identities.
     """
     trained = load_run(
         run.folder,
@@ -88,13 +95,13 @@ def encode(
     if len(views) > 1:
         image_GD, images, pids = zip(*views.values(), strict=True)
         views[" + ".join(views)] = (torch.cat(image_GD), sum(images, []), sum(pids, []))
-    return trained.args.root_dir, evaluator.split, features.captions, views
+    return trained, evaluator.split, features.captions, views
 
 
 @torch.no_grad()
 def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
     """Two sheets per gallery, of the worst failures and of random captions. Raises UserError."""
-    root_dir, split, caption_CD, views = encode(run, given)
+    trained, split, caption_CD, views = encode(run, given)
     made = []
     for name, (image_GD, images, pids) in views.items():
         if name not in run.results["splits"]["test"]["galleries"]:
@@ -103,7 +110,8 @@ def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
         if ranked.pids_Q.tolist() != split.caption_pids or ranked.gallery not in (0, len(images)):
             raise UserError(
                 f"{run.folder}: {name} has other captions or images in test_queries.npz than in "
-                f"{root_dir}; evaluate the run again (test.py), or give the --root_dir of its data"
+                f"{trained.args.root_dir}; evaluate the run again (test.py), or give the "
+                "--root_dir of its data"
             )
         first = ranked.rows_Q3[:, 0].nan_to_num(0)
         worst = first.argsort(descending=True)[: given.queries].tolist()
@@ -112,14 +120,16 @@ def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
             captions = []
             # Only shown captions are compared, so that memory does not grow with the test set.
             best_CK = best_images(caption_CD[chosen], image_GD)
-            for q, *best_K in zip(chosen, *best_CK, strict=True):
+            for q, similarity_K, best_K in zip(chosen, *best_CK, strict=True):
                 rank = f"first match at rank {int(first[q])}" if first[q] else "no match in gallery"
-                best = []
-                for k, (similarity, g) in enumerate(zip(*best_K, strict=True), 1):
+                best, paths = [], [images[g].path for g in best_K]
+                maps = heat_maps(trained.model, paths, caption_CD[q]) if given.heatmaps else []
+                heat = dict(zip(paths, map(thumbnail, paths, maps), strict=False))
+                for k, (similarity, g) in enumerate(zip(similarity_K, best_K, strict=True), 1):
                     hit = pids[g] == split.caption_pids[q]
                     label = f"{'hit' if hit else 'miss'}, identity {pids[g]}"
                     label = f"rank {k}: {label}, similarity {similarity:.3f}"
-                    best.append(RankedPicture(images[g].path, hit, label))
+                    best.append(RankedPicture(images[g].path, hit, label, heat.get(images[g].path)))
                 captions.append((split.captions[q], f"{rank} of {len(images)}", best))
             made.append(Sheet(f"{name}: {len(captions)} {kind} captions", captions))
     return made
@@ -134,9 +144,11 @@ def best_images(
     return best.values.tolist(), best.indices.tolist()
 
 
-def thumbnail(path: str) -> tuple[int, str]:
-    """A small JPEG: its width at a height of `THUMBNAIL`, and a data URL."""
-    image, address = thumbnails.thumbnail(read_image(path), (THUMBNAIL * 2, THUMBNAIL))
+def thumbnail(path: str, map_HW: np.ndarray | None = None) -> Thumbnail:
+    """A small JPEG of an image, under its heat map if given; `THUMBNAIL` pixels high."""
+    image = read_image(path)
+    image = image if map_HW is None else overlay(image, map_HW)
+    image, address = thumbnails.thumbnail(image, (THUMBNAIL * 2, THUMBNAIL))
     return max(1, round(THUMBNAIL * image.width / image.height)), address
 
 
@@ -185,8 +197,9 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
     recall, training = charts.recall(runs), charts.training(runs)
     by_run = [sheets(run, given) if given.queries else [] for run in runs]
     every = [sheet for of_run in by_run for sheet in of_run]
-    paths = sorted({picture.path for s in every for *_, best in s.captions for picture in best})
-    shown = {path: thumbnail(path) for path in paths}
+    pictures = [picture for s in every for *_, best in s.captions for picture in best]
+    shown = {path: thumbnail(path) for path in sorted({picture.path for picture in pictures})}
+    heat = [picture.heat for picture in pictures if picture.heat]
     longest = max((len(points) for run in runs for points in run.scalars.values()), default=0)
     return render(
         Path(__file__).parent / "templates/report.html.jinja",
@@ -200,8 +213,9 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
         sheets=by_run,
         thumbnails=shown,
         # The page holds each picture once, even if several files have it or several sheets show it.
-        numbers={thumb: n for n, thumb in enumerate(dict.fromkeys(shown.values()))},
+        numbers={thumb: n for n, thumb in enumerate(dict.fromkeys([*shown.values(), *heat]))},
         height=THUMBNAIL,
+        heatmaps=bool(heat),
     )
 
 
@@ -218,6 +232,12 @@ def main() -> None:
         "--attributes_file", default="", type=expand, help=OPTIONS["attributes_file"].help
     )
     parser.add_argument("--queries", default=8, type=int, help="captions per sheet; 0 for none")
+    parser.add_argument(
+        "--heatmaps",
+        action="store_true",
+        default=False,
+        help="add a heat map to each ranked image: where the caption is seen",
+    )
     parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
     given = parser.parse_args()
     if given.queries < 0:
