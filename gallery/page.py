@@ -62,8 +62,10 @@ CHOOSE = """
 element.addEventListener('click', event => {
   const button = event.target.closest('button');
   if (!button) return;
-  element.querySelectorAll('[aria-current]').forEach(other => other.removeAttribute('aria-current'));
-  if (button.dataset.id) button.setAttribute('aria-current', 'true');
+  if (button.dataset.id) {
+    element.querySelector('[aria-current]')?.removeAttribute('aria-current');
+    button.setAttribute('aria-current', 'true');
+  }
   trigger('select', {...button.dataset});
 });
 """
@@ -108,7 +110,13 @@ class Handlers:
         self.service, self.columns = service, columns
 
     def ask(
-        self, sentence: str, minus: str, text: str, count: float, collapse: bool, *chosen: str | None
+        self,
+        sentence: str,
+        minus: str,
+        text: str,
+        count: float,
+        collapse: bool,
+        *chosen: str | None,
     ) -> list[Any]:
         """A new question: its first page."""
         pairs = zip(self.columns, chosen, strict=True)
@@ -120,7 +128,7 @@ class Handlers:
 
     def answer(self, question: Question | None, page: int) -> list[Any]:
         """A page of a question."""
-        closed = [gr.Column(visible=False), "", ""]
+        closed = [gr.Column(visible=False), "", "", ""]
         try:
             if question is None:
                 raise UserError("Ask first.")
@@ -150,16 +158,16 @@ class Handlers:
         try:
             person = self.service.person(identifier)
         except UserError as error:
-            gone = _html("person", heading="No picture", person=None, problem=f"{error}")
-            return [None, gr.Column(visible=True), gone, ""]
+            head = _html("person_head", heading="Nobody", problem=f"{error}")
+            return [None, gr.Column(visible=True), head, "", ""]
         words = [] if question is None or person.problem else self.service.words(question)
         views = "view" in self.service.now().choices() and person.item["view"] is not None
-        panel = _html(
-            "person", heading=f"Person {identifier}", person=person, problem=person.problem,
-            facts=_about(person), views=views,
-        )  # fmt: skip
-        heat = _html("heat", picture=person.picture, heat="", words=words, number=0, problem="")
-        return [identifier, gr.Column(visible=True), panel, heat]
+        return [
+            identifier, gr.Column(visible=True),
+            _html("person_head", heading="This person", problem=person.problem),
+            _html("heat", picture=person.picture, heat="", words=words, number=0, problem=""),
+            _html("person", person=person, facts=_about(person), views=views),
+        ]  # fmt: skip
 
     def warm(self, question: Question | None, identifier: int | None, number: int = 0) -> Any:
         """The heat map of the person who is open, for one of the question's words."""
@@ -188,7 +196,7 @@ class Handlers:
         """Close the person, or ask for more like it."""
         what = _data(event).get("do")
         if what not in ("like", "other") or identifier is None:
-            return [*[gr.skip()] * 8, gr.Column(visible=False), "", ""]
+            return [*[gr.skip()] * 8, gr.Column(visible=False), "", "", ""]
         before = question or Question()
         choices = tuple(c for c in before.choices if what == "like" or c[0] != "view")
         like = Question(
@@ -228,18 +236,23 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
     do = Handlers(service, list(values))
     html = partial(gr.HTML, apply_default_css=False)
     line = partial(gr.Textbox, lines=1, max_lines=1)
-    with gr.Blocks(title="Find a person", analytics_enabled=False) as page:
+    with gr.Blocks(title="Find a person", analytics_enabled=False, fill_width=True) as page:
         asked, number, shown = gr.State(None), gr.State(0), gr.State(None)
         header = html(do.header(), elem_id="title")
         with gr.Row(elem_id="ask"):
-            sentence = line(label="Who is looked for?", placeholder=EXAMPLES[0], scale=5, autofocus=True)
-            go = gr.Button("Search", variant="primary", scale=1, min_width=110)
+            sentence = line(
+                label="Who is looked for?", placeholder=EXAMPLES[0], scale=5, autofocus=True
+            )
+            go = gr.Button("Search", variant="primary", scale=0, min_width=110)
         examples = html(_html("examples", examples=EXAMPLES), js_on_load=CHOOSE)
         with gr.Accordion("Filters and options", open=False):
-            with gr.Row():
+            with gr.Row(elem_id="choices"):
                 choices = [
                     gr.Dropdown(
-                        label=name.replace("_", " "), choices=_choices(known), value="", min_width=130
+                        label=name.replace("_", " "),
+                        choices=_choices(known),
+                        value="",
+                        min_width=130,
                     )
                     for name, known in values.items()
                 ]
@@ -259,12 +272,14 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
                     as_json, as_page = small("Save as JSON"), small("Save with pictures")
                 saved = html("", js_on_load=SAVE, elem_id="saved")
             with gr.Column(scale=2, min_width=0, visible=False, elem_id="person") as panel:
-                person = html("", js_on_load=CHOOSE + OPENED)
+                head = html("", js_on_load=CHOOSE + OPENED)
                 heat = html("", js_on_load=CHOOSE + WORDS)
+                person = html("", js_on_load=CHOOSE)
         with gr.Accordion("About, and responsible use", open=False):
             gr.Markdown(about_text())
 
-        answered = [asked, number, status, hits, bar, back, forth, saved, panel, person, heat]
+        answered = [asked, number, status, hits, bar, back, forth, saved, panel, head, heat]
+        answered.append(person)
         fields = [sentence, minus, expert, count, collapse, *choices]
         turn, opened = [asked, number], [asked, shown]
         how: dict[str, Any] = {
@@ -276,10 +291,10 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
         examples.select(example, None, sentence, **how).success(do.ask, fields, answered, **how)
         back.click(do.back, turn, answered, **how)
         forth.click(do.forth, turn, answered, **how)
-        look = hits.select(do.look, asked, [shown, panel, person, heat], **how)
+        look = hits.select(do.look, asked, [shown, panel, head, heat, person], **how)
         look.success(do.warm, opened, heat, **how)
         heat.select(do.other_words, opened, heat, **how)
-        person.select(do.act, opened, answered, **how)
+        gr.on([head.select, person.select], do.act, opened, answered, **how)
         as_json.click(partial(do.save, "json"), turn, saved, **how)
         as_page.click(partial(do.save, "html"), turn, saved, **how)
         page.load(do.newest, None, [header, *choices], **how)
@@ -330,8 +345,7 @@ def _html(template: str, **values: object) -> str:
 def _facts(hit: Hit) -> list[str]:
     """What a card says of a hit."""
     facts = [hit.item[name] for name in ("view", "source", "camera") if hit.item[name]]
-    facts += [_time(hit.item)] if _time(hit.item) else []
-    return [*facts, f"{hit.count} pictures"] if hit.count > 1 else facts
+    return facts + ([_time(hit.item)] if _time(hit.item) else [])
 
 
 def _time(item: Mapping[str, Any]) -> str:
@@ -346,7 +360,7 @@ def _about(person: Person) -> list[tuple[str, str]]:
     """What is known of a person besides attributes, in words."""
     item = person.item
     known = [(name, item[name]) for name in ("view", "source", "camera", "identity")]
-    known += [("time", _time(item)), ("file", item["path"])]
+    known += [("time", _time(item)), ("file", item["path"]), ("id", f"{item['id']}")]
     return [(name, value) for name, value in known if value]
 
 
@@ -368,13 +382,15 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return None
-        given = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         length = given.get("content-length", "" if "transfer-encoding" in given else "0")
         name = re.sub(r":\d+$", "", given.get("host", ""))
         status = 0
         if self.names and name not in self.names:
             status = 421
-        elif scope["path"] not in ("/",) and not OPEN.fullmatch(scope["path"]):
+        elif ".." in scope["path"] or not OPEN.fullmatch(scope["path"]):
             status = 404
         elif not length.isdecimal() or int(length) > MAX_BODY:
             status = 413
@@ -403,9 +419,17 @@ def app_of(page: gr.Blocks, password: str = "", names: Sequence[str] = ()) -> Gu
         return False
 
     theme = gr.themes.Base(
-        primary_hue="teal", neutral_hue="stone", font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"], radius_size="lg",
-    )  # fmt: skip
+        primary_hue="teal",
+        neutral_hue="stone",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+        radius_size="lg",
+    ).set(  # white text can be read on it
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None), page, path="/", footer_links=[], run_history=False,
         auth=right if password else None, auth_message="Any name will do; the password counts.",
@@ -421,7 +445,11 @@ def server_of(app: Guard) -> uvicorn.Server:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     return uvicorn.Server(
         uvicorn.Config(
-            app, log_level="warning", server_header=False, timeout_graceful_shutdown=1, lifespan="on"
+            app,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+            lifespan="on",
         )
     )
 

@@ -224,18 +224,21 @@ class Service:
         """An item and its pictures. Raises UserError if it is not in the gallery."""
         now = self.now()
         item = now.item(now.row(identifier))
-        attributes = []
+        attributes: list[tuple[str, str, float]] = []
         for name in now.gallery.manifest["attributes"]:
             column = column_of(name)
             if item[column] is not None:
-                attributes.append((name, item[column], 100 * (item[f"{column}_score"] or 0)))
-        box, percent, whole = box_of(item), (), ""
+                attributes.append((name, item[column], 100.0 * (item[f"{column}_score"] or 0)))
+        percent: tuple[float, ...] = ()
+        box, whole = box_of(item), ""
         try:
             image = person = whole_picture(item, now.root)
             if box is not None:
                 person = cropped(image, box)
                 width, height = image.size
-                percent = tuple(100 * v / of for v, of in zip(box, (width, height) * 2, strict=True))
+                percent = tuple(
+                    100 * v / of for v, of in zip(box, (width, height) * 2, strict=True)
+                )
                 whole = thumbnail(image, WHOLE)[1]
             picture = thumbnail(person, CROP)[1]
         except (UserError, ValueError) as error:
@@ -320,7 +323,8 @@ def _filter(question: Question, now: Snapshot) -> where.Filter | None:
     if question.where:
         parts.append(where.parse(question.where, schema))
     for column, value in question.choices:
-        parts.append(where.Comparison(column, "=", value))
+        # Parsed, and so checked: the gallery may have lost the column since the page was opened.
+        parts.append(where.parse(where.to_text(where.Comparison(column, "=", value)), schema))
     if question.like is not None:
         parts.append(where.Comparison("id", "!=", question.like))
         if question.other_view:
