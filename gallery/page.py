@@ -69,16 +69,22 @@ element.addEventListener('click', event => {
   trigger('select', {...button.dataset});
 });
 """
-# A person who is opened gets the focus; Escape closes, and gives the focus back.
+# A person who is opened gets the focus; who is closed, by the button or by Escape, gives it back.
 OPENED = """
-watch('value', () => {
+const focus = () => {
   const heading = element.querySelector('h2');
-  if (!heading) return document.querySelector('#hits [aria-current]')?.focus();
-  heading.focus({preventScroll: true});
-  if (matchMedia('(max-width: 48rem)').matches) heading.scrollIntoView({block: 'start'});
-});
-element.closest('#person')?.addEventListener('keydown', event => {
-  if (event.key === 'Escape') trigger('select', {do: 'close'});
+  heading?.focus({preventScroll: true});
+  if (matchMedia('(max-width: 48rem)').matches) heading?.scrollIntoView({block: 'start'});
+};
+const close = () => {
+  trigger('select', {do: 'close'});
+  document.querySelector('#hits [aria-current]')?.focus();
+};
+watch('value', focus);
+focus();
+element.addEventListener('click', event => { if (event.target.closest('button')) close(); });
+element.closest('#person').addEventListener('keydown', event => {
+  if (event.key === 'Escape') close();
 });
 """
 # The button of the words that were chosen keeps the focus when the map comes.
@@ -272,7 +278,7 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
                     as_json, as_page = small("Save as JSON"), small("Save with pictures")
                 saved = html("", js_on_load=SAVE, elem_id="saved")
             with gr.Column(scale=2, min_width=0, visible=False, elem_id="person") as panel:
-                head = html("", js_on_load=CHOOSE + OPENED)
+                head = html("", js_on_load=OPENED)
                 heat = html("", js_on_load=CHOOSE + WORDS)
                 person = html("", js_on_load=CHOOSE)
         with gr.Accordion("About, and responsible use", open=False):

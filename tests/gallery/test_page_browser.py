@@ -91,6 +91,7 @@ def test_ask_filter_open_heat_map_more_like_this_and_pages(visit, address):
     page.get_by_role("button", name="Filters and options").click()
     page.get_by_label("view", exact=True).click()
     page.get_by_role("option", name="aerial").click()
+    page.get_by_label("Pictures of one moment are one hit").uncheck()
     page.get_by_role("button", name="Search", exact=True).click()
     page.wait_for_function("document.querySelectorAll('.hit').length == 12")
     assert all(text.startswith("aerial") for text in page.locator(".hit .facts").all_inner_texts())
@@ -191,9 +192,7 @@ def test_scripts_in_sentences_and_paths_are_text(visit, address):
     assert page.title() == "Find a person" and page.locator("img[src=x]").count() == 0
 
 
-def test_a_changed_gallery_leaves_the_page_up(
-    visit, searched_copy, monkeypatch
-):
+def test_a_changed_gallery_leaves_the_page_up(visit, searched_copy, monkeypatch):
     import search
     from tests.helpers import run
 
