@@ -96,7 +96,9 @@ def make_plan(found: Found, store: Store, how: Mapping[bool, str]) -> Plan:
                 plan.broken.append((path, status))
             else:
                 jobs.append(_job(file, path, *status, how[file.is_video]))
-        roots = [stored_path(r, root) if r != root else "" for r in found.roots]
+        roots = [stored_path(each, root) for each in found.roots]
+        # What lies below the gallery's root has relative paths.
+        roots += [""] * any(f"{root}/".startswith(f"{r.rstrip('/')}/") for r in found.roots)
         known = _known_files(store, roots)
         listed = {job.path for job in jobs}
         absent = [path for path in known if path not in listed]
