@@ -180,9 +180,8 @@ def weights_encoder(
     choice: str, img_size: Sequence[int] | None = None, *, sha256: str = "", **options: Any
 ) -> Encoder:
     """The encoder of vanilla weights, as `--pretrain_choice` names them. Raises UserError."""
-    if choice != "scratch" and (
-        file := parse_choice(choice).file
-    ):  # the gallery may be used from another folder
+    file = "" if choice == "scratch" else parse_choice(choice).file
+    if file:  # the gallery may be used from another folder
         choice = choice.removesuffix(file) + os.path.abspath(expand(file))
     loaded = load_pretrained(choice, img_size=img_size, **options)
     about = {"kind": "weights", "name": choice, "folder": "", "checkpoint": ""}
@@ -196,24 +195,30 @@ def encoded(
 
     One chunk ahead: while the GPU encodes a chunk, the CPU uses the features of the one before.
     """
-    ahead = None
+    streams, ahead = torch.get_device_module(encoder.device), None
     for chunk in batches:
-        result = encoder.encode_bytes(chunk.images) if len(chunk.images) else None
+        found = encoder.encode_bytes(chunk.images) if len(chunk.images) else _nothing(encoder)
+        on_cpu = [part.to("cpu", non_blocking=True) for part in found]
+        copied = streams.current_stream().record_event()  # None on a CPU
         if ahead is not None:
-            yield _on_cpu(*ahead, encoder)
-        ahead = chunk, result
+            yield _arrived(*ahead)
+        ahead = chunk, on_cpu, copied
     if ahead is not None:
-        yield _on_cpu(*ahead, encoder)
+        yield _arrived(*ahead)
 
 
-def _on_cpu(
-    chunk: Any, result: Encoded | None, encoder: Encoder
-) -> tuple[Any, Tensor, Tensor, Tensor]:
-    if result is None:
-        width = encoder.about["embed_dim"]
-        shape = (0, len(encoder.attributes))
-        result = Encoded(torch.zeros((0, width)).half(), torch.zeros(shape), torch.zeros(shape))
-    return chunk, result.features.cpu(), result.classes.cpu(), result.scores.cpu()
+def _arrived(chunk: Any, parts: list[Tensor], copied: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
+    if copied is not None:
+        copied.synchronize()
+    features, classes, scores = parts
+    return chunk, features, classes, scores
+
+
+def _nothing(encoder: Encoder) -> Encoded:
+    """The result for a chunk of broken files alone."""
+    attributes = torch.zeros(0, len(encoder.attributes))
+    features = torch.zeros(0, encoder.about["embed_dim"], dtype=torch.float16)
+    return Encoded(features, attributes.long(), attributes)
 
 
 def _hash(path: Path, expected: str) -> str:

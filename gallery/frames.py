@@ -169,7 +169,7 @@ class Reader(IterableDataset[Chunk]):
         if whole and not self.frames:
             image = load_image(job.file, self.size)
             taken = taken_at(job.file)
-            for person in whole[:1]:
+            for person in whole:
                 yield row_of(job, digest, person, taken=taken), image
         if len(whole) == len(job.people) and not self.frames:
             return

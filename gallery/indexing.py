@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from datasets.shards import image_status, split_member
-from gallery.encode import SURE, Encoder, encoded
+from gallery.encode import SURE, Encoder, Guesses, encoded
 from gallery.frames import Chunk, Done, Job, digest_of
 from gallery.ingest import File, Found
 from gallery.records import SCHEMA, column_of, id_of, schema_with
@@ -96,7 +96,9 @@ def make_plan(found: Found, store: Store, how: Mapping[bool, str]) -> Plan:
                 plan.broken.append((path, status))
             else:
                 jobs.append(_job(file, path, *status, how[file.is_video]))
-        roots = [stored_path(r, root) if r != root else "" for r in found.roots]
+        roots = [stored_path(each, root) for each in found.roots]
+        # What lies below the gallery's root has relative paths.
+        roots += [""] * any(f"{root}/".startswith(f"{r.rstrip('/')}/") for r in found.roots)
         known = _known_files(store, roots)
         listed = {job.path for job in jobs}
         absent = [path for path in known if path not in listed]
@@ -169,6 +171,33 @@ def encode_parts(
     return reports
 
 
+@dataclass
+class _Waiting:
+    """People that are encoded and not yet in a part."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)
+    files: list[Done] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, chunk: Chunk, features: np.ndarray) -> None:
+        self.rows += chunk.rows
+        self.features.append(features)
+        self.files += chunk.done
+        self.broken += chunk.broken
+
+    def write(self, store: Store, width: int, finished: bool, stopped: str) -> Report:
+        """Write them as a part, and report it. Raises UserError if the disk is full."""
+        part = None
+        if self.rows or self.files:
+            items = pa.Table.from_pylist(self.rows, schema=schema_with(store.attributes()))
+            features = np.concatenate([np.zeros((0, width), np.float16), *self.features])
+            part = write_part(store.folder, items, features, files_table(self.files))
+        touched = {row["path"] for row in self.rows} | {path for path, _ in self.broken}
+        touched |= {done.job.path for done in self.files}
+        return Report(part, touched, self.broken, finished, stopped, len(self.rows))
+
+
 def _filled(
     results: Iterator[Any],
     encoder: Encoder,
@@ -177,50 +206,42 @@ def _filled(
     bar: tqdm,
     seconds: float,
 ) -> Iterator[Report]:
-    """Write parts one after the other; after the last, reports without one, as other processes may
-    have more to do."""
-    rows: list[dict[str, Any]] = []
-    features: list[np.ndarray] = []
-    files: list[Done] = []
-    touched: set[str] = set()
-    broken: list[tuple[str, str]] = []
-
-    def report(finished: bool) -> Report:
-        part = None
-        if rows or files:
-            items = pa.Table.from_pylist(rows, schema=schema_with(store.attributes()))
-            width = encoder.about["embed_dim"]
-            both = np.concatenate(features) if features else np.zeros((0, width), np.float16)
-            part = write_part(store.folder, items, both, files_table(files))
-        made = Report(part, set(touched), list(broken), finished, stop.name, len(rows))
-        for some in (rows, features, files, touched, broken):
-            some.clear()
-        return made
-
-    began = time.monotonic()
-    for chunk, feature_BD, class_BA, score_BA in results:
-        if rows and len(rows) + len(chunk.rows) > ROWS:
-            yield report(finished=False)
-            began = time.monotonic()
-        guesses = encoder.named(class_BA, score_BA)
-        for n, row in enumerate(chunk.rows):
-            labels = row.pop("labels")
-            known = {name: (guesses[name][0][n], guesses[name][1][n]) for name in guesses}
-            for name, (label, score) in (known | {k: (v, SURE) for k, v in labels.items()}).items():
-                column = column_of(name)
-                row[column], row[f"{column}_score"] = label, score
-        rows += chunk.rows
-        features.append(feature_BD.numpy())
-        files += chunk.done
-        broken += chunk.broken
-        touched |= {row["path"] for row in chunk.rows} | {done.job.path for done in chunk.done}
-        touched |= {path for path, _ in chunk.broken}
-        bar.update(len(chunk.done))
-        if stop.name or time.monotonic() - began > seconds:
-            yield report(finished=False)
-            began = time.monotonic()
+    """Write parts one after the other, each in a thread while the next one is encoded; after the
+    last, reports without one, as other processes may have more to do."""
+    columns = {name: column_of(name) for name in store.attributes()}
+    width, waiting, began = encoder.about["embed_dim"], _Waiting(), time.monotonic()
+    writing: Future[Report] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for chunk, feature_BD, class_BA, score_BA in results:
+            full = bool(waiting.rows) and len(waiting.rows) + len(chunk.rows) > ROWS
+            late = time.monotonic() - began > seconds
+            if writing is not None and (writing.done() or full or late):
+                yield writing.result()
+                writing = None
+            if full or late:
+                writing = thread.submit(waiting.write, store, width, False, "")
+                waiting, began = _Waiting(), time.monotonic()
+            _add_attributes(chunk, encoder.named(class_BA, score_BA), columns)
+            waiting.add(chunk, feature_BD.numpy())
+            bar.update(len(chunk.done))
+            if stop.name:
+                break
+        if writing is not None:
+            yield writing.result()
+        yield waiting.write(store, width, True, stop.name)
     while True:
-        yield report(finished=True)
+        yield _Waiting().write(store, width, True, stop.name)
+
+
+def _add_attributes(chunk: Chunk, guesses: Guesses, columns: Mapping[str, str]) -> None:
+    """Give the rows of a chunk their attributes: what the encoder guesses, or the label."""
+    for name, (classes, scores) in guesses.items():
+        column, score_column = columns[name], f"{columns[name]}_score"
+        for row, label, score in zip(chunk.rows, classes, scores, strict=True):
+            row[column], row[score_column] = label, score
+    for row in chunk.rows:
+        for name, label in row.pop("labels").items():
+            row[columns[name]], row[f"{columns[name]}_score"] = label, SURE
 
 
 def _commit(store: Store, reports: Sequence[Report], replaced: dict[str, set[str]]) -> None:

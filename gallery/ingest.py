@@ -70,12 +70,12 @@ class Found:
     attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def add(self, file: File) -> None:
-        """Add a file; the people of one that is there already are joined."""
-        known = self.files.get(file.file)
-        if known is not None:
-            people = tuple(dict.fromkeys(known.people + file.people))
-            file = known._replace(people=people)
-        self.files[file.file] = file
+        """Add a file, or the people of one that is there already; the first at a place stays."""
+        known = self.files.get(file.file, File(file.file, (), file.is_video))
+        people = {person.box: person for person in known.people}
+        for person in file.people:
+            people.setdefault(person.box, person)
+        self.files[file.file] = known._replace(people=tuple(people.values()))
 
     def base(self) -> str:
         """The folder that holds all roots."""
@@ -153,9 +153,7 @@ def add_dataset(
         labels = tuple((name, names[label]) for (name, names), label in pairs)
         one_view = view or (seen if seen in VIEWS else None)
         person = Person(None, one_view, None, source, identity, labels)
-        path = _absolute(image.path)
-        if path not in found.files:  # a data set may have a picture several times
-            found.add(File(path, (person,)))
+        found.add(File(_absolute(image.path), (person,)))
 
     sources = next(iter(data.splits.values())).sources
     for sample in data.train if split in ("all", "train") else ():

@@ -42,6 +42,7 @@ ROWS = 8192  # most people in a part
 MANIFEST, NEXT, PARTS = "manifest.json", "manifest.next.json", "parts"
 KINDS = ("items", "features", "files")
 NAME = re.compile(r"[0-9a-f]{16}")
+PART_FILE = re.compile(r"\.?([0-9a-f]{16})\.(items|features|files)\.parquet(\.\w+)?")
 ROUNDS = 20  # in which a reader tries to get ahead of a writer
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow", "pyarrow")
 FILES = pa.schema(
@@ -140,7 +141,8 @@ class Store:
         if self.name != MANIFEST and (self.folder / MANIFEST).exists():
             named |= {part["name"] for part in read_manifest(self.folder)["parts"]}
         for path in (self.folder / PARTS).iterdir():
-            if path.name.split(".")[0] not in named:
+            match = PART_FILE.fullmatch(path.name)  # others are not ours
+            if match and match[1] not in named:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob(".manifest*.json.*"):
             path.unlink(missing_ok=True)

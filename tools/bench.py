@@ -1,4 +1,4 @@
-"""Measure time and memory: data loading, a training step and its parts, encoding, ranking.
+"""Measure time and memory: data loading, a training step, encoding, ranking, indexing.
 
     python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --json new.json
     python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --plain --json old.json
@@ -8,7 +8,9 @@ Takes every option of train.py. The model has the config of ViT-B/16 unless --pr
 another, with random weights: their values do not change the time. The step runs on synthetic images
 and captions; `data` needs a data set in --root_dir. Each time is a median over repetitions, with
 the first and third quartiles. The device is synchronised before and after each repetition.
-`memory` estimates the peak memory of a step on CUDA, for several batch sizes and options.
+`gallery` compares the indexing of JPEGs (search.py index) with encoding alone: its share says how
+much of that speed is left. `memory` estimates the peak memory of a step on CUDA, for several batch
+sizes and options.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from model.losses.registry import needs_masked, parse_loss_names
 from model.weights import config_from_choice
 from processor.step import TrainStep
 from solver.build import build_optimizer
+from tools._bench_gallery import bench_gallery
 from tools._bench_memory import bench_memory, memory_table
 from utils.command_line import parse_options
 from utils.console import say
@@ -60,7 +63,7 @@ from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, rank_gallery
 from utils.tables import console
 
-PARTS = ("data", "step", "encode", "rank", "memory")
+PARTS = ("data", "step", "encode", "rank", "gallery", "memory")
 GALLERIES = (3_200, 20_000, 100_000)
 QUERIES = 3_200
 
@@ -440,11 +443,12 @@ def main() -> None:
     )
     say(about)
     rows: list[Row] = []
-    benches = {
+    benches: dict[str, Callable[[], Iterator[Row]]] = {
         "data": lambda: bench_data(args, device),
         "step": lambda: bench_step(args, device, clock),
         "encode": lambda: bench_encode(args, device, clock),
         "rank": lambda: bench_rank(device, clock),
+        "gallery": lambda: bench_gallery(args, device, clock, row),
     }
     memory: list[Row] = []
     if "memory" in args.what:  # first: a CPU's peak is that of the process

@@ -97,6 +97,7 @@ def test_only_what_is_gone_below_the_indexed_folders_is_dropped(index, photos):
     (photos / "more/4.jpg").unlink()
     assert "0.jpg" in by_path(index("--images", photos / "more"))
     assert "more/4.jpg" not in by_path(index("--images", photos / "more"))
+    assert "0.jpg" not in by_path(index("--images", photos.parent))  # also from above the root
 
 
 def test_other_facts_of_a_picture_change_its_rows_and_not_its_features(

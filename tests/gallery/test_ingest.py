@@ -56,6 +56,15 @@ def test_boxes_of_a_csv_file_with_view_camera_and_identity(tmp_path):
     assert found.roots == [f"{tmp_path}/in"]
 
 
+def test_two_people_at_one_place_are_one(tmp_path):
+    text = (
+        "path,left,top,width,height,identity\n1.jpg,1,2,3,4,a\n1.jpg,1,2,3,5,b\n1.jpg,1,2,3,4,c\n"
+    )
+    (tmp_path / "boxes.csv").write_text(text)
+    (file,) = boxes(tmp_path / "boxes.csv").files.values()
+    assert [person.identity for person in file.people] == ["a", "b"]
+
+
 def test_boxes_of_coco_are_people_with_a_sufficient_score(tmp_path):
     annotations = [
         {"image_id": 7, "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.9},

@@ -156,12 +156,14 @@ def test_a_damaged_part_is_named_with_the_mend(kind, damage, store):
 
 def test_what_a_killed_writer_leaves_changes_nothing_and_is_removed(store):
     orphan = part_of(store.folder, range(90, 95))
-    (store.folder / "parts" / ".x.items.parquet.abc").write_bytes(b"half")
+    half = store.folder / "parts" / f".{orphan['name']}.features.parquet.abc_1"
+    half.write_bytes(b"half")
+    (store.folder / "parts" / "notes.txt").write_text("not ours")
     (store.folder / ".manifest.json.abc").write_bytes(b"half")
     assert ids(store.folder) == list(range(8))
     store.clean()
     assert not part_file(store.folder, orphan["name"], "items").exists()
-    assert len(list((store.folder / "parts").iterdir())) == 6
+    assert len(list((store.folder / "parts").iterdir())) == 6 + 1 and not half.exists()
     assert not list(store.folder.glob(".manifest*")) and ids(store.folder) == list(range(8))
 
 

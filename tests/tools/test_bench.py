@@ -143,3 +143,10 @@ def test_the_page_of_a_card_says_which_goals_are_reached(mini_root, tmp_path, mo
     assert re.search(r"matrix peak +\| +50 % \| +45 % or more \| +yes", goals)
     assert re.search(r"peak memory, GiB +\| +13.0 \| +under 12 \| +no", goals)
     assert re.search(r"\| plain +\|", times) and "fits on" in memory
+
+
+def test_indexing_is_compared_with_encoding_alone(tmp_path, monkeypatch):
+    rows = measure(monkeypatch, tmp_path / "gallery.json", "--what", "gallery")
+    assert set(rows) == {"encode 8 images", "index 8 JPEGs, 0 processes"}
+    alone, indexed = rows.values()
+    assert indexed["share"] == pytest.approx(indexed["per_second"] / alone["per_second"])
