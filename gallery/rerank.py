@@ -14,16 +14,17 @@ Shapes: K hits, M = K + 1 with the query first, Q queries, G gallery items, D wi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
 
-from utils.devices import at_least_float32
-from utils.metrics import CHUNK_BYTES, Ranked, query_metrics
+if TYPE_CHECKING:
+    from torch import Tensor
 
-FIRST = 200  # hits that are ranked again
+    from utils.metrics import Ranked
+
+RERANKED = 200  # hits that are ranked again
 K1, K2, WEIGHT = 20, 6, 0.3  # as published
-COST = "200 hits take 10 ms on one core and 2 MB; in an evaluation, that per caption and gallery"
 
 
 def rerank(
@@ -82,7 +83,12 @@ def _reciprocal(rank_MM: np.ndarray, k: int) -> np.ndarray:
 def rank_reranked(
     query_QD: Tensor, gallery_GD: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor
 ) -> Ranked:
-    """As `utils.metrics.rank_gallery`, with the first FIRST hits of each query ranked again."""
+    """As `utils.metrics.rank_gallery`, with the first RERANKED hits of each query ranked again."""
+    import torch  # not above: a query by an id needs no torch
+
+    from utils.devices import at_least_float32
+    from utils.metrics import CHUNK_BYTES, Ranked, query_metrics
+
     query_QD = torch.nn.functional.normalize(at_least_float32(query_QD), dim=-1)
     gallery_GD = torch.nn.functional.normalize(at_least_float32(gallery_GD), dim=-1)
     chunk = max(1, CHUNK_BYTES // (4 * len(gallery_GD)))
@@ -90,7 +96,7 @@ def rank_reranked(
     for start in range(0, len(query_QD), chunk):
         part_QD = query_QD[start : start + chunk]
         scores_QG = part_QD @ gallery_GD.T
-        hits_QK = scores_QG.topk(min(FIRST, len(gallery_GD)), dim=1).indices
+        hits_QK = scores_QG.topk(min(RERANKED, len(gallery_GD)), dim=1).indices
         for query_D, scores_G, hits_K in zip(part_QD, scores_QG, hits_QK, strict=True):
             new_K = distances(query_D.cpu().numpy(), gallery_GD[hits_K].cpu().numpy())
             # Above every cosine; equal distances stay equal scores, as `query_metrics` wants.
