@@ -64,7 +64,7 @@ def distances(
     neighbours_MM[0, 0] = False
     weight_MM = np.exp(-distance_MM) * neighbours_MM
     weight_MM /= weight_MM.sum(axis=1, keepdims=True)
-    weight_MM = weight_MM[rank_MM[:, : max(1, k2)]].mean(axis=1)
+    weight_MM = weight_MM[rank_MM[:, : min(max(1, k2), len(hits_KD))]].mean(axis=1)
     common_K = np.minimum(weight_MM[0], weight_MM[1:]).sum(axis=1)
     jaccard_K = 1 - common_K / (2 - common_K)
     return (1 - weight) * jaccard_K + weight * distance_MM[0, 1:]
@@ -75,6 +75,7 @@ def _reciprocal(rank_MM: np.ndarray, k: int) -> np.ndarray:
     For the query, in row 0, it is enough that they are among its own."""
     near_MM = np.zeros(rank_MM.shape, bool)
     np.put_along_axis(near_MM, rank_MM[:, : k + 1], True, axis=1)
+    near_MM[1:, 0] = False
     both_MM = near_MM & near_MM.T
     both_MM[0] = near_MM[0]
     return both_MM

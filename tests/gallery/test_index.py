@@ -131,7 +131,9 @@ def test_an_index_has_the_recall_that_its_manifest_says(items, features, folder,
 
 
 def test_recall_counts_the_true_hits_in_any_order():
-    assert recall_of(np.array([[3, 2, 9], [1, 2, 3]]), np.array([[2, 3, 4], [1, 2, 3]])) == pytest.approx(5 / 6)
+    assert recall_of(
+        np.array([[3, 2, 9], [1, 2, 3]]), np.array([[2, 3, 4], [1, 2, 3]])
+    ) == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.3, 0.01])
