@@ -63,7 +63,6 @@ def bench_search(measure: Measure) -> Iterator[dict[str, Any]]:
         del kept
 
         yield measure("build the index", lambda: build(items, some, folder, MEMORY), once=True)
-        before = own_mib()
         index = open_index(items, some, folder)
         assert isinstance(index, Approximate)
         found_QK = index.search(queries_QD, HITS)[1]

@@ -1,6 +1,7 @@
 """Queries: how features are combined, near-duplicates, and how much the first hit stands out."""
 
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,9 @@ import pytest
 from gallery.index import Exact, unit
 from gallery.query import SAMPLE, Hit, combine, find_hits, groups_of, sureness
 from gallery.rerank import RERANKED
+from processor.inference import load_run
 from tests.gallery.made import made_features, made_items
+from tests.reliability.runs import train_small_run
 from utils.errors import UserError
 
 
@@ -182,3 +185,30 @@ def test_generic_sentences_tell_whether_the_first_hit_fits_them_too():
     generic_GD = np.stack([query_D, -query_D, -query_D, -query_D])  # the first fits it better
     sure = sureness(features, 0.9 * query_D, first_hit(features, 0.9 * query_D), None, generic_GD)
     assert sure.above == 0.75 and str(sure).endswith("better than 75% of generic sentences")
+
+
+@pytest.fixture(scope="module")
+def trained(mini_root, tmp_path_factory):
+    return load_run(train_small_run(mini_root, tmp_path_factory.mktemp("logs")), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["aerial", "ground", "aerial + ground"])
+def test_the_raw_ranking_has_the_metrics_of_the_evaluation(trained, name):
+    evaluator = trained.evaluator("test")
+    expected = evaluator.galleries(evaluator.encode(trained.model))[name].summary().metrics
+    split = evaluator.split
+    images = [image for view in name.split(" + ") for image in split.galleries[view].images]
+    pids = [pid for view in name.split(" + ") for pid in split.galleries[view].pids]
+    features = trained.encode_image([image.path for image in images]).half().numpy()
+    items = made_items(len(images)).set_column(
+        made_items(0).schema.get_field_index("identity"), "identity", [list(map(str, pids))]
+    )
+    find = partial(find_hits, Exact(features).search, items, features)
+    firsts = []
+    for caption, pid in zip(split.captions, split.caption_pids, strict=True):
+        query_D = combine(trained.encode_text(caption).numpy(), [1.0])
+        found = find(query_D, len(images))
+        assert len(found) == len(images)
+        firsts.append(next(hit.rank for hit in found if hit.item["identity"] == str(pid)))
+    for k in (1, 5, 10):
+        assert 100 * np.mean(np.array(firsts) <= k) == expected[f"R@{k}"]

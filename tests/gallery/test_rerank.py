@@ -87,7 +87,7 @@ def test_a_picture_of_the_first_hits_person_rises_above_a_lone_one():
     query = np.array([1, 0, 0, 0, 0], np.float32)
     order = np.argsort(-(features @ query))
     assert order[-1] != 9  # by the scores, the lone picture is not the last
-    assert order[rerank(query, features[order], k1=5, k2=2)][-1] == 9
+    assert order[rerank(query, features[order], k1=5, k2=2, weight=0.3)][-1] == 9
 
 
 def test_no_hits_have_no_order():
