@@ -1,8 +1,9 @@
 """Nearest features: every one compared, or an index with compressed vectors for millions of them.
 
-`Exact` compares all of a gallery's features where they lie. `build` writes an index into a folder
-("IVF": the vectors in clusters, of which a search opens some; each vector compressed). What the
-index finds, `Approximate` scores again with the features themselves, so both give the same scores.
+`Exact` compares all of a gallery's features where they lie. `build` writes an index into a folder:
+"IVF", the vectors in clusters, of which a search opens some, with "PQ", a code of 4 bits for every
+2, 4 or 8 numbers of a vector. What the index finds, `Approximate` scores again with the features
+themselves, so both give the same scores.
 
     index = open_index(items, features, folder)  # Exact, unless `build` was called
     scores_QK, rows_QK = index.search(queries_QD, 50, mask)
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ FEW = 0.2  # a filter that keeps less: its vectors are gathered; else the others
 LEAST = 20_000  # a filter that keeps fewer items: all of them are compared
 RECALL_AT, WANTED_RECALL, SAMPLE = 50, 0.95, 200
 MIN_ROWS = 1_000  # for an index
-ENLARGE = 4  # the index is asked for this many times the hits, to score again
-# Compressed vectors, best first: name for faiss, and bytes for D numbers.
-CODES = (("SQ8", 1.0), ("SQ4", 1 / 2), ("PQ{}x8", 1 / 4), ("PQ{}x8", 1 / 8), ("PQ{}x8", 1 / 16))
+MIXED = 16  # persons in a query that measures recall
+# Codes of vectors, best first: numbers that share 4 bits, and how many times the hits that are
+# wanted the index is asked for, to score these again.
+CODES = ((2, 10), (4, 20), (8, 40))
 
 
 def faiss_library() -> Any:
@@ -110,7 +111,7 @@ class Exact:
 class Approximate:
     """Searches an index of `build`, and compares the items that it lacks.
 
-    The index is mapped from its file, not read into memory.
+    The features are best mapped from a file: of them, a search reads only those of its candidates.
 
     Args:
         rows_I: the row now of each vector of the index, -1 if it is gone.
@@ -123,7 +124,7 @@ class Approximate:
         faiss = faiss_library()
         self.features, self.manifest = features, manifest
         self.exact = Exact(features)
-        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        self.index = faiss.read_index(str(path))
         self.rows_I = rows_I
         indexed = np.zeros(len(features), bool)
         indexed[rows_I[rows_I >= 0]] = True
@@ -138,6 +139,17 @@ class Approximate:
         if kept <= max(LEAST, k):
             return self.exact.search(queries_QD, k, mask)
         queries_QD = _checked(queries_QD, self.features)
+        return best(*self._scored(queries_QD, self._candidates(queries_QD, k, mask, kept)), k)
+
+    def search_index(self, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, by the index also where comparing every feature would be faster."""
+        rows_QC = self._candidates(queries_QD, k, None, len(self.features))
+        return best(*self._scored(queries_QD, rows_QC), k)
+
+    def _candidates(
+        self, queries_QD: np.ndarray, k: int, mask: np.ndarray | None, kept: int
+    ) -> np.ndarray:
+        """Rows [Q, C] that may be among the k best, and -1; the mask keeps `kept` items."""
         faiss = faiss_library()
         probes = min(self.index.nlist, math.ceil(self.manifest["nprobe"] * len(self.rows_I) / kept))
         params = faiss.SearchParametersIVF(nprobe=probes)
@@ -145,17 +157,13 @@ class Approximate:
             allowed_I = self.rows_I >= 0
             if mask is not None:
                 allowed_I &= mask[self.rows_I]
-            bits = np.packbits(allowed_I, bitorder="little")
-            params.sel = selector = faiss.IDSelectorBitmap(bits)  # kept alive during the search
-        wanted = min(max(ENLARGE * k, 100), self.index.ntotal)
-        _, at_QC = self.index.search(queries_QD, wanted, params=params)
-        if mask is not None or not self.whole:
-            del selector
+            selector = faiss.IDSelectorBitmap(np.packbits(allowed_I, bitorder="little"))
+            params = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
+        wanted = min(self.manifest["enlarge"] * k, self.index.ntotal)
+        at_QC = self.index.search(queries_QD, wanted, params=params)[1]
         rows_QC = np.where(at_QC < 0, -1, self.rows_I[at_QC])
-        if len(self.new):
-            new = self.new if mask is None else self.new[mask[self.new]]
-            rows_QC = np.concatenate([rows_QC, np.broadcast_to(new, (len(rows_QC), len(new)))], 1)
-        return best(*self._scored(queries_QD, rows_QC), k)
+        new = self.new if mask is None else self.new[mask[self.new]]
+        return np.concatenate([rows_QC, np.broadcast_to(new, (len(rows_QC), len(new)))], axis=1)
 
     def _scored(self, queries_QD: np.ndarray, rows_QC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The features' own scores of rows; -inf for -1."""
@@ -196,9 +204,11 @@ def build(
 ) -> dict[str, Any]:
     """Write an index of all items, and return its manifest.
 
-    The vectors get as many bytes as `memory` allows, and searches open as many clusters as
-    a recall at 50 of 0.95 needs. The manifest has the recall that was measured against `Exact`: of
-    queries between two random persons each, which are as far from every feature as sentences are.
+    The vectors get the longest code that `memory` allows, and searches open as many clusters as a
+    recall at 50 of 0.95 needs. The manifest has the recall that was measured against `Exact`. Its
+    queries are sums of the features of random persons with random signs: like sentences, they are
+    about as far from every feature, so that their nearest ones lie in many clusters. A feature of
+    the gallery as a query would find its neighbours in the cluster where it is itself.
 
     Args:
         memory: bytes of the index.
@@ -209,22 +219,24 @@ def build(
     if count < MIN_ROWS:
         raise UserError(f"{count} persons need no index; from {MIN_ROWS:,} on there can be one")
     clusters = 2 ** round(math.log2(math.sqrt(count)))
-    factory = f"IVF{clusters},{_code(count, width, clusters, memory)}"
+    shared, enlarge = _code(count, width, clusters, memory)
+    factory = f"IVF{clusters},PQ{width // shared}x4fs"
     name, keys_N = secrets.token_hex(8), keys_of(items)
     path = folder / f"{name}.faiss"
     _write(features, factory, 50 * clusters, path, seed)
     write_atomically(folder / f"{name}.npy", lambda file: np.save(file, keys_N))
     manifest: dict[str, Any] = {
-        "version": VERSION, "build": name, "rows": count, "width": width, "nprobe": 1,
-        "factory": factory, "bytes": path.stat().st_size,
+        "version": VERSION, "build": name, "rows": count, "width": width, "factory": factory,
+        "bytes": path.stat().st_size, "enlarge": enlarge, "nprobe": max(1, clusters // 64),
     }  # fmt: skip
     random = np.random.default_rng(seed)
-    pairs = features[random.integers(0, count, (SAMPLE, 2))].astype(np.float32).sum(1)
-    queries_QD = unit(pairs)
+    mixed_QMD = features[random.integers(0, count, (SAMPLE, MIXED))].astype(np.float32)
+    signs_QM = random.choice([-1, 1], (SAMPLE, MIXED))
+    queries_QD = unit(np.einsum("qm,qmd->qd", signs_QM, mixed_QMD)).astype(np.float32)
     _, true_QK = Exact(features).search(queries_QD, RECALL_AT)
     opened = Approximate(features, path, np.arange(count), manifest)
     while True:  # each time a quarter more clusters
-        _, rows_QK = opened.search(queries_QD, RECALL_AT)
+        _, rows_QK = opened.search_index(queries_QD, RECALL_AT)
         recall = recall_of(rows_QK, true_QK)
         if recall >= WANTED_RECALL or manifest["nprobe"] >= clusters:
             break
@@ -315,18 +327,16 @@ def _rows_of(keys_I: np.ndarray, items: pa.Table) -> np.ndarray:
     return np.where(keys_N[rows_I] == keys_I, rows_I, -1) if len(order) else rows_I - 1
 
 
-def _code(count: int, width: int, clusters: int, memory: int) -> str:
-    """The best code for vectors that fits into the memory, as faiss calls it."""
+def _code(count: int, width: int, clusters: int, memory: int) -> tuple[int, int]:
+    """The longest code that fits into the memory, of CODES."""
+    if width % 8:
+        raise UserError(f"features of {width} numbers: an index needs a multiple of 8")
     fixed = 8 * count + 4 * width * clusters  # ids, and the centres of the clusters
-    sizes: Sequence[tuple[str, float]] = [
-        (name.format(int(width * share)), fixed + count * width * share)
-        for name, share in CODES
-        if not (name.startswith("PQ") and width * share % 1)
-    ]
-    for name, size in sizes:
+    for shared, enlarge in CODES:
+        size = fixed + count * width // shared // 2
         if size <= memory:
-            return name
+            return shared, enlarge
     raise UserError(
-        f"an index of {count:,} persons takes at least {math.ceil(sizes[-1][1] / 2**20):,} MiB; "
+        f"an index of {count:,} persons takes at least {math.ceil(size / 2**20):,} MiB; "
         f"{memory // 2**20:,} are allowed"
     )

@@ -1,8 +1,8 @@
 """Queries: sentences and pictures, wanted or not, to ranked hits.
 
-The query's feature is q = normalise(w_1 f_1 + w_2 f_2 + ...), where f_i are the unit features of its
-sentences and pictures and w_i their weights, negative for what is not wanted. An item's score is
-the cosine of its feature and q, so for a single sentence it is the score of the evaluation.
+The query's feature is q = normalise(w_1 f_1 + w_2 f_2 + ...), where f_i are the unit features of
+its sentences and pictures and w_i their weights, negative for what is not wanted. An item's score
+is the cosine of its feature and q, so for a single sentence it is the score of the evaluation.
 
 A picture moves the ranking more than a sentence of the same weight, because cosines of pictures
 with each other differ more than their cosines with sentences.
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from gallery.index import unit
+from gallery.rerank import RERANKED
 from utils.errors import UserError
 
 SECONDS = 2.0  # between pictures of a scene that may show one person as if once
@@ -36,6 +37,7 @@ GENERIC = (
 )  # fmt: skip
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # [Q, D], k: scores, rows
+Rerank = Callable[[np.ndarray, np.ndarray], np.ndarray]  # [D], [K, D]: positions, best first
 
 
 @dataclass(frozen=True)
@@ -107,25 +109,24 @@ def find_hits(
     query_D: np.ndarray,
     top: int,
     collapse: float | None = None,
-    rerank: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
-    reranked: int = 0,
+    rerank: Rerank | None = None,
 ) -> list[Hit]:
     """The first hits.
 
     Args:
         search: finds the k best items of a query.
         collapse: hits of one scene with at least this cosine become one (`groups_of`).
-        rerank: with the query [D] and the features [K, D] of hits, gives their new order.
-        reranked: this many hits are ranked again.
+        rerank: with the query [D] and the features [K, D] of the first RERANKED hits, gives their
+            new order.
     """
-    wanted = max(top if collapse is None else 3 * top, reranked)
+    wanted = max(top if collapse is None else 3 * top, 0 if rerank is None else RERANKED)
     while True:
         scores, rows = (found[0] for found in search(query_D[None], min(wanted, len(items))))
         scores, rows = scores[rows >= 0], rows[rows >= 0]
         if rerank is not None:
-            first = rows[:reranked]
+            first = rows[:RERANKED]
             order = rerank(query_D, features[first].astype(np.float32))
-            rows[:reranked], scores[:reranked] = first[order], scores[:reranked][order]
+            rows[:RERANKED], scores[:RERANKED] = first[order], scores[:RERANKED][order]
         records = items.take(pa.array(rows)).to_pylist()
         groups = [[n] for n in range(len(rows))]
         if collapse is not None:

@@ -5,6 +5,10 @@ nearest that also have it among theirs, and the neighbours of half as many that 
 has a weight exp(-d), averaged over the hit's k2 nearest; the Jaccard distance J compares the
 weights of two hits. Hits are ranked by (1 - weight) J + weight d, where d is the query's distance.
 
+The published values are k1 = 20, k2 = 6 and a weight of 0.3, for data with some 17 pictures of a
+person. Those here are for galleries with few; the published ones then make the ranking worse
+(docs/evaluation.md).
+
 Distances are 1 - cosine, divided by the largest of their row. A sentence lies far from every
 picture, and is no picture's near neighbour. So the query's own neighbours are its first k1 hits,
 whether or not they have it among theirs, and the query is nobody's.
@@ -14,16 +18,17 @@ Shapes: K hits, M = K + 1 with the query first, Q queries, G gallery items, D wi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
 
-from utils.devices import at_least_float32
-from utils.metrics import CHUNK_BYTES, Ranked, query_metrics
+if TYPE_CHECKING:
+    from torch import Tensor
 
-FIRST = 200  # hits that are ranked again
-K1, K2, WEIGHT = 20, 6, 0.3  # as published
-COST = "200 hits take 10 ms on one core and 2 MB; in an evaluation, that per caption and gallery"
+    from utils.metrics import Ranked
+
+RERANKED = 200  # hits that are ranked again
+K1, K2, WEIGHT = 5, 2, 0.7
 
 
 def rerank(
@@ -63,7 +68,7 @@ def distances(
     neighbours_MM[0, 0] = False
     weight_MM = np.exp(-distance_MM) * neighbours_MM
     weight_MM /= weight_MM.sum(axis=1, keepdims=True)
-    weight_MM = weight_MM[rank_MM[:, : max(1, k2)]].mean(axis=1)
+    weight_MM = weight_MM[rank_MM[:, : min(max(1, k2), len(hits_KD))]].mean(axis=1)
     common_K = np.minimum(weight_MM[0], weight_MM[1:]).sum(axis=1)
     jaccard_K = 1 - common_K / (2 - common_K)
     return (1 - weight) * jaccard_K + weight * distance_MM[0, 1:]
@@ -74,6 +79,7 @@ def _reciprocal(rank_MM: np.ndarray, k: int) -> np.ndarray:
     For the query, in row 0, it is enough that they are among its own."""
     near_MM = np.zeros(rank_MM.shape, bool)
     np.put_along_axis(near_MM, rank_MM[:, : k + 1], True, axis=1)
+    near_MM[1:, 0] = False
     both_MM = near_MM & near_MM.T
     both_MM[0] = near_MM[0]
     return both_MM
@@ -82,7 +88,12 @@ def _reciprocal(rank_MM: np.ndarray, k: int) -> np.ndarray:
 def rank_reranked(
     query_QD: Tensor, gallery_GD: Tensor, query_pids_Q: Tensor, gallery_pids_G: Tensor
 ) -> Ranked:
-    """As `utils.metrics.rank_gallery`, with the first FIRST hits of each query ranked again."""
+    """As `utils.metrics.rank_gallery`, with the first RERANKED hits of each query ranked again."""
+    import torch  # not above: a query by an id needs no torch
+
+    from utils.devices import at_least_float32
+    from utils.metrics import CHUNK_BYTES, Ranked, query_metrics
+
     query_QD = torch.nn.functional.normalize(at_least_float32(query_QD), dim=-1)
     gallery_GD = torch.nn.functional.normalize(at_least_float32(gallery_GD), dim=-1)
     chunk = max(1, CHUNK_BYTES // (4 * len(gallery_GD)))
@@ -90,7 +101,7 @@ def rank_reranked(
     for start in range(0, len(query_QD), chunk):
         part_QD = query_QD[start : start + chunk]
         scores_QG = part_QD @ gallery_GD.T
-        hits_QK = scores_QG.topk(min(FIRST, len(gallery_GD)), dim=1).indices
+        hits_QK = scores_QG.topk(min(RERANKED, len(gallery_GD)), dim=1).indices
         for query_D, scores_G, hits_K in zip(part_QD, scores_QG, hits_QK, strict=True):
             new_K = distances(query_D.cpu().numpy(), gallery_GD[hits_K].cpu().numpy())
             # Above every cosine; equal distances stay equal scores, as `query_metrics` wants.

@@ -10,7 +10,8 @@ and captions; `data` needs a data set in --root_dir. Each time is a median over 
 the first and third quartiles. The device is synchronised before and after each repetition.
 `gallery` compares the indexing of JPEGs (search.py index) with encoding alone: its share says how
 much of that speed is left. `memory` estimates the peak memory of a step on CUDA, for several batch
-sizes and options.
+sizes and options. `search` finds the nearest of a million features, exactly and by an index
+(gallery/index.py).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, rank_gallery
 from utils.tables import console
 
-PARTS = ("data", "step", "encode", "rank", "gallery", "memory")
+PARTS = ("data", "step", "encode", "rank", "gallery", "memory", "search")
 GALLERIES = (3_200, 20_000, 100_000)
 QUERIES = 3_200
 
@@ -358,6 +359,23 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
             yield row(f"  loop over {part} queries", Clock(device, 1)(loop, 0))
 
 
+def bench_search(clock: Clock) -> Iterator[Row]:
+    """A search among many persons, exact and by an index."""
+    try:
+        from tools import _bench_search
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install -r requirements-search.txt"
+        ) from None
+
+    def measure(
+        name: str, run: Callable[[], object], once: bool = False, **others: float | str
+    ) -> Row:
+        return row(name, [clock.once(run)] if once else clock(run), **others)
+
+    yield from _bench_search.bench_search(measure)
+
+
 def table_of(rows: list[Row]) -> str:
     """The measurements as a table."""
     cells = []
@@ -370,6 +388,8 @@ def table_of(rows: list[Row]) -> str:
             )
         if "memory_mib" in r:
             notes.append(f"{r['memory_mib']:.0f} MiB")
+        if "recall" in r:
+            notes.append(f"recall@50 {r['recall']:.3f}")
         cells.append(
             [
                 r["what"],
@@ -449,6 +469,7 @@ def main() -> None:
         "encode": lambda: bench_encode(args, device, clock),
         "rank": lambda: bench_rank(device, clock),
         "gallery": lambda: bench_gallery(args, device, clock, row),
+        "search": lambda: bench_search(clock),
     }
     memory: list[Row] = []
     if "memory" in args.what:  # first: a CPU's peak is that of the process
