@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
+from datasets.images import MAX_PIXELS, BrokenImage, read_image, upright
 from datasets.thumbnails import cropped
-from datasets.transforms import MAX_PIXELS, BrokenImage, read_image, upright
 from utils.errors import UserError
 from utils.files import open_file
 
