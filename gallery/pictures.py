@@ -15,7 +15,7 @@ from datasets.thumbnails import cropped
 from utils.errors import UserError
 from utils.files import open_file
 
-Picture = str | os.PathLike[str] | PILImage.Image
+Picture = str | os.PathLike | PILImage.Image
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 SAME_TIME = 1e-3  # seconds; an item's time is rounded
 
