@@ -44,6 +44,12 @@ def _serve() -> ModuleType:
     return commands_serve
 
 
+def _compress() -> ModuleType:
+    from gallery import commands_compress
+
+    return commands_compress
+
+
 def _info() -> ModuleType:
     from gallery import commands_info
 
@@ -59,7 +65,8 @@ def _delete() -> ModuleType:
 # A command's module has `add_options` and `run`, and its docstring's first line says what it does.
 # It is imported for this command alone, because the libraries of some take seconds.
 COMMANDS: dict[str, Callable[[], ModuleType]] = {
-    "index": _index, "find": _find, "serve": _serve, "info": _info, "delete": _delete,
+    "index": _index, "find": _find, "serve": _serve, "compress": _compress, "info": _info,
+    "delete": _delete,
 }  # fmt: skip
 
 

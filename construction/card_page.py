@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from construction.records import Box
 from datasets import thumbnails
-from datasets.transforms import BrokenImage, read_image
+from datasets.images import BrokenImage, read_image
 from utils.pages import render
 from utils.tables import in_markdown, markdown
 from utils.text import visible

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
+from datasets.images import MAX_PIXELS, BrokenImage, read_image, upright
 from datasets.thumbnails import cropped
-from datasets.transforms import MAX_PIXELS, BrokenImage, read_image, upright
 from utils.errors import UserError
 from utils.files import open_file
 
-Picture = str | os.PathLike[str] | PILImage.Image
+Picture = str | os.PathLike | PILImage.Image
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 SAME_TIME = 1e-3  # seconds; an item's time is rounded
 

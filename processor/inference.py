@@ -36,8 +36,13 @@ from datasets.loaders import caption_batches
 from datasets.records import Data
 from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
+<<<<<<< HEAD
 from model.build import build_evaluation_model, build_model
 from model.weights import find_weights
+=======
+from model.build import build_evaluation_model
+from model.weights import HUB_CONFIG, HUB_WEIGHTS
+>>>>>>> g3
 from processor.best import epoch_and_best
 from processor.evaluator import Evaluator, encode_images
 from utils.attributes import check_labels, read_attributes
@@ -52,6 +57,7 @@ from utils.options import OPTIONS
 from utils.runs import CONFIG
 
 Picture = str | os.PathLike | PILImage.Image
+BEST = "best.pth"
 
 
 class Run:
@@ -166,7 +172,7 @@ class _Pictures(Dataset):
 
 def load_run(
     folder: str | Path,
-    checkpoint: str = "best.pth",
+    checkpoint: str = BEST,
     *,
     device: str = "auto",
     precision: str | None = None,
@@ -176,7 +182,8 @@ def load_run(
     batch_size: int | None = None,
     num_workers: int = 0,
 ) -> Run:
-    """Load the model from a run's folder, or from a folder that tools/export.py wrote.
+    """Load the model from a run's folder, or from a folder that tools/export.py wrote, also with
+    --hub.
 
     Args:
         checkpoint: a file in the folder.
@@ -191,6 +198,9 @@ def load_run(
     """
     folder = Path(expand(str(folder)))
     config, path = folder / CONFIG, folder / checkpoint
+    if not config.is_file() and (folder / HUB_CONFIG).is_file():
+        config = folder / HUB_CONFIG
+        path = folder / HUB_WEIGHTS if checkpoint == BEST else path
     for file in (config, path):
         if not file.is_file():
             raise UserError(

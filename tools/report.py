@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets import thumbnails
+from datasets.images import read_image
 from datasets.records import Image, Split
-from datasets.transforms import read_image
 from gallery.heatmap import heat_maps, overlay
 from processor.inference import Run, load_run
 from processor.results import read_queries

@@ -30,10 +30,11 @@ TEST_OPTIONS = (
 # where the paths are other files, or from an untrusted user.
 COMMAND_LINE_ONLY = ("image_cache", "attributes_file")
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
-# Entries in configs.yaml of the original code and similar code that are not options.
+# Entries in configs.yaml of the original code and similar code, and in config.json of
+# tools/export.py --hub, that are not options.
 _BOOKKEEPING = {
     "training", "test", "distributed", "local_rank", "cont_queue_size", "queue_size", "queue_epoch",
-    "crops_for_assign",
+    "crops_for_assign", "architecture", "model_type",
 }  # fmt: skip
 
 

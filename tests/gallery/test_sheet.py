@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from datasets.transforms import BrokenImage
+from datasets.images import BrokenImage
 from gallery.pictures import frame_at, picture_of
 from gallery.sheet import sheet
 from utils.errors import UserError
