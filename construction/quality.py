@@ -20,13 +20,8 @@ import numpy as np
 from PIL import Image
 
 from construction.recipe import Limit, Quality
-<<<<<<< HEAD
 from construction.records import Candidate, Measure, Picture
-from datasets.transforms import BrokenImage, read_image
-=======
-from construction.records import Candidate, Measure, Picture, View
 from datasets.images import BrokenImage, read_image
->>>>>>> g3
 from utils.files import add_to_hash
 
 SIZE = (128, 384)  # width and height at which sharpness is measured

@@ -20,15 +20,9 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from datasets.images import FORMATS, MAX_BYTES, MAX_PIXELS, read_image
 from datasets.shards import open_image
-from datasets.transforms import (
-    FORMATS,
-    MAX_BYTES,
-    MAX_PIXELS,
-    convert_image,
-    load_image,
-    read_image,
-)
+from datasets.transforms import convert_image, load_image
 from gallery.ingest import Box, Person
 from gallery.records import id_of
 from utils.devices import cores

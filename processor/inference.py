@@ -36,13 +36,8 @@ from datasets.loaders import caption_batches
 from datasets.records import Data
 from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
-<<<<<<< HEAD
 from model.build import build_evaluation_model, build_model
-from model.weights import find_weights
-=======
-from model.build import build_evaluation_model
-from model.weights import HUB_CONFIG, HUB_WEIGHTS
->>>>>>> g3
+from model.weights import HUB_CONFIG, HUB_WEIGHTS, find_weights
 from processor.best import epoch_and_best
 from processor.evaluator import Evaluator, encode_images
 from utils.attributes import check_labels, read_attributes
