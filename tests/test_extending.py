@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from tests.helpers import ROOT
+from tools import docs
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 BLOCKS = re.findall(r"```python\n# (\S+?)(?:, below: ([^\n]+))?\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -36,7 +37,7 @@ def extended(tmp_path_factory) -> Path:
     for folder in (*packages, "configs", "docs"):
         ignore = shutil.ignore_patterns("__pycache__", "*.html", "*.png")
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
-    for file in ("train.py", "test.py", "pyproject.toml", "README.md"):
+    for file in (*docs.ENTRY_POINTS, "pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, copy)
     for file, anchor, code in BLOCKS:
         path = copy / file

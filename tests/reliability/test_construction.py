@@ -74,8 +74,8 @@ def test_kills_at_random_moments_end_with_the_same_data_set_and_no_answer_is_pai
         child = start(raw, tmp_path / "whole", server.url)
         assert child.wait() == 0, child.stdout.read().decode()
         longest, answers = time.monotonic() - began, server.answers
-        # A quarter of the kills of a training: each start takes seconds.
-        kills, survived, rng = pytestconfig.getoption("kills") // 4, 0, random.Random(1)
+        # A tenth of the kills of a training: each start takes seconds.
+        kills, survived, rng = pytestconfig.getoption("kills") // 10, 0, random.Random(1)
         server.answers = 0
         output = tmp_path / "killed"
         while survived < kills:
