@@ -1,6 +1,9 @@
 """Search one's own pictures and videos for a person, by a sentence or a picture.
 
-python search.py find "a woman in a yellow dress with a black bag" --gallery galleries/campus
+    python search.py find "a woman in a yellow dress with a black bag" --gallery galleries/campus
+    python search.py compress --gallery galleries/campus --memory 1GiB
+
+`python search.py COMMAND --help` lists the options of a command.
 """
 
 from __future__ import annotations
@@ -9,19 +12,52 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
-from gallery import find
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
 from utils.command_line import Parser
-from utils.errors import run_main
+from utils.errors import UserError, run_main
 from utils.interrupt import exit_on_signals
+
+
+def _find() -> ModuleType:
+    from gallery import find
+
+    return find
+
+
+def _compress() -> ModuleType:
+    from gallery import commands_compress
+
+    return commands_compress
+
+
+# A command's module has `add_options` and `run`, and its docstring's first line says what it does.
+# It is imported for this command alone, because the libraries of some take seconds.
+COMMANDS: dict[str, Callable[[], ModuleType]] = {
+    "find": _find, "compress": _compress,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    what = (find.__doc__ or "").split("\n")[0]
-    one = commands.add_parser("find", description=what, help=what, allow_abbrev=False)
-    find.add_options(one)
-    one.set_defaults(run=find.run)
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    for name, load in COMMANDS.items():
+        if words[:1] not in ([name], []):
+            commands.add_parser(name)  # so that an unknown command is told the known ones
+            continue
+        try:
+            command = load()
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{error.name} is not installed: pip install -r requirements-search.txt"
+            ) from None
+        what = (command.__doc__ or "").split("\n")[0]
+        one = commands.add_parser(name, description=what, help=what, allow_abbrev=False)
+        command.add_options(one)
+        one.set_defaults(run=command.run)
     args = parser.parse_args()
     args.run(args)
 

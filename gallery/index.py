@@ -29,7 +29,7 @@ from utils.files import write_atomically
 
 MANIFEST = "index.json"
 VERSION = 1
-BLOCK = 8_000  # vectors that are compared at once; they fit into a processor's cache
+BLOCK = 4_000  # vectors that are compared at once; they fit into a processor's cache
 FEW = 0.2  # a filter that keeps less: its vectors are gathered; else the others are skipped
 LEAST = 20_000  # a filter that keeps fewer items: all of them are compared
 RECALL_AT, WANTED_RECALL, SAMPLE = 50, 0.95, 200
