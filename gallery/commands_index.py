@@ -23,6 +23,7 @@ from gallery.store import (
     NEXT,
     Store,
     damaged_parts,
+    libraries,
     new_manifest,
     read_manifest,
     writing,
@@ -237,7 +238,9 @@ def _planned(
         store.clean()
         lists = {n: list(classes) for n, classes in attributes.items()}
         root = os.path.abspath(args.root or manifest["root"])
-        store.commit(store.parts, attributes=lists, root=root, encoder=encoder.about)
+        store.commit(
+            store.parts, attributes=lists, root=root, encoder=encoder.about, libraries=libraries()
+        )
     if args.repair:
         damaged = damaged_parts(args.gallery, store.parts)
         for _, message in damaged:

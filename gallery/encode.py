@@ -181,7 +181,7 @@ def weights_encoder(
 ) -> Encoder:
     """The encoder of vanilla weights, as `--pretrain_choice` names them. Raises UserError."""
     file = "" if choice == "scratch" else parse_choice(choice).file
-    if file:  # the gallery may be used from another folder
+    if file and os.path.isfile(expand(file)):  # the gallery may be used from another folder
         choice = choice.removesuffix(file) + os.path.abspath(expand(file))
     loaded = load_pretrained(choice, img_size=img_size, **options)
     about = {"kind": "weights", "name": choice, "folder": "", "checkpoint": ""}

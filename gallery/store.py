@@ -219,9 +219,14 @@ def new_manifest(
         "encoder": dict(encoder),
         "attributes": {name: list(classes) for name, classes in attributes.items()},
         "root": root,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": libraries(),
         "parts": [],
     }
+
+
+def libraries() -> dict[str, str]:
+    """The versions of the libraries that features depend on."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
