@@ -4,6 +4,7 @@
         --images path/to/pictures --gallery galleries/campus
     python search.py find "a woman in a yellow dress" --gallery galleries/campus
     python search.py serve --gallery galleries/campus
+    python search.py compress --gallery galleries/campus --memory 1GiB
     python search.py info --gallery galleries/campus
     python search.py delete --gallery galleries/campus --identity 17
 

@@ -103,7 +103,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default: none)")  # fmt: skip
     add("--features", type=path_option, default=None, metavar="FOLDER",
         help="keep the features there, and encode only those that it lacks")  # fmt: skip
-    add("--rerank", action="store_true",
+    add("--rerank", action="store_true", default=False,
         help=f"also report the metrics after k-reciprocal re-ranking of each caption's first "
         f"{RERANKED} images, in rows of their own; it takes 3 ms per caption and gallery on "
         "one core, and 3 MB")  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from utils.files import write_atomically
 
 MANIFEST = "index.json"
 VERSION = 1
-BLOCK = 8_000  # vectors that are compared at once; they fit into a processor's cache
+BLOCK = 4_000  # vectors that are compared at once; they fit into a processor's cache
 FEW = 0.2  # a filter that keeps less: its vectors are gathered; else the others are skipped
 LEAST = 20_000  # a filter that keeps fewer items: all of them are compared
 RECALL_AT, WANTED_RECALL, SAMPLE = 50, 0.95, 200
@@ -125,6 +126,8 @@ class Approximate:
         self.features, self.manifest = features, manifest
         self.exact = Exact(features)
         self.index = faiss.read_index(str(path))
+        if self.index.ntotal != len(rows_I):
+            raise ValueError(f"{self.index.ntotal} vectors, but {len(rows_I)} keys")
         self.rows_I = rows_I
         indexed = np.zeros(len(features), bool)
         indexed[rows_I[rows_I >= 0]] = True
@@ -185,8 +188,10 @@ def open_index(items: pa.Table, features: np.ndarray, folder: Path) -> Exact | A
         return Exact(features)
     again = "; delete it, or build the index again"
     manifest = read_json_file(path, "not the manifest of an index: ", again)
-    name = manifest.get("build", "") if isinstance(manifest, dict) else ""
-    if not isinstance(name, str) or not name.isalnum() or manifest.get("version") != VERSION:
+    name = str(manifest.get("build", "")) if isinstance(manifest, dict) else ""
+    numbers = [manifest.get(n) for n in ("width", "nprobe", "enlarge")] if name else []
+    complete = name and all(type(n) is int and n > 0 for n in numbers)
+    if not complete or not re.fullmatch("[0-9a-f]{16}", name) or manifest.get("version") != VERSION:
         raise UserError(f"{path}: not the manifest of an index of version {VERSION}{again}")
     if manifest["width"] != features.shape[1]:
         raise UserError(f"{path}: features of {manifest['width']} numbers, and the gallery's have "

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,74 +16,83 @@ PERSONS, WIDTH, LATENT, PICTURES = 1_000_000, 512, 64, 50
 HITS, QUERIES, ADDED = 50, 100, 1_000
 MEMORY = 2**29  # bytes of the index
 
-# Calls a function several times, or once=True; the row of the table has what else is given.
-Measure = Callable[..., dict[str, Any]]
+Measured = tuple[str, list[float], dict[str, float]]  # name, seconds of each call, notes
 
 
-def bench_search(measure: Measure) -> Iterator[dict[str, Any]]:
-    """Rows of the table. The features lie in a file that is mapped, as those of a gallery can.
+def bench_search(once: Callable[[Callable[[], object]], float], repeat: int) -> Iterator[Measured]:
+    """Lines of the table. Searches whose times are to be compared are called in turn.
 
-    They are clustered: PICTURES of each person, which differ from each other in LATENT directions
-    and a little in all others. Queries are sums of a few of them with random signs, which are as
-    far from all of them as sentences are.
+    The features lie in a file that is mapped. They are clustered: PICTURES of each person, which
+    differ from each other in LATENT directions, and a little in all others. Queries are sums of a
+    few of them with random signs, which are as far from all of them as sentences are.
+
+    Args:
+        once: gives the seconds of a call.
+        repeat: calls of each search.
     """
+
+    def in_turn(searches: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        for search in searches.values():
+            search()
+        seconds: dict[str, list[float]] = {name: [] for name in searches}
+        for _ in range(repeat):
+            for name, search in searches.items():
+                seconds[name].append(once(search))
+        return seconds
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         features = _features(folder / "features.npy", PERSONS + ADDED)
         some, items = features[:PERSONS], _items(PERSONS)
         random = np.random.default_rng(1)
-        mixed_QMD = some[np.sort(random.integers(0, PERSONS, (QUERIES, 16)))].astype(np.float32)
+        mixed_QMD = some[random.integers(0, PERSONS, (QUERIES, 16))].astype(np.float32)
         signs_QM = random.choice([-1, 1], mixed_QMD.shape[:2])
         queries_QD = unit(np.einsum("qm,qmd->qd", signs_QM, mixed_QMD)).astype(np.float32)
+        first = (queries_QD[:1], HITS)
         mask = random.random(PERSONS) < 0.01
 
-        faiss, before = faiss_library(), own_mib()
-        flat = faiss.IndexFlatIP(WIDTH)
+        memory = [own_mib()]
+        flat = faiss_library().IndexFlatIP(WIDTH)
         for start in range(0, PERSONS, 50_000):
             flat.add(some[start : start + 50_000].astype(np.float32))
-        yield measure(
-            "search, faiss IndexFlatIP", partial(flat.search, queries_QD[:1], HITS),
-            memory_mib=own_mib() - before,
-        )  # fmt: skip
-        del flat
-
-        before = own_mib()
-        exact = partial(Exact(some).search, queries_QD[:1], HITS)
-        exact()
-        yield measure("search, exact", exact, memory_mib=own_mib() - before)
-        yield measure("search, exact, 1 % by a filter", partial(exact, mask))
-        before = own_mib()
+        memory.append(own_mib())
+        exact = Exact(some)
+        exact.search(*first)
+        memory.append(own_mib())
         kept = Exact(some, keep=True)
-        yield measure(
-            "search, exact, kept in memory", partial(kept.search, queries_QD[:1], HITS),
-            memory_mib=own_mib() - before,
-        )  # fmt: skip
+        memory.append(own_mib())
+        searches: dict[str, Callable[[], object]] = {
+            "search, faiss IndexFlatIP": partial(flat.search, *first),
+            "search, exact": partial(exact.search, *first),
+            "search, exact, kept in memory": partial(kept.search, *first),
+            "search, exact, 1 % by a filter": partial(exact.search, *first, mask),
+        }
+        for (name, seconds), more in zip(
+            in_turn(searches).items(), [*np.diff(memory).tolist(), 0.0], strict=True
+        ):
+            yield name, seconds, {"memory_mib": more}
         true_QK = kept.search(queries_QD, HITS)[1]
-        del kept
+        del flat, kept, searches
 
-        yield measure("build the index", lambda: build(items, some, folder, MEMORY), once=True)
+        yield "build the index", [once(partial(build, items, some, folder, MEMORY))], {}
         index = open_index(items, some, folder)
         assert isinstance(index, Approximate)
-        found_QK = index.search(queries_QD, HITS)[1]
-        yield measure(
-            "search, by the index", partial(index.search, queries_QD[:1], HITS),
-            memory_mib=own_mib() - before, recall=recall_of(found_QK, true_QK),
-        )  # fmt: skip
-        yield measure(
-            "search, by the index, 1 % by a filter",
-            partial(index.search, queries_QD[:1], HITS, mask),
+        recall = recall_of(index.search(queries_QD, HITS)[1], true_QK)
+        all_items = _items(PERSONS + ADDED)
+        opening = [once(partial(open_index, all_items, features, folder))]
+        grown = open_index(all_items, features, folder)
+        plain, new = "search, by the index", f"search, by the index, {ADDED:,} new persons"
+        times = in_turn(
+            {
+                plain: partial(index.search, *first),
+                f"{plain}, 1 % by a filter": partial(index.search, *first, mask),
+                new: partial(grown.search, *first),
+            }
         )
-        del index
-        more = _items(PERSONS + ADDED)
-        yield measure(
-            f"open the index with {ADDED:,} new persons",
-            lambda: open_index(more, features, folder), once=True,
-        )  # fmt: skip
-        index = open_index(more, features, folder)
-        yield measure(
-            f"search, by the index, {ADDED:,} new persons",
-            partial(index.search, queries_QD[:1], HITS),
-        )
+        notes = {plain: {"memory_mib": index.manifest["bytes"] / 2**20, "recall": recall}}
+        for name, seconds in times.items():
+            yield name, seconds, notes.get(name, {})
+        yield f"open the index with {ADDED:,} new persons", opening, {}
 
 
 def own_mib() -> float:

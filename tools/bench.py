@@ -368,12 +368,8 @@ def bench_search(clock: Clock) -> Iterator[Row]:
             f"{error.name} is not installed: pip install -r requirements-search.txt"
         ) from None
 
-    def measure(
-        name: str, run: Callable[[], object], once: bool = False, **others: float | str
-    ) -> Row:
-        return row(name, [clock.once(run)] if once else clock(run), **others)
-
-    yield from _bench_search.bench_search(measure)
+    for name, seconds, notes in _bench_search.bench_search(clock.once, clock.repeat):
+        yield row(name, seconds, **notes)
 
 
 def table_of(rows: list[Row]) -> str:

@@ -207,6 +207,8 @@ def test_a_folder_without_an_index_is_searched_exactly(items, features, tmp_path
         (lambda f, m: (f / f"{m['build']}.faiss").unlink(), "it cannot be read"),
         (lambda f, m: (f / f"{m['build']}.faiss").write_bytes(b"none"), "it cannot be read"),
         (lambda f, m: (f / f"{m['build']}.npy").unlink(), "it cannot be read: .*No such file"),
+        (lambda f, m: np.save(f / f"{m['build']}.npy", np.arange(5)), "3000 vectors, but 5 keys"),
+        (lambda f, m: (f / MANIFEST).write_text(json.dumps({**m, "nprobe": "9"})), "not the manifest"),
         (lambda f, m: (f / MANIFEST).write_text("{"), "not the manifest of an index"),
         (lambda f, m: (f / MANIFEST).write_text("[]"), "not the manifest of an index"),
         (lambda f, m: (f / MANIFEST).write_text(json.dumps({**m, "build": "../x"})), "not the manifest"),

@@ -1,14 +1,18 @@
 """k-reciprocal re-ranking equals a direct version, and ranks people that stand together higher."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import test as test_entry
 from gallery.index import unit
 from gallery.rerank import RERANKED, distances, rank_reranked, rerank
 from tests.gallery.made import made_features
+from tests.helpers import run
+from tests.reliability.runs import train_small_run
 from utils.metrics import rank_gallery
 
 
@@ -123,3 +127,21 @@ def test_metrics_are_those_of_the_new_order(evaluation, monkeypatch):
     assert ranked.gallery == 60
     assert ranked.summary().metrics != rank_gallery(*evaluation).summary().metrics
     assert RERANKED == 200
+
+
+def test_an_evaluation_reports_both_rankings(mini_root, tmp_path, monkeypatch, capsys):
+    folder = train_small_run(mini_root, tmp_path)
+    words = ("--config_file", folder / "configs.yaml", "--root_dir", mini_root, "--device", "cpu")
+    results, shown = [], []
+    for more in ((), ("--rerank",)):
+        run(test_entry.main, monkeypatch, *words, *more)
+        results.append(json.loads((folder / "test_results.json").read_text())["splits"]["test"])
+        shown.append(capsys.readouterr().out)
+    plain, both = results
+    assert "reranked" not in plain and both["galleries"] == plain["galleries"]
+    assert both["reranked"].keys() == plain["galleries"].keys()
+    assert "re-ranked" not in shown[0]
+    assert "| aerial " in shown[1] and "| aerial, re-ranked " in shown[1]
+    for name, row in both["reranked"].items():
+        assert f"| {name}, re-ranked " in shown[1] and f" {row['mAP']:.2f} |" in shown[1]
+        assert row["gallery"] == plain["galleries"][name]["gallery"]
