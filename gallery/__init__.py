@@ -10,8 +10,10 @@
     where      the grammar of filters
     index      nearest features: FAISS here, or Milvus elsewhere
     query      sentences and pictures to hits
+    pictures   the picture of a hit: a file or a frame, and the box in it
     heatmap    why this one: where in a picture a sentence is seen
     sheet      hits as a picture or a page
+    onnx       an encoder without torch, as tools/export.py --onnx writes it
     page       the search page
     commands_* the commands of search.py
 

@@ -93,6 +93,9 @@ def main() -> None:
     )
     parser.add_argument("run", type=path_option, metavar="RUN", help="folder of a run")
     parser.add_argument("--people", default=60, type=int, help="test people, two pictures of each")
+    parser.add_argument(
+        "--coarse", action="store_true", default=False, help="maps of one copy of the picture"
+    )
     parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
     given = parser.parse_args()
     if given.people < 1:
@@ -102,7 +105,7 @@ def main() -> None:
     for image, caption, named in scenes(given.people):
         for part, (word, mask) in named.items():
             text_D = run.encode_text(about(caption, word) if word else caption)[0]
-            (heat,) = heat_maps(run.model, [image], text_D)
+            (heat,) = heat_maps(run.model, [image], text_D, fine=not given.coarse)
             hit = bool(mask[np.unravel_index(heat.argmax(), heat.shape)])
             mass = float(heat[mask].sum() / (heat.sum() or 1))
             results.setdefault(part, []).append((hit, mass, float(mask.mean())))

@@ -8,6 +8,7 @@ from PIL import Image as PILImage
 
 import tools.pointing as pointing
 from datasets.mini.build import sample_pair, sample_people
+from datasets.transforms import convert_image, normalise
 from gallery.heatmap import about, heat, heat_maps, overlay, phrases
 from model.backbone import Backbone
 from model.build import build_model
@@ -96,6 +97,17 @@ def test_maps_have_their_pictures_size_and_a_maximum_of_1_and_are_the_same_each_
     assert all(map(np.array_equal, maps, again))
     steps = [np.abs(np.diff(m, axis=axis)).max() for m in maps for axis in (0, 1)]
     assert max(steps) < 0.2  # smooth: a patch has 16 pixels, here less than 16 of the picture
+
+
+def test_a_coarse_map_is_that_of_the_picture_as_it_is(model):
+    config, image = model.base_model.config, picture(2, 32, 96)
+    (coarse,) = heat_maps(model, [image], TEXT, fine=False)
+    given = normalise(convert_image(image, (96, 32))[None], config.image_mean, config.image_std)
+    patches = heat(model.base_model, given, TEXT).view(1, 1, 6, 2)
+    expected = F.interpolate(patches, (96, 32), mode="bilinear", align_corners=False)[0, 0].numpy()
+    np.testing.assert_allclose(coarse, expected / expected.max(), atol=1e-5)
+    (fine,) = heat_maps(model, [image], TEXT)
+    assert np.abs(fine - coarse).max() > 0.01
 
 
 def test_a_map_leaves_no_gradient_and_no_hook_in_the_model(model):
