@@ -7,7 +7,7 @@
 For a ViT this is Grad-ECLIP (Zhao et al., ICML 2024), summed over all blocks: a patch is as hot as
 its value in the class token's attention raises the cosine of picture and sentence, weighted by how
 similar its key is to the class token's query. For a ResNet it is Grad-CAM (Selvaraju et al., ICCV
-2017) on the last feature map. docs/search_heatmaps.md compares methods.
+2017) on the last feature map. docs/search.md compares methods.
 
 Shapes: B copies of a picture, N patches of the grid [R, C], E width of a block, D joint space.
 """

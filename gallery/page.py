@@ -40,14 +40,14 @@ EXAMPLES = (
     "a man in a grey shirt with a black backpack",
     "a person in a red jacket, blue jeans and white shoes",
 )
+SESSIONS = 200  # visitors whose question is remembered, 0.3 MB each; the oldest is forgotten first
 AT_ONCE = 4  # requests that are answered at once; the others wait
 WRONG_SECONDS = 1.0  # for which a wrong password keeps all others waiting that are wrong
 MAX_BODY = 2**16  # bytes of a request
 # What a browser may ask for. Gradio's other addresses (files, uploads, proxies, an API) are closed.
 OPEN = re.compile(
     r"/|/config/?|/login/?|/logout/?|/theme\.css|/favicon\.ico|/(?:assets|static)/[\w./-]+"
-    r"|/gradio_api/(?:queue/(?:join|data)|heartbeat/\w+|startup-events|app_id|login_check|user|token"
-    r"|cancel)/?"
+    r"|/gradio_api/(?:queue/(?:join|data)|heartbeat/\w+|startup-events|cancel)/?"
 )
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; font-src 'self' data:; "
@@ -304,6 +304,7 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
         as_json.click(partial(do.save, "json"), turn, saved, **how)
         as_page.click(partial(do.save, "html"), turn, saved, **how)
         page.load(do.newest, None, [header, *choices], **how)
+    page.state_session_capacity = SESSIONS
     page.queue(max_size=max_requests, default_concurrency_limit=AT_ONCE, api_open=False)
     return page
 

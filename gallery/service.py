@@ -18,11 +18,12 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets.thumbnails import cropped, thumbnail
@@ -118,8 +119,10 @@ class Snapshot:
             gallery.items, gallery.features, gallery.folder / INDEX
         )
         self.root = gallery.manifest["root"]
+        self.generic_GD = encoder.encode_text(GENERIC).numpy()
         self._ids = gallery.items["id"].to_numpy()
-        self.card = lru_cache(CACHED)(self._card)
+        # Without a reference to self: features are large, and a cycle would keep them for a while.
+        self.card = lru_cache(CACHED)(partial(_card, gallery.items, self.root))
 
     def __len__(self) -> int:
         return len(self.gallery.items)
@@ -132,7 +135,7 @@ class Snapshot:
         return int(rows[0])
 
     def item(self, row: int) -> dict[str, Any]:
-        return self.gallery.items.slice(row, 1).to_pylist()[0]
+        return _item(self.gallery.items, row)
 
     def choices(self) -> dict[str, list[str]]:
         """By column, the values that it has, for columns with more than one."""
@@ -143,9 +146,6 @@ class Snapshot:
             if 1 < len(found) <= MAX_CHOICES:
                 values[name] = sorted(found)
         return values
-
-    def _card(self, row: int) -> str:
-        return thumbnail(picture_of(self.item(row), self.root), CARD)[1]
 
 
 class Service:
@@ -166,6 +166,8 @@ class Service:
         self._model = threading.Lock()
         self._readers = ThreadPoolExecutor(cores())
         self._snapshot: Snapshot | None = None
+        self._encoder: Encoder | None = None
+        self._made_with: object = None  # what the manifest says of the encoder
         self.now()
 
     def now(self) -> Snapshot:
@@ -174,17 +176,17 @@ class Service:
         with self._lock:
             signature = [_signature(self.folder / MANIFEST)]
             signature.append(_signature(self.folder / INDEX / INDEX_MANIFEST))
-            old = self._snapshot
-            if old is None or old.signature != signature:
+            if self._snapshot is None or self._snapshot.signature != signature:
                 self._snapshot = None  # two galleries may not fit into memory
                 gallery = Gallery.open(self.folder)
                 about = gallery.manifest["encoder"]
-                if old is not None and old.gallery.manifest["encoder"] == about:
-                    encoder = old.encoder
-                else:
-                    encoder = load_encoder(gallery.manifest, run=self._run, device=self._device)
-                self._snapshot = Snapshot(gallery, encoder, signature)
-            assert self._snapshot is not None
+                with self._model:
+                    if self._encoder is None or self._made_with != about:
+                        self._encoder = load_encoder(
+                            gallery.manifest, run=self._run, device=self._device
+                        )
+                        self._made_with = about
+                    self._snapshot = Snapshot(gallery, self._encoder, signature)
             return self._snapshot
 
     def answer(self, question: Question, page: int = 0) -> Answer:
@@ -288,9 +290,8 @@ class Service:
             return now.gallery.features[now.row(question.like)].astype(np.float32), None
         sentences = [text for text in (question.sentence, question.minus) if text]
         with self._model:
-            text_QD = now.encoder.encode_text([*sentences, *GENERIC]).numpy()
-        features_ND, generic_GD = text_QD[: len(sentences)], text_QD[len(sentences) :]
-        return combine(features_ND, [1.0, MINUS][: len(sentences)]), generic_GD
+            text_QD = now.encoder.encode_text(sentences).numpy()
+        return combine(text_QD, [1.0, MINUS][: len(sentences)]), now.generic_GD
 
 
 def title(question: Question) -> str:
@@ -333,6 +334,15 @@ def _filter(question: Question, now: Snapshot) -> where.Filter | None:
                 raise UserError("The view of this person is not known.")
             parts.append(where.Comparison("view", "!=", view))
     return where.And(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _item(items: pa.Table, row: int) -> dict[str, Any]:
+    return items.slice(row, 1).to_pylist()[0]
+
+
+def _card(items: pa.Table, root: str, row: int) -> str:
+    """The thumbnail of an item as a data URL. Raises UserError if it cannot be read."""
+    return thumbnail(picture_of(_item(items, row), root), CARD)[1]
 
 
 def _signature(path: Path) -> object:

@@ -17,6 +17,7 @@ from gallery.service import MAX_HITS, MAX_SENTENCE, Question, Service
 from gallery.store import Gallery
 from tests.gallery.conftest import NASTY, serving
 from tests.helpers import run
+from tools import askers
 from utils.errors import UserError
 
 SENTENCE = "a woman in a yellow dress with a black bag"
@@ -267,6 +268,15 @@ def test_the_server_gives_out_no_file_and_no_api(served, service, tmp_path):
         assert service.now().root not in start.text
         assert client.post("/gradio_api/queue/join", content=b"x" * 10**5).status_code == 413
         assert client.get("/", headers={"host": "example.org"}).status_code == 421
+
+
+def test_many_askers_are_all_answered(served, monkeypatch, capsys):
+    run(askers.main, monkeypatch, served[0], "--askers", 6, "--seconds", 0.2)
+    *_, values, _ = capsys.readouterr().out.strip().splitlines()
+    count, answers, *_, errors = [value.strip() for value in values.strip("|").split("|")]
+    assert (count, errors) == ("6", "0") and int(answers) >= 6
+    with pytest.raises(UserError, match="not a search page without a password"):
+        run(askers.main, monkeypatch, served[1])
 
 
 def test_a_page_with_a_password_is_closed_without_it(served, monkeypatch):
