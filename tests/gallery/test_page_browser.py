@@ -42,7 +42,7 @@ def visit(browser):
         context = browser.new_context(viewport=size, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(30_000)
         page.on(
             "request",
             lambda r: r.url.startswith((url, "data:", "blob:")) or elsewhere.append(r.url),
