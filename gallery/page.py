@@ -69,6 +69,23 @@ element.addEventListener('click', event => {
   trigger('select', {...button.dataset});
 });
 """
+# Gradio forgets clicks while one is answered: the last one is told again until its person is open.
+INSIST = """
+let timer;
+const insist = (button, tries) => {
+  clearTimeout(timer);
+  timer = setTimeout(() => {
+    const open = document.querySelector('#person h2')?.dataset.of;
+    if (!tries || open === button.dataset.id || !button.isConnected) return;
+    if (open) trigger('select', {...button.dataset});
+    insist(button, tries - 1);
+  }, 400);
+};
+element.addEventListener('click', event => {
+  const button = event.target.closest('button');
+  if (button) insist(button, 20);
+});
+"""
 # A person who is opened gets the focus; who is closed, by the button or by Escape, gives it back.
 OPENED = """
 const focus = () => {
@@ -87,15 +104,19 @@ element.closest('#person').addEventListener('keydown', event => {
   if (event.key === 'Escape') close();
 });
 """
-# The button of the words that were chosen keeps the focus when the map comes.
+# The button of the words that were chosen keeps the focus when the map comes. A map that comes when
+# another person is open is replaced by that person's.
 WORDS = """
 let chosen = false;
+const panel = element.closest('#person');
 element.addEventListener('click', event => { if (event.target.closest('button')) chosen = true; });
 watch('value', () => {
   if (chosen && !element.querySelector('.waiting')) {
     element.querySelector('[aria-pressed=true]')?.focus({preventScroll: true});
     chosen = false;
   }
+  const [head, heat] = ['h2', '.pair'].map(part => panel.querySelector(part)?.dataset.of);
+  if (head && heat && head !== heat) trigger('select', {words: '0'});
 });
 """
 SAVE = "watch('value', () => element.querySelector('a')?.click());"
@@ -128,7 +149,7 @@ class Handlers:
         pairs = zip(self.columns, chosen, strict=True)
         question = Question(
             one_line(sentence), one_line(minus), tuple((c, v) for c, v in pairs if v),
-            one_line(text), count=int(count), collapse=bool(collapse),
+            whole(text).strip(), count=int(count), collapse=bool(collapse),
         )  # fmt: skip
         return self.answer(question, 0)
 
@@ -164,14 +185,14 @@ class Handlers:
         try:
             person = self.service.person(identifier)
         except UserError as error:
-            head = _html("person_head", heading="Nobody", problem=f"{error}")
+            head = _html("person_head", of="", heading="Nobody", problem=f"{error}")
             return [None, gr.Column(visible=True), head, "", ""]
         words = [] if question is None or person.problem else self.service.words(question)
         views = "view" in self.service.now().choices() and person.item["view"] is not None
         return [
             identifier, gr.Column(visible=True),
-            _html("person_head", heading="This person", problem=person.problem),
-            _html("heat", picture=person.picture, heat="", words=words, number=0, problem=""),
+            _html("person_head", of=identifier, heading="This person", problem=person.problem),
+            _heat(identifier, person.picture, "", words),
             _html("person", person=person, facts=_about(person), views=views),
         ]  # fmt: skip
 
@@ -186,10 +207,7 @@ class Handlers:
                 heat = self.service.heat(question, identifier, number)
         except UserError as error:
             reason = f"{error}"
-        return _html(
-            "heat", picture=picture, heat=heat, words=words if picture else [], number=number,
-            problem=reason,
-        )  # fmt: skip
+        return _heat(identifier, picture, heat, words if picture else [], number, reason)
 
     def other_words(
         self, question: Question | None, identifier: int | None, event: gr.EventData
@@ -223,7 +241,10 @@ class Handlers:
 
     def newest(self) -> list[Any]:
         """The header, and the lists of choices, of the gallery as it is now."""
-        known = self.service.now().choices()
+        try:
+            known = self.service.now().choices()
+        except UserError:  # the next question says what is wrong
+            return [gr.skip()] * (1 + len(self.columns))
         lists = [gr.Dropdown(choices=_choices(known.get(column, []))) for column in self.columns]
         return [self.header(), *lists]
 
@@ -271,7 +292,9 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
         status = html("", elem_id="status")
         with gr.Row(elem_id="found", equal_height=False):
             with gr.Column(scale=3, min_width=0):
-                hits = html(_html("hits", hits=[], note=START), elem_id="hits", js_on_load=CHOOSE)
+                hits = html(
+                    _html("hits", hits=[], note=START), elem_id="hits", js_on_load=CHOOSE + INSIST
+                )
                 with gr.Row(visible=False, elem_id="bar") as bar:
                     small = partial(gr.Button, size="sm", min_width=120)
                     back, forth = small("← Previous"), small("Next →")
@@ -314,9 +337,14 @@ def example(event: gr.EventData) -> str:
     return EXAMPLES[number_of(event, "example") % len(EXAMPLES)]
 
 
+def whole(text: str | None) -> str:
+    """A visitor's text without unpaired surrogates, which cannot be encoded."""
+    return (text or "").encode("utf-8", "replace").decode()
+
+
 def one_line(text: str | None) -> str:
-    """A visitor's text without line breaks and unpaired surrogates."""
-    return " ".join((text or "").encode("utf-8", "replace").decode().split())
+    """A visitor's sentence without line breaks."""
+    return " ".join(whole(text).split())
 
 
 def number_of(event: gr.EventData, name: str) -> int:
@@ -347,6 +375,21 @@ def _choices(values: Sequence[str]) -> list[tuple[str, str]]:
 
 def _html(template: str, **values: object) -> str:
     return render(TEMPLATES / f"{template}.html.jinja", **values, facts_of=_facts)
+
+
+def _heat(
+    identifier: int, picture: str, heat: str, words: list[str], number: int = 0, reason: str = ""
+) -> str:
+    """A person beside its heat map, and the words for which there can be one."""
+    return _html(
+        "heat",
+        of=identifier,
+        picture=picture,
+        heat=heat,
+        words=words,
+        number=number,
+        problem=reason,
+    )
 
 
 def _facts(hit: Hit) -> list[str]:

@@ -162,6 +162,17 @@ def test_a_phone_shows_all_of_it_and_a_keyboard_is_enough(visit, address):
     assert max(map(int, re.findall(r"\d+", dark)[:3])) < 60
 
 
+def test_of_quick_clicks_the_last_one_counts(visit, address):
+    page = visit(address)
+    ask(page, SENTENCE)
+    page.locator(".hit").nth(3).wait_for()
+    for n in range(4):
+        page.locator(".hit").nth(n).click()
+    last = page.locator(".hit").nth(3).get_attribute("data-id")
+    for part in ("h2", ".pair"):
+        page.locator(f"#person {part}[data-of='{last}']").wait_for()
+
+
 def test_what_cannot_be_asked_is_said(visit, address):
     page = visit(address)
     for sentence, where, message in (
