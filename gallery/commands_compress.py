@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from gallery.find import INDEX
-from gallery.index import build
+from gallery.index import INDEX, build
 from gallery.store import Gallery
 from utils.console import say
 from utils.files import path_option

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gallery import where
+from gallery.index import INDEX, remove_index
 from gallery.indexing import stored_path
 from gallery.store import MANIFEST, NEXT, Part, Store, below, read_manifest, writing
 from utils.console import say
@@ -25,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--identity", nargs="+", metavar="NAME", help="everyone of these identities")
     which.add_argument("--path", nargs="+", metavar="PATH",
         help="everyone in these pictures, videos and folders")  # fmt: skip
+    which.add_argument("--where", metavar="FILTER", help="everyone for whom this holds, as in find")
     which.add_argument("--id", nargs="+", type=int, metavar="INT", help="the rows with these ids")
 
 
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
                 "finish it first"
             )
         store.clean()
-        deleted = 0
+        deleted, indexed = 0, False
         parts: list[Part | None] = []
         for part in store.parts:
             items = store.read(part, "items")
@@ -48,9 +51,13 @@ def run(args: argparse.Namespace) -> None:
             parts.append(store.rewritten(part, ~chosen, items) if chosen.any() else part)
         if not deleted:
             raise UserError(f"--gallery {folder}: has nobody of these; nothing is deleted")
+        # First, because it has the features too, in short codes.
+        indexed = remove_index(folder / INDEX)
         store.commit([part for part in parts if part is not None])
         total = sum(part["rows"] for part in store.parts)
     say(visible(f"{folder}: {deleted} people deleted, {total} are left"))
+    if indexed:
+        say(visible(f"{folder}: its index is deleted too; make it anew: search.py compress"))
 
 
 def _chosen(items: pa.Table, args: argparse.Namespace, root: str) -> np.ndarray:
@@ -60,6 +67,8 @@ def _chosen(items: pa.Table, args: argparse.Namespace, root: str) -> np.ndarray:
         absolute = [os.path.abspath(expand(path)) for path in args.path]
         kept = ["" if path == root else stored_path(path, root) for path in absolute]
         return below(items["path"], [*kept, *(path.rstrip("/") or "/" for path in args.path)])
+    if args.where:
+        return where.to_mask(where.parse(args.where, items.schema), items)
     name, values = ("identity", args.identity) if args.identity else ("id", args.id)
     known = pa.array(values, items.schema.field(name).type)
     return pc.is_in(items[name], value_set=known).to_numpy(zero_copy_only=False)

@@ -14,13 +14,14 @@ import json
 import math
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gallery import where
-from gallery.index import open_index
+from gallery.index import INDEX, open_index
 from gallery.milvus import MAX_HITS, PREFIX, Milvus
 from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
 from gallery.rerank import RERANKED, rerank
@@ -28,12 +29,11 @@ from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option
 from utils.tables import console
+from utils.text import visible
 
 if TYPE_CHECKING:
     from gallery.encode import Encoder
     from gallery.store import Gallery
-
-INDEX = "index"  # the folder of the index in a gallery
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"rank the first {RERANKED} hits again by the neighbours that they share, which takes "
         "3 ms on one core, and 3 MB; the scores shown stay the cosines")  # fmt: skip
     add("--json", action="store_true", help="print each hit as a line of JSON")
+    add("--sheet", type=path_option, metavar="FILE",
+        help="also write the hits with their pictures, into a .png or .html")  # fmt: skip
+    add("--heat", action="store_true",
+        help="--sheet: also show where in each picture the first sentence is seen")  # fmt: skip
     add("--store", default="", metavar="milvus:URI",
         help="search there: a server of Milvus or a file of Milvus Lite, to which the gallery's "
         "features were put")  # fmt: skip
@@ -103,6 +107,23 @@ def run(args: argparse.Namespace) -> None:
     )
     for line in _lines(args, gallery, part, query_D, generic_GD, hits):
         say(line)
+    if args.sheet and hits:
+        _write_sheet(args, gallery, encoder, hits)
+
+
+def _write_sheet(
+    args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, hits: list[Hit]
+) -> None:
+    from gallery.heatmap import heat_maps
+    from gallery.sheet import sheet
+
+    heat = None
+    if args.heat and encoder:
+        (text_D,) = encoder.encode_text(args.sentences[:1])
+        heat = partial(heat_maps, encoder.run.model, text_D=text_D.to(encoder.run.device))
+    query = " + ".join(args.sentences) or f"more like {', '.join(args.like)}"
+    sheet(hits, args.sheet, gallery.manifest["root"], query=query, heat=heat, whole=True)
+    say(f"wrote {visible(args.sheet)}")
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,10 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--weight {weight}: above 0; what is not wanted goes to --minus")
     if any(not text.strip() for text in (*args.sentences, *args.minus)):
         raise UserError("a sentence is empty")
+    if args.sheet and args.sheet.suffix.lower() not in (".png", ".html"):
+        raise UserError(f"--sheet {args.sheet}: give a name that ends in .png or .html")
+    if args.heat and not (args.sheet and args.sentences):
+        raise UserError("--heat: needs --sheet and a sentence")
     if args.store and not args.store.startswith(PREFIX):
         raise UserError(f"--store {args.store}: not of the form {PREFIX}URI")
 

@@ -17,6 +17,7 @@ import json
 import math
 import re
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from utils.documents import read_json_file
 from utils.errors import UserError
 from utils.files import write_atomically
 
+INDEX = "index"  # its folder in a gallery
 MANIFEST = "index.json"
 VERSION = 1
 BLOCK = 4_000  # vectors that are compared at once; they fit into a processor's cache
@@ -175,6 +177,14 @@ class Approximate:
             real = rows_C >= 0
             scores_C[real] = self.features[rows_C[real]].astype(np.float32) @ query_D
         return scores, rows_QC
+
+
+def remove_index(folder: Path) -> bool:
+    """Delete the index in a folder, which holds compressed features. Returns whether one was
+    there."""
+    there = (folder / MANIFEST).exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    return there
 
 
 def open_index(items: pa.Table, features: np.ndarray, folder: Path) -> Exact | Approximate:

@@ -29,10 +29,10 @@ import pyarrow.compute as pc
 from datasets.thumbnails import cropped, thumbnail
 from gallery import where
 from gallery.encode import Encoder, load_encoder
-from gallery.find import INDEX, as_json
+from gallery.find import as_json
 from gallery.heatmap import about, heat_maps, overlay, phrases
+from gallery.index import INDEX, Approximate, Exact, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
-from gallery.index import Approximate, Exact, open_index
 from gallery.pictures import box_of, picture_of, whole_picture
 from gallery.query import GENERIC, Hit, combine, find_hits, sureness
 from gallery.records import column_of

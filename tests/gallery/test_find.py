@@ -139,6 +139,15 @@ def test_reranking_keeps_the_hits_and_changes_their_order(as_json):
     assert changed
 
 
+def test_a_sheet_shows_the_hits_and_where_the_sentence_is_seen(find, tmp_path):
+    plain, heat = tmp_path / "plain.html", tmp_path / "heat.html"
+    lines = find(SENTENCE, "--top", "3", "--sheet", str(plain))
+    assert lines[-1] == f"wrote {plain}"
+    find(SENTENCE, "--top", "3", "--sheet", str(heat), "--heat")
+    pictures = [page.read_text().count("data:image/jpeg") for page in (plain, heat)]
+    assert pictures[0] == 3 and pictures[1] == 6 and SENTENCE in heat.read_text()
+
+
 @pytest.mark.parametrize("words", [(), ("--where", "view = 'aerial' and left is null"), ("--rerank",)])  # fmt: skip
 def test_milvus_gives_the_same_hits(as_json, gallery, tmp_path, words):
     store = Milvus(str(tmp_path / "milvus.db"))
@@ -174,6 +183,8 @@ def test_a_store_of_another_gallery_is_named(find, gallery, tmp_path):
         (("a man", "--where", "veiw = 'a'"), "filter, character 1, at 'veiw': no such column. Did you mean 'view'?"),
         (("--like", "12345"), "--like 12345: neither a file nor the id of an item"),
         (("--like", "gone.jpg"), "--like gone.jpg: neither a file nor"),
+        (("a man", "--sheet", "hits.jpg"), "--sheet hits.jpg: give a name that ends in .png or .html"),
+        (("a man", "--heat"), "--heat: needs --sheet and a sentence"),
         (("a man", "--other_view"), "--other_view: give --like the id of a person"),
         (("a man", "--store", "chroma:x"), "--store chroma:x: not of the form milvus:URI"),
     ],

@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 
 import search
 from gallery import commands_index, indexing
+from gallery.index import INDEX
 from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run
@@ -245,6 +246,7 @@ def test_info_counts_by_source_and_view(index, photos, monkeypatch, tmp_path, ca
     ("words", "left"),
     [
         (("--identity", "a"), ["b"]),
+        (("--where", "identity = 'a' and left < 10"), ["b"]),
         (("--path", "1.jpg"), ["a", "b"]),
         (("--path", "."), None),
         (("--id",), ["a", "b"]),
@@ -260,7 +262,11 @@ def test_deleted_people_are_gone_from_the_disk_and_stay_out(
         words = ("--id", by_path(gallery)["1.jpg"][0][0])
     if words == ("--path", "."):
         words = ("--path", photos)
+    index_of = tmp_path / "gallery" / INDEX
+    index_of.mkdir()
+    (index_of / "1.faiss").write_bytes(b"features in short codes")
     run(search.main, monkeypatch, "delete", "--gallery", tmp_path / "gallery", *words)
+    assert not index_of.exists()
     after = Gallery.open(tmp_path / "gallery")
     assert sorted(after.items["identity"].to_pylist()) == (left or [])
     kept = {row for rows in by_path(after).values() for row in rows}
