@@ -18,7 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
+
+import utils  # noqa: F401  before torch is loaded
+
+# isort: split
 
 import httpx
 import numpy as np
