@@ -1,4 +1,5 @@
-# make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint
+# make demo   render mini-TBAGPR, train on it from scratch, evaluate the best checkpoint, search with it
+# make page   open the search page on what `make demo` has made
 # make test   run the test suite
 # make reliability   test kills, faults and untrusted files, with more examples (9 to 13 minutes)
 # make resolve   check that the requirements can be installed on every supported Python
@@ -10,16 +11,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINI ?= data/mini-TBAGPR
+GALLERY ?= data/mini-gallery
+RUN = $$(ls -td logs/AGDataAttr/*_mini*/configs.yaml | head -n 1)
 # Each file of tests runs in one of up to four processes.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test reliability gpu resolve docs lint clean
+.PHONY: demo page test reliability gpu resolve docs lint clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-find
 	$(BIN)/python -m datasets.mini --out $(MINI)
 	$(BIN)/python train.py --config_file configs/mini.yaml --root_dir $(MINI)
 	$(BIN)/python test.py --root_dir $(MINI) --image_cache data/image-cache \
-		--config_file "$$(ls -td logs/AGDataAttr/*_mini*/configs.yaml | head -n 1)"
+		--config_file "$(RUN)"
+	$(BIN)/python search.py index --config_file "$(RUN)" --dataset_name AGDataAttr \
+		--root_dir $(MINI) --split test --gallery $(GALLERY) --reencode
+	$(BIN)/python search.py find "a woman in a yellow dress with a black bag" \
+		--gallery $(GALLERY) --top 5
+
+page: $(VENV)/installed-search
+	$(BIN)/python search.py serve --gallery $(GALLERY)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(SHARED)
@@ -47,7 +57,16 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-construction.txt $(VENV)/installed
+# The search page needs ten times as much as a search in the terminal.
+$(VENV)/installed-find: requirements-search.txt $(VENV)/installed
+	grep -E "^(faiss-cpu|pyarrow)=" requirements-search.txt | $(BIN)/pip install -q -r /dev/stdin
+	touch $@
+
+$(VENV)/installed-search: requirements-search.txt $(VENV)/installed
+	$(BIN)/pip install -q -r requirements-search.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt requirements-construction.txt requirements-search.txt $(VENV)/installed
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 

@@ -3,7 +3,8 @@
     python test.py --config_file logs/AGDataAttr/<run>/configs.yaml --root_dir data/mini-TBAGPR
 
 The metrics are printed and written to test_results.json in the checkpoint's folder. torchrun
-distributes the encoding over GPUs, as for train.py. --features keeps the features in files.
+distributes the encoding over GPUs, as for train.py. --features keeps the features in files, and
+--rerank adds the metrics with k-reciprocal re-ranking.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import utils  # noqa: F401  before torch is loaded
 import argparse
 from typing import Any
 
+from gallery.rerank import RERANKED, rank_reranked
 from processor.best import epoch_and_best
 from processor.failures import explain_failures
 from processor.inference import Run
@@ -67,6 +69,15 @@ def main() -> None:
         metrics = {k: ranked.summary() for k, ranked in galleries.items()}
         results["splits"][name] = {"galleries": {k: r.results() for k, r in metrics.items()}}
         queries |= per_query(name, galleries)
+        if args.rerank:
+            again = evaluator.galleries(features, rank_reranked)
+            reranked = {k: ranked.summary() for k, ranked in again.items()}
+            results["splits"][name]["reranked"] = {k: r.results() for k, r in reranked.items()}
+            metrics = {
+                f"{k}{suffix}": rows[k]
+                for k in metrics
+                for suffix, rows in (("", metrics), (", re-ranked", reranked))
+            }
         heading = visible(f"{name} split, which {protocol.role(name)}")
         log.info(Multiline(f"\n{heading}\n{gallery_table(metrics)}"))
         if args.bootstrap:
@@ -92,6 +103,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default: none)")  # fmt: skip
     add("--features", type=path_option, default=None, metavar="FOLDER",
         help="keep the features there, and encode only those that it lacks")  # fmt: skip
+    add("--rerank", action="store_true", default=False,
+        help=f"also report the metrics after k-reciprocal re-ranking of each caption's first "
+        f"{RERANKED} images, in rows of their own; it takes 3 ms per caption and gallery on "
+        "one core, and 3 MB")  # fmt: skip
 
 
 if __name__ == "__main__":

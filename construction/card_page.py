@@ -6,18 +6,16 @@ them. The HTML has no script and loads nothing from outside; pictures are in it 
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from construction.records import Box
-from datasets.transforms import BrokenImage, read_image
+from datasets import thumbnails
+from datasets.images import BrokenImage, read_image
+from utils.pages import render
 from utils.tables import in_markdown, markdown
 from utils.text import visible
 
@@ -152,12 +150,8 @@ class Page(NamedTuple):
 
 def in_html(page: Page) -> str:
     """The page as one HTML file."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: value if hasattr(value, "__html__") else visible(value),
-    )  # fmt: skip
-    return environment.get_template("card.html.jinja").render(page=page, thumbnail=THUMBNAIL)
+    template = Path(__file__).parent / "templates/card.html.jinja"
+    return render(template, page=page, thumbnail=THUMBNAIL)
 
 
 def in_text(page: Page) -> str:
@@ -176,19 +170,11 @@ def thumbnail(file: Path | str, box: Box | None = None) -> str:
     """A small JPEG of a picture, or of a box in it, as a data URL; empty if it cannot be read."""
     try:
         image = read_image(str(file))
-    except BrokenImage:
+        if box is not None:
+            image = thumbnails.cropped(image, box)
+    except (BrokenImage, ValueError):
         return ""
-    if box is not None:
-        left, top, width, height = box
-        right, bottom = min(left + width, image.width), min(top + height, image.height)
-        left, top = max(left, 0), max(top, 0)
-        if left >= right or top >= bottom:
-            return ""
-        image = image.crop((left, top, right, bottom))
-    image.thumbnail(THUMBNAIL)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return thumbnails.thumbnail(image, THUMBNAIL)[1]
 
 
 def _block(block: Block) -> str:

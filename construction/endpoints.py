@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from construction.recipe import Endpoint, Models
 from construction.store import Store, key_of
-from datasets.transforms import read_image
+from datasets.images import read_image
 from utils.console import LOGGER_NAME
 from utils.errors import UserError, suggest
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from construction.recipe import Limit, Quality
 from construction.records import Candidate, Measure, Picture
-from datasets.transforms import BrokenImage, read_image
+from datasets.images import BrokenImage, read_image
 from utils.files import add_to_hash
 
 SIZE = (128, 384)  # width and height at which sharpness is measured

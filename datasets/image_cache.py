@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
+from datasets.images import BrokenImage
 from datasets.shards import image_status
-from datasets.transforms import BrokenImage, load_image
+from datasets.transforms import load_image
 from utils.console import LOGGER_NAME, process_rank
 from utils.documents import load_json
 from utils.errors import UserError

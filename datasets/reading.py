@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from datasets.compact import Entries
+from datasets.images import MAX_BYTES
 from datasets.records import Data, Image, TrainSample
 from datasets.shards import BLOCK, INDEX_AGAIN, Member, image_status, open_image, split_member
-from datasets.transforms import MAX_BYTES
 from utils.errors import UserError
 from utils.tokenizer import MAX_TEXT, MAX_WORD, is_cut, text_problem
 

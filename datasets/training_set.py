@@ -9,10 +9,11 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from datasets.image_cache import ImageFiles
+from datasets.images import BrokenImage
 from datasets.records import TrainSample
 from datasets.samplers import Key
 from datasets.text import TextAugmentation, TokenizedCaptions, trim
-from datasets.transforms import UNIFORM_PLAIN, BrokenImage
+from datasets.transforms import UNIFORM_PLAIN
 from utils.errors import UserError
 
 

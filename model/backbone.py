@@ -25,13 +25,14 @@ from model.weights import (
     BackboneConfig,
     config_from_choice,
     config_from_weights,
-    find_weights,
+    is_hub,
     openai_note,
     parse_choice,
     patch_grid,
+    read_weights,
     resize_positions,
 )
-from utils.checkpoint import load_checkpoint, refuse_nonfinite
+from utils.checkpoint import refuse_nonfinite
 from utils.errors import UserError
 
 PLAIN_ATTENTION_BELOW = 128  # tokens
@@ -172,7 +173,7 @@ class Backbone(open_clip.CLIP):
         with self._attention_kernel(length, x.device):
             x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
         tokens_BLD = self.ln_final(x) @ self.text_projection
-        rows = torch.arange(len(ids_BL), device=ids_BL.device)
+        rows = torch.arange(ids_BL.shape[0], device=ids_BL.device)
         return tokens_BLD[rows, ids_BL.argmax(dim=-1)], tokens_BLD
 
     def _adapt_vision(self, stride: int | None) -> None:
@@ -228,8 +229,8 @@ def load_backbone(
     Args:
         choice: an OpenAI name ("ViT-B/16"), a model and pretrained tag of open_clip
             ("ViT-B-16/laion2b_s34b_b88k"), the path of a file (OpenAI archive, state dict or
-            safetensors) with an OpenAI architecture, a model and such a path
-            ("ViT-B-16@weights/x.pt"), or "scratch".
+            safetensors) with an OpenAI architecture or of a folder of tools/export.py --hub, a
+            model and such a path ("ViT-B-16@weights/x.pt"), or "scratch".
         image_size, stride, half: see `Backbone`.
         scratch: the architecture for "scratch".
 
@@ -242,14 +243,14 @@ def load_backbone(
         backbone = Backbone(scratch, image_size, stride, half)
         backbone.reset_from_scratch()
         return backbone
-    path = find_weights(choice)
-    checkpoint = load_checkpoint(path)
+    path, checkpoint = read_weights(choice)
     weights, named = checkpoint["model"], config_from_choice(choice)
     config = named or config_from_weights(weights, str(path))
     backbone = Backbone(config, image_size, stride, half)
     weights, note = resize_positions(weights, config, backbone.grid, checkpoint, str(path))
     if parse_choice(choice).file:
-        notes = ["" if named else openai_note(path, config), checkpoint.get("assumed", ""), note]
+        known = named or is_hub(choice)
+        notes = ["" if known else openai_note(path, config), checkpoint.get("assumed", ""), note]
         backbone.notes = [note for note in notes if note]
     expected = backbone.state_dict()
     counters = {n for n in expected if n.endswith("num_batches_tracked")}  # not in old archives

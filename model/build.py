@@ -21,6 +21,7 @@ from model.losses.firm import SentenceTable
 from model.losses.registry import LOSSES
 from model.weights import (
     NOT_IN_SHAPES,
+    PREFIX,
     BackboneConfig,
     config_from_choice,
     config_from_weights,
@@ -34,8 +35,6 @@ from utils.checkpoint import refuse_nonfinite
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError, suggest
 from utils.tables import console
-
-PREFIX = "base_model."  # of the names of the backbone's weights in a checkpoint
 
 
 def build_sentences(args: EasyDict) -> SentenceTable:

@@ -28,6 +28,8 @@ from open_clip.pretrained import (
 )
 from torch import Tensor
 
+from utils.checkpoint import load_checkpoint
+from utils.documents import read_json_file
 from utils.errors import UserError, suggest
 from utils.files import expand
 
@@ -39,6 +41,9 @@ OPENAI_MODELS = {name: name for name in ("RN50", "RN101", "RN50x4", "RN50x16", "
     "ViT-L/14@336px": "ViT-L-14-336",
 }
 WEIGHTS_CACHE = Path("~/.cache/clip")  # OpenAI's CLIP, IRRA and open_clip use it too
+PREFIX = "base_model."  # of the names of the backbone's weights in a checkpoint
+# A run in Hugging Face's habit, as tools/export.py --hub writes it.
+HUB_CONFIG, HUB_WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def parse_choice(choice: str) -> Choice:
     """The parts of a `--pretrain_choice`.
 
     It has one of these forms: an OpenAI NAME, MODEL/TAG of open_clip, FILE, or @FILE after a NAME,
-    a MODEL/TAG or a MODEL. Raises UserError for a model without such a tag.
+    a MODEL/TAG or a MODEL. FILE may be a folder of tools/export.py --hub. Raises UserError for a
+    model without such a tag.
     """
     parts = _parse_name(choice)
     if parts and parts.tag:
@@ -101,9 +107,10 @@ def find_weights(choice: str) -> Path:
     if not parts.file:
         return _fetch_weights(choice, parts.model, parts.tag)
     path = Path(expand(parts.file))
+    path = path / HUB_WEIGHTS if path.is_dir() else path
     if path.is_file():
         return path
-    if parts.model:
+    if parts.model or path.name == HUB_WEIGHTS:
         raise UserError(f"--pretrain_choice {choice}: {path}: no such file")
     model = choice.partition("@")[0]
     raise UserError(
@@ -115,6 +122,37 @@ def find_weights(choice: str) -> Path:
             else suggest(model, [*OPENAI_MODELS, *open_clip.list_models()])
         )
     )
+
+
+def is_hub(choice: str) -> bool:
+    """Whether a `--pretrain_choice` names a folder, as tools/export.py --hub writes it."""
+    file = parse_choice(choice).file
+    return bool(file) and Path(expand(file)).is_dir()
+
+
+def read_weights(choice: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a `--pretrain_choice` and its content: `model` has weights in OpenAI's naming.
+
+    Of a folder that tools/export.py --hub wrote, the backbone is taken. Raises UserError, also for
+    a folder whose architecture only a model's name tells.
+    """
+    path = find_weights(choice)
+    checkpoint = load_checkpoint(path)
+    if not is_hub(choice):
+        return path, checkpoint
+    folder = path.parent
+    config = read_json_file(folder / HUB_CONFIG, "not of tools/export.py --hub: ")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / HUB_CONFIG}: not of tools/export.py --hub: no object")
+    named = config.get("pretrain_choice", "")
+    if not parse_choice(choice).model and named not in ("", "scratch", *OPENAI_MODELS):
+        raise UserError(
+            f"--pretrain_choice {choice}: these weights are of {named}, whose activation, heads or "
+            f"image mean and std the shapes do not show; give --pretrain_choice {named}@{choice}"
+        )
+    weights = checkpoint["model"]
+    clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
+    return path, {**checkpoint, "model": clip, "input": config}
 
 
 def config_from_choice(choice: str) -> BackboneConfig | None:

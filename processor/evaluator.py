@@ -201,7 +201,9 @@ class Evaluator:
         sets = self._sets(self.encode(model, between))
         return rank_gallery(*next(iter(sets.values()))).summary()
 
-    def galleries(self, features: Features) -> dict[str, Ranked]:
+    def galleries(
+        self, features: Features, rank: Callable[..., Ranked] = rank_gallery
+    ) -> dict[str, Ranked]:
         """Results of every query on every gallery.
 
         Galleries: each view, all views together, and the first view of each source with that
@@ -209,7 +211,7 @@ class Evaluator:
         """
         sets = self._sets(features)
         return {
-            name: rank_gallery(*tensors)
+            name: rank(*tensors)
             for name, tensors in sets.items()
             if name == next(iter(sets)) or torch.isin(tensors[2], tensors[3]).any()
         }

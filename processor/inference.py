@@ -36,12 +36,14 @@ from datasets.loaders import caption_batches
 from datasets.records import Data
 from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
-from model.build import build_evaluation_model
+from model.build import build_evaluation_model, build_model
+from model.weights import HUB_CONFIG, HUB_WEIGHTS, find_weights
 from processor.best import epoch_and_best
 from processor.evaluator import Evaluator, encode_images
 from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import options_of_run
+from utils.config import resolve
 from utils.devices import autocast, choose_device, choose_precision
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
@@ -50,6 +52,7 @@ from utils.options import OPTIONS
 from utils.runs import CONFIG
 
 Picture = str | os.PathLike | PILImage.Image
+BEST = "best.pth"
 
 
 class Run:
@@ -62,21 +65,26 @@ class Run:
         notes: lines about what was ignored or assumed.
 
     Args:
-        checkpoint: the content of `path`, from `load_checkpoint`.
+        checkpoint: the content of `path`, from `load_checkpoint`; None for the pretrained weights
+            that `args.pretrain_choice` names.
     """
 
     def __init__(
         self,
         args: EasyDict,
-        checkpoint: dict[str, Any],
+        checkpoint: dict[str, Any] | None,
         path: Path,
         device: torch.device,
         notes: Sequence[str] = (),
     ) -> None:
         args.precision = choose_precision(args.precision, device)
         self.args, self.device = args, device
-        self.model = build_evaluation_model(args, checkpoint, str(path)).to(device).eval()
-        self.epoch, _ = epoch_and_best(checkpoint)
+        if checkpoint is None:
+            model = build_model(args, [], num_classes=0)
+        else:
+            model = build_evaluation_model(args, checkpoint, str(path))
+        self.model = model.to(device).eval()
+        self.epoch, _ = epoch_and_best(checkpoint or {})
         self.notes = [*notes, *self.model.base_model.notes]
         self._data: Data | None = None
 
@@ -159,7 +167,7 @@ class _Pictures(Dataset):
 
 def load_run(
     folder: str | Path,
-    checkpoint: str = "best.pth",
+    checkpoint: str = BEST,
     *,
     device: str = "auto",
     precision: str | None = None,
@@ -169,7 +177,8 @@ def load_run(
     batch_size: int | None = None,
     num_workers: int = 0,
 ) -> Run:
-    """Load the model from a run's folder, or from a folder that tools/export.py wrote.
+    """Load the model from a run's folder, or from a folder that tools/export.py wrote, also with
+    --hub.
 
     Args:
         checkpoint: a file in the folder.
@@ -184,6 +193,9 @@ def load_run(
     """
     folder = Path(expand(str(folder)))
     config, path = folder / CONFIG, folder / checkpoint
+    if not config.is_file() and (folder / HUB_CONFIG).is_file():
+        config = folder / HUB_CONFIG
+        path = folder / HUB_WEIGHTS if checkpoint == BEST else path
     for file in (config, path):
         if not file.is_file():
             raise UserError(
@@ -198,3 +210,35 @@ def load_run(
     options = {n: OPTIONS[n].coerce(v, "load_run") for n, v in values.items() if v is not None}
     args, notes = options_of_run(config, options)
     return Run(args, load_checkpoint(path), path, choose_device(args.device), notes)
+
+
+def load_pretrained(
+    choice: str,
+    *,
+    img_size: Sequence[int] | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+) -> Run:
+    """A CLIP as it was pretrained, for use without any training.
+
+    Args:
+        choice: as `--pretrain_choice`; "scratch" has no weights and is refused.
+        img_size: height and width of the images, to which positions are resized; None takes the
+            default of training.
+        others: as for `load_run`.
+
+    Raises UserError.
+    """
+    if choice == "scratch":
+        raise UserError("--pretrain_choice scratch: random weights find nobody; name trained ones")
+    values = {
+        "pretrain_choice": choice, "img_size": img_size, "device": device, "precision": precision,
+        "test_batch_size": batch_size, "num_workers": num_workers,
+    }  # fmt: skip
+    options = {
+        n: OPTIONS[n].coerce(v, "load_pretrained") for n, v in values.items() if v is not None
+    }
+    args = resolve(options)
+    return Run(args, None, find_weights(args.pretrain_choice), choose_device(args.device))

@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 @cache
 def known_flags() -> set[str]:
     """Options of train.py, and those that other programs define in their own code."""
-    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), ROOT / "utils/command_line.py",
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("gallery/*.py"), ROOT / "utils/command_line.py",
                 ROOT / "datasets/mini/__main__.py", ROOT / "tests/conftest.py"]  # fmt: skip
     definition = re.compile(r"\(\s*\"--(\w+)\"")
     return {*OPTIONS, *TORCHRUN, "help"}.union(

@@ -1,4 +1,4 @@
-"""Measure time and memory: data loading, a training step and its parts, encoding, ranking.
+"""Measure time and memory: data loading, a training step, encoding, ranking, indexing.
 
     python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --json new.json
     python tools/bench.py --batch_size 8 --loss_names supkl+queue+match2+dot --plain --json old.json
@@ -8,7 +8,10 @@ Takes every option of train.py. The model has the config of ViT-B/16 unless --pr
 another, with random weights: their values do not change the time. The step runs on synthetic images
 and captions; `data` needs a data set in --root_dir. Each time is a median over repetitions, with
 the first and third quartiles. The device is synchronised before and after each repetition.
-`memory` estimates the peak memory of a step on CUDA, for several batch sizes and options.
+`gallery` compares the indexing of JPEGs (search.py index) with encoding alone: its share says how
+much of that speed is left. `memory` estimates the peak memory of a step on CUDA, for several batch
+sizes and options. `search` finds the nearest of a million features, exactly and by an index
+(gallery/index.py).
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ from model.losses.registry import needs_masked, parse_loss_names
 from model.weights import config_from_choice
 from processor.step import TrainStep
 from solver.build import build_optimizer
+from tools._bench_gallery import bench_gallery
 from tools._bench_memory import bench_memory, memory_table
 from utils.command_line import parse_options
 from utils.console import say
@@ -60,7 +64,7 @@ from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, rank_gallery
 from utils.tables import console
 
-PARTS = ("data", "step", "encode", "rank", "memory")
+PARTS = ("data", "step", "encode", "rank", "gallery", "memory", "search")
 GALLERIES = (3_200, 20_000, 100_000)
 QUERIES = 3_200
 
@@ -355,6 +359,19 @@ def bench_rank(device: torch.device, clock: Clock) -> Iterator[Row]:
             yield row(f"  loop over {part} queries", Clock(device, 1)(loop, 0))
 
 
+def bench_search(clock: Clock) -> Iterator[Row]:
+    """A search among many persons, exact and by an index."""
+    try:
+        from tools import _bench_search
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install -r requirements-search.txt"
+        ) from None
+
+    for name, seconds, notes in _bench_search.bench_search(clock.once, clock.repeat):
+        yield row(name, seconds, **notes)
+
+
 def table_of(rows: list[Row]) -> str:
     """The measurements as a table."""
     cells = []
@@ -367,6 +384,8 @@ def table_of(rows: list[Row]) -> str:
             )
         if "memory_mib" in r:
             notes.append(f"{r['memory_mib']:.0f} MiB")
+        if "recall" in r:
+            notes.append(f"recall@50 {r['recall']:.3f}")
         cells.append(
             [
                 r["what"],
@@ -440,11 +459,13 @@ def main() -> None:
     )
     say(about)
     rows: list[Row] = []
-    benches = {
+    benches: dict[str, Callable[[], Iterator[Row]]] = {
         "data": lambda: bench_data(args, device),
         "step": lambda: bench_step(args, device, clock),
         "encode": lambda: bench_encode(args, device, clock),
         "rank": lambda: bench_rank(device, clock),
+        "gallery": lambda: bench_gallery(args, device, clock, row),
+        "search": lambda: bench_search(clock),
     }
     memory: list[Row] = []
     if "memory" in args.what:  # first: a CPU's peak is that of the process

@@ -29,10 +29,10 @@ import utils  # noqa: F401  before torch is loaded
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from datasets.images import read_image
 from datasets.overlap import overlap
 from datasets.records import Data, Image
 from datasets.registry import read_dataset
-from datasets.transforms import read_image
 from utils.attributes import check_labels, read_attributes
 from utils.command_line import parse_some
 from utils.console import say

@@ -28,9 +28,9 @@ from utils.console import say
 from utils.files import PROJECT
 
 ROOT = PROJECT
-ENTRY_POINTS = ("train.py", "test.py", "build_dataset.py")
+ENTRY_POINTS = ("train.py", "test.py", "build_dataset.py", "search.py")
 PACKAGES = (  # in reading order
-    "processor", "construction", "datasets", "model", "solver", "tools", "utils",
+    "gallery", "processor", "construction", "datasets", "model", "solver", "tools", "utils",
 )  # fmt: skip
 
 

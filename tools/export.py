@@ -1,12 +1,18 @@
-"""Write a run's best checkpoint in the naming of IRRA and the original AEA-FIRM.
+"""Write a run's best checkpoint for other programs: the original's code, ONNX Runtime, a model hub.
 
     python tools/export.py --config_file logs/AGDataAttr/<run>/configs.yaml --output exported
+    python tools/export.py --config_file logs/AGDataAttr/<run>/configs.yaml --onnx exported
+    python tools/export.py --config_file logs/AGDataAttr/<run>/configs.yaml --hub exported
 
-`exported/` receives best.pth (`model` with `base_model.*` and the heads, `epoch`) and configs.yaml
-in the format of that code, with tuple tags. Its train.py takes best.pth for --finetune. Its test.py
-takes the folder, and so does test.py here. That code builds its model from CLIP weights before it
-loads the checkpoint. If these are not OpenAI's by name, clip.pt contains them. Notes list what that
-code cannot express.
+With --output, in the naming of IRRA and the original AEA-FIRM: `exported/` receives best.pth
+(`model` with `base_model.*` and the heads, `epoch`) and configs.yaml in the format of that code,
+with tuple tags. Its train.py takes best.pth for --finetune. Its test.py takes the folder, and so
+does test.py here. That code builds its model from CLIP weights before it loads the checkpoint. If
+these are not OpenAI's by name, clip.pt contains them. Notes list what that code cannot express.
+
+With --onnx, both encoders for ONNX Runtime (tools/_export_onnx.py), which gallery/onnx.py reads
+without torch. With --hub, model.safetensors, config.json and a model card (tools/_export_hub.py),
+which --pretrain_choice and load_run read.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not a module
 
@@ -25,9 +32,14 @@ import utils  # noqa: F401  before torch is loaded
 import yaml
 from easydict import EasyDict
 
-from model.build import PREFIX, build_evaluation_model
-from model.weights import OPENAI_MODELS, BackboneConfig
+from model.backbone import Backbone
+from model.build import build_evaluation_model
+from model.weights import OPENAI_MODELS, PREFIX, BackboneConfig
 from processor.best import epoch_and_best
+from processor.feature_files import file_hash
+from tools._export_hub import export_hub, model_name
+from tools._export_onnx import export_onnx
+from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.console import say
@@ -74,23 +86,57 @@ _TupleDumper.add_representer(
 
 def main() -> None:
     def extra(parser: argparse.ArgumentParser) -> None:
+        def folder(name: str, text: str) -> None:
+            parser.add_argument(name, default="", metavar="FOLDER", type=expand, help=text)
+
+        folder("--output", "receives best.pth and configs.yaml for the original's code")
+        folder("--onnx", "receives both encoders for ONNX Runtime")
+        folder("--hub", "receives safetensors and a model card")
         parser.add_argument(
-            "--output",
-            required=True,
-            metavar="FOLDER",
-            type=expand,
-            help="receives best.pth and configs.yaml",
-        )
-        parser.add_argument(
-            "--half", action="store_true", default=False, help="write half-precision weights"
+            "--half",
+            action="store_true",
+            default=False,
+            help="write half-precision weights (--output)",
         )
 
     args, path, notes = parse_test_options(None, __doc__.split("\n")[0], extra)
+    if not (args.output or args.onnx or args.hub):
+        raise UserError("nothing to write: give --output FOLDER, --onnx FOLDER or --hub FOLDER")
+    if args.half and not args.output:
+        raise UserError("--half is for --output alone; leave it out")
     checkpoint = load_checkpoint(path)
     # Building the model checks that the checkpoint is complete.
-    backbone = build_evaluation_model(args, checkpoint, str(path)).base_model
+    model = build_evaluation_model(args, checkpoint, str(path)).eval()
+    epoch, _ = epoch_and_best(checkpoint)
+    if args.output:
+        notes += export_family(args, checkpoint, path, model.base_model)
+    if args.hub:
+        say(visible(export_hub(model, args, checkpoint["model"], path, Path(args.hub), epoch)))
+    if args.onnx:
+        full = EasyDict(args, precision="fp32")
+        model = build_evaluation_model(full, checkpoint, str(path)).eval()
+        known = read_attributes(args.attributes_file) if model.sentences else []
+        columns = model.sentences.columns.tolist() if model.sentences else []
+        about = {"epoch": epoch, "sha256": file_hash(path), "pretrain_choice": model_name(args)}
+        attributes = [known[column] for column in columns]
+        line = export_onnx(model, Path(args.onnx), args.text_length, attributes, about)
+        say(visible(line))
+    for note in notes:
+        say(visible(note))
+
+
+def export_family(
+    args: EasyDict, checkpoint: dict[str, Any], path: Path, backbone: Backbone
+) -> list[str]:
+    """Write `--output`, and return notes on what the original's code cannot express.
+
+    Args:
+        checkpoint: the content of `path`.
+
+    Raises UserError for an architecture that it cannot build.
+    """
     config, folder = backbone.config, Path(args.output)
-    notes += lost_in_original(args, config)
+    notes = lost_in_original(args, config)
     check_openai(config, f"{path}: {args.pretrain_choice}")
     kept = {name: v for name, v in checkpoint["model"].items() if FAMILY.match(name)}
     rows = len(kept.get("classifier.weight", range(CLASSES)))
@@ -133,8 +179,7 @@ def main() -> None:
     text = yaml.dump(options, Dumper=_TupleDumper, sort_keys=False)
     write_atomically(folder / "configs.yaml", lambda file: file.write(text.encode()))
     say(f"wrote {len(kept)} weights to {folder / 'best.pth'}, options to configs.yaml next to it")
-    for note in notes:
-        say(visible(note))
+    return notes
 
 
 def check_openai(config: BackboneConfig, what: str) -> None:

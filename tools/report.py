@@ -5,14 +5,13 @@
 Evaluate the runs first (test.py). The page shows for each run its metrics, curves of losses and
 metrics, recall against rank, FIRM's accuracy per attribute, and all options. For each gallery of
 the test split it shows captions with their ten best images, hits framed green and misses red: the
-worst failures and random captions. If the data set has moved, give its folder with --root_dir.
+worst failures and random captions. With --heatmaps it also shows where in an image the caption is
+seen. If the data set has moved, give its folder with --root_dir.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +23,16 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets import thumbnails
+from datasets.images import read_image
 from datasets.records import Image, Split
-from datasets.transforms import read_image
-from processor.inference import load_run
+from gallery.heatmap import heat_maps, overlay
+from processor.inference import Run, load_run
 from processor.results import read_queries
 from tools._report_runs import ReportedRun, percentages, read_run
 from utils.command_line import options_of_run
@@ -39,6 +41,7 @@ from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
 from utils.metrics import METRICS
 from utils.options import OPTIONS
+from utils.pages import render
 from utils.runs import CONFIG
 from utils.text import visible
 
@@ -50,12 +53,16 @@ THUMBNAIL = 120  # pixels high
 # Ranked pictures
 
 
+Thumbnail = tuple[int, str]  # width in pixels, and a data URL
+
+
 class RankedPicture(NamedTuple):
-    """One of a caption's best images."""
+    """One of a caption's best images, and its heat map."""
 
     path: str
     hit: bool
     label: str
+    heat: Thumbnail | None = None
 
 
 class Sheet(NamedTuple):
@@ -67,11 +74,11 @@ class Sheet(NamedTuple):
 
 def encode(
     run: ReportedRun, given: argparse.Namespace
-) -> tuple[str, Split, Tensor, dict[str, tuple[Tensor, list[Image], list[int]]]]:
+) -> tuple[Run, Split, Tensor, dict[str, tuple[Tensor, list[Image], list[int]]]]:
     """Encode the test split with the run's model.
 
-    Returns the data set's folder, the split, its captions' features [C, D], and for each gallery
-    the images' features [G, D], the images and their identities.
+    Returns the loaded run, the split, its captions' features [C, D], and for each gallery the
+    images' features [G, D], the images and their identities.
     """
     trained = load_run(
         run.folder,
@@ -88,13 +95,13 @@ def encode(
     if len(views) > 1:
         image_GD, images, pids = zip(*views.values(), strict=True)
         views[" + ".join(views)] = (torch.cat(image_GD), sum(images, []), sum(pids, []))
-    return trained.args.root_dir, evaluator.split, features.captions, views
+    return trained, evaluator.split, features.captions, views
 
 
 @torch.no_grad()
 def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
     """Two sheets per gallery, of the worst failures and of random captions. Raises UserError."""
-    root_dir, split, caption_CD, views = encode(run, given)
+    trained, split, caption_CD, views = encode(run, given)
     made = []
     for name, (image_GD, images, pids) in views.items():
         if name not in run.results["splits"]["test"]["galleries"]:
@@ -103,7 +110,8 @@ def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
         if ranked.pids_Q.tolist() != split.caption_pids or ranked.gallery not in (0, len(images)):
             raise UserError(
                 f"{run.folder}: {name} has other captions or images in test_queries.npz than in "
-                f"{root_dir}; evaluate the run again (test.py), or give the --root_dir of its data"
+                f"{trained.args.root_dir}; evaluate the run again (test.py), or give the "
+                "--root_dir of its data"
             )
         first = ranked.rows_Q3[:, 0].nan_to_num(0)
         worst = first.argsort(descending=True)[: given.queries].tolist()
@@ -112,14 +120,16 @@ def sheets(run: ReportedRun, given: argparse.Namespace) -> list[Sheet]:
             captions = []
             # Only shown captions are compared, so that memory does not grow with the test set.
             best_CK = best_images(caption_CD[chosen], image_GD)
-            for q, *best_K in zip(chosen, *best_CK, strict=True):
+            for q, similarity_K, best_K in zip(chosen, *best_CK, strict=True):
                 rank = f"first match at rank {int(first[q])}" if first[q] else "no match in gallery"
-                best = []
-                for k, (similarity, g) in enumerate(zip(*best_K, strict=True), 1):
+                best, paths = [], [images[g].path for g in best_K]
+                maps = heat_maps(trained.model, paths, caption_CD[q]) if given.heatmaps else []
+                heat = dict(zip(paths, map(thumbnail, paths, maps), strict=False))
+                for k, (similarity, g) in enumerate(zip(similarity_K, best_K, strict=True), 1):
                     hit = pids[g] == split.caption_pids[q]
                     label = f"{'hit' if hit else 'miss'}, identity {pids[g]}"
                     label = f"rank {k}: {label}, similarity {similarity:.3f}"
-                    best.append(RankedPicture(images[g].path, hit, label))
+                    best.append(RankedPicture(images[g].path, hit, label, heat.get(images[g].path)))
                 captions.append((split.captions[q], f"{rank} of {len(images)}", best))
             made.append(Sheet(f"{name}: {len(captions)} {kind} captions", captions))
     return made
@@ -134,13 +144,11 @@ def best_images(
     return best.values.tolist(), best.indices.tolist()
 
 
-def thumbnail(path: str) -> tuple[int, str]:
-    """A small JPEG: its width at a height of `THUMBNAIL`, and a data URL."""
+def thumbnail(path: str, map_HW: np.ndarray | None = None) -> Thumbnail:
+    """A small JPEG of an image, under its heat map if given; `THUMBNAIL` pixels high."""
     image = read_image(path)
-    image.thumbnail((THUMBNAIL * 2, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75, optimize=True)
-    address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = image if map_HW is None else overlay(image, map_HW)
+    image, address = thumbnails.thumbnail(image, (THUMBNAIL * 2, THUMBNAIL))
     return max(1, round(THUMBNAIL * image.width / image.height)), address
 
 
@@ -180,26 +188,21 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
     """The page. The template escapes all inserted text, and shows control characters and unpaired
     surrogates by their numbers.
 
-    Raises UserError if jinja2 or Matplotlib is not installed.
+    Raises UserError if Matplotlib or jinja2 is not installed.
     """
     try:  # Matplotlib takes a second to load, so `--help` and errors come before it
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
         from tools import _report_charts as charts
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; pip install -r requirements.txt") from None
     recall, training = charts.recall(runs), charts.training(runs)
     by_run = [sheets(run, given) if given.queries else [] for run in runs]
     every = [sheet for of_run in by_run for sheet in of_run]
-    paths = sorted({picture.path for s in every for *_, best in s.captions for picture in best})
-    thumbnails = {path: thumbnail(path) for path in paths}
+    pictures = [picture for s in every for *_, best in s.captions for picture in best]
+    shown = {path: thumbnail(path) for path in sorted({picture.path for picture in pictures})}
+    heat = [picture.heat for picture in pictures if picture.heat]
     longest = max((len(points) for run in runs for points in run.scalars.values()), default=0)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: value if hasattr(value, "__html__") else visible(value),
-    )  # fmt: skip
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        Path(__file__).parent / "templates/report.html.jinja",
         runs=runs,
         metrics=metrics(runs),
         names=METRICS,
@@ -208,10 +211,11 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
         thinned=charts.MOST if longest > charts.MOST else 0,
         options=[options_table(run) for run in runs],
         sheets=by_run,
-        thumbnails=thumbnails,
+        thumbnails=shown,
         # The page holds each picture once, even if several files have it or several sheets show it.
-        numbers={thumb: n for n, thumb in enumerate(dict.fromkeys(thumbnails.values()))},
+        numbers={thumb: n for n, thumb in enumerate(dict.fromkeys([*shown.values(), *heat]))},
         height=THUMBNAIL,
+        heatmaps=bool(heat),
     )
 
 
@@ -228,6 +232,12 @@ def main() -> None:
         "--attributes_file", default="", type=expand, help=OPTIONS["attributes_file"].help
     )
     parser.add_argument("--queries", default=8, type=int, help="captions per sheet; 0 for none")
+    parser.add_argument(
+        "--heatmaps",
+        action="store_true",
+        default=False,
+        help="add a heat map to each ranked image: where the caption is seen",
+    )
     parser.add_argument("--device", default="auto", choices=OPTIONS["device"].choices)
     given = parser.parse_args()
     if given.queries < 0:

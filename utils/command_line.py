@@ -30,10 +30,11 @@ TEST_OPTIONS = (
 # where the paths are other files, or from an untrusted user.
 COMMAND_LINE_ONLY = ("image_cache", "attributes_file")
 _CHECKPOINT_OPTIONS = ("config_file", "checkpoint")
-# Entries in configs.yaml of the original code and similar code that are not options.
+# Entries in configs.yaml of the original code and similar code, and in config.json of
+# tools/export.py --hub, that are not options.
 _BOOKKEEPING = {
     "training", "test", "distributed", "local_rank", "cont_queue_size", "queue_size", "queue_epoch",
-    "crops_for_assign",
+    "crops_for_assign", "architecture", "model_type",
 }  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def _build_parser(
     options: Iterable[Option], description: str, defaults: bool = True
 ) -> argparse.ArgumentParser:
     """A parser without defaults: an option that is not given stays absent; a preset may set it."""
-    parser = _Parser(
+    parser = Parser(
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -205,7 +206,9 @@ def _build_parser(
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a UserError."""
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError with one line; argparse would print a page of usage."""
         # argparse and `Option.coerce_one` both name the option.

@@ -108,8 +108,9 @@ GROUPS: dict[str, list[Option]] = {
     "Model": [
         Option("pretrain_choice", str, "ViT-B/16", path=True,
             help="CLIP weights: an OpenAI name (ViT-B/16, RN50, ...), MODEL/TAG of open_clip, a "
-                 "file in OpenAI's format (archive, state dict or safetensors), MODEL@FILE for a "
-                 "file of another open_clip model, or scratch: random weights"),
+                 "file in OpenAI's format (archive, state dict or safetensors), a folder of "
+                 "tools/export.py --hub, MODEL@FILE for a file or folder of another open_clip "
+                 "model, or scratch: random weights"),
         Option("img_size",    int,   [384, 128], count=2, ge=16, le=4096,
             help="height and width of input images, pixels"),
         Option("stride_size", int,   None, ge=1, le=4096,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
-from typing import Any
+from pathlib import Path
 
 import regex
+
+from utils.bpe import BytePairs, clean_text, merges_file
 
 # Each of these characters except the space is a token. The tokenizer's text repair may remove other
 # characters (control characters, "&nbsp;"), or they may form a special token ("<end_of_text>").
@@ -49,24 +50,29 @@ def has_words(text: str) -> bool:
 def is_cut(text: str) -> bool:
     """Whether `tokenizer` reads only a part of the text."""
     return len(text) > MAX_TEXT or bool(
-        UNBROKEN.search(text) and LONG_WORD.search(tokenizer().clean_whole(text))
+        UNBROKEN.search(text) and LONG_WORD.search(clean_text(text))
     )
 
 
 @functools.cache
-def tokenizer() -> Any:
+def tokenizer() -> BytePairs:
+    """CLIP's tokenizer, limited as `limited` does it."""
+    return limited(merges_file())
+
+
+def limited(merges: Path) -> BytePairs:
     """CLIP's tokenizer, limited to `MAX_TEXT` characters of a text and `MAX_WORD` of a word.
 
     Its time grows with the square of both, and 77 tokens need far fewer characters.
-    """
-    import open_clip  # slow to load
 
-    limited = copy.copy(open_clip.tokenizer._tokenizer)
-    limited.clean_whole, limited.cache = limited.clean_fn, dict(limited.cache)
-    limited.clean_fn = lambda text: LONG_WORD.sub(
-        lambda word: word.group()[:MAX_WORD], limited.clean_whole(_start(text))
-    )
-    return limited
+    Args:
+        merges: the file of its merges.
+    """
+
+    def clean(text: str) -> str:
+        return LONG_WORD.sub(lambda word: word.group()[:MAX_WORD], clean_text(_start(text)))
+
+    return BytePairs(merges, clean)
 
 
 def _start(text: str) -> str:

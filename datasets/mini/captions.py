@@ -41,7 +41,7 @@ LOWER_WORDS = {
     "skirt": ("skirt",),
     "dress": ("dress",),
 }
-_SHOE_WORDS = {
+SHOE_WORDS = {
     "sneakers": ("sneakers", "trainers", "sport shoes", "shoes"),
     "leather shoes": ("leather shoes", "shoes"),
     "boots": ("boots", "ankle boots"),
@@ -136,7 +136,7 @@ class _Speaker:
         return f"{pair}{colour} {noun}"
 
     def shoes(self) -> str:
-        return f"{self.colour(self.p.shoe_colour)} {self.any(*_SHOE_WORDS[self.p.shoes])}"
+        return f"{self.colour(self.p.shoe_colour)} {self.any(*SHOE_WORDS[self.p.shoes])}"
 
     def clothes(self, shoes: bool) -> str:
         parts = [self.upper()] if self.p.upper == "dress" else [self.upper(), self.lower()]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.transforms import read_image
+from datasets.images import read_image
 from utils.documents import read_json_file
 
 from .build import JSON_NAME

@@ -137,7 +137,7 @@ def match_logits(
     if fusion == "dot":
         scaled_SKD = sentence_SD[:, None] * weight
         flat = image_VD @ scaled_SKD.flatten(0, 1).T
-        return flat.view(len(image_VD), len(sentence_SD), 2) + bias
+        return flat.unflatten(1, (len(sentence_SD), 2)) + bias
     for_sentence, for_image = weight.chunk(2, dim=1)
     return (image_VD @ for_image.T)[:, None] + (sentence_SD @ for_sentence.T)[None] + bias
 

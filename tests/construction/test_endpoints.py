@@ -330,6 +330,7 @@ def ask_60(url, folder):
     """What a command does."""
 
     def main():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever tests before this one have set
         exit_on_signals()
         with Store(folder) as store:
             list(ask(questions(60), models_of(url), store))

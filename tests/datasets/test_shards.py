@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from datasets import shards
 from datasets.image_cache import ImageFiles
+from datasets.images import BrokenImage, read_image
 from datasets.reading import ImageFolder, same_content
 from datasets.shards import image_status, open_image, split_member
-from datasets.transforms import BrokenImage, read_image
 from tests.helpers import read
 from tools._shard_index import index_shard
 from utils.errors import UserError

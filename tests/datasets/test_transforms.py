@@ -8,18 +8,16 @@ import torch.nn.functional as F
 from PIL import Image as PILImage
 from torchvision.transforms import v2
 
+from datasets.images import UPRIGHT, BrokenImage, read_image
 from datasets.transforms import (
     CLIP_MEAN,
     CLIP_STD,
     ERASED_AREA,
     UNIFORM_AUGMENTED,
     UNIFORM_PLAIN,
-    UPRIGHT,
-    BrokenImage,
     erased_area,
     load_image,
     normalise,
-    read_image,
     train_transform,
 )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image as PILImage
 
-from datasets.transforms import read_image
+from datasets.images import read_image
 from processor import inference
 from processor.inference import load_run
 from tests.helpers import ROOT, options

@@ -86,7 +86,7 @@ def test_results_and_report_show_every_gallery_at_its_own_length(evaluated):
     with np.load(evaluated / "test_queries.npz") as queries:
         captions = galleries["aerial"]["queries"] + galleries["aerial"]["unmatched"]
         assert len(queries["test/ground/first"]) == captions
-    args = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
+    args = Namespace(device="cpu", root_dir="", queries=2, attributes_file="", heatmaps=False)
     sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), args)
     # Two worst and two random captions each, with ten images of 12, all 4, and ten of 16.
     assert [len(best) for sheet in sheets for *_, best in sheet.captions] == [10] * 4 + [4] * 4 + [10] * 4  # fmt: skip
@@ -106,7 +106,7 @@ def test_the_check_counts_and_reads_every_view(uneven_root, monkeypatch, capsys)
 def test_a_view_without_images_is_left_out_everywhere(evaluated):
     results = json.loads((evaluated / "test_results.json").read_text())
     assert list(results["splits"]["test"]["galleries"])[:2] == ["aerial", "aerial + ground"]
-    args = Namespace(device="cpu", root_dir="", queries=2, attributes_file="")
+    args = Namespace(device="cpu", root_dir="", queries=2, attributes_file="", heatmaps=False)
     sheets = report_tool.sheets(report_tool.read_run(evaluated, "#000"), args)
     assert [len(best) for sheet in sheets for *_, best in sheet.captions] == [10] * 8
 

@@ -269,19 +269,19 @@ def test_a_broken_gallery_image_is_reported_before_training(mini_copy, tmp_path,
 def test_an_image_over_the_limit_is_refused_without_decoding(tmp_path, monkeypatch):
     from PIL import Image
 
-    import datasets.transforms as transforms
+    import datasets.images as images
 
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     Image.init()  # decoders that are loaded later may call `load`
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(UserError, match="large.png: .* 300x200 is over the limit of 50000 pixels"):
-        transforms.read_image(str(tmp_path / "large.png"))
+        images.read_image(str(tmp_path / "large.png"))
 
 
 def test_a_format_that_starts_programs_is_refused(tmp_path):
     """PIL would pass EPS to Ghostscript."""
-    from datasets.transforms import read_image
+    from datasets.images import read_image
 
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     with pytest.raises(UserError, match="a.jpg: the image cannot be read: it is not one of JPEG"):

@@ -27,9 +27,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 import test as test_entry
 from datasets.fingerprint import changes, fingerprint
+from datasets.images import read_image
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset
-from datasets.transforms import read_image
 from model.build import build_evaluation_model, build_training_model, load_fitting
 from processor.best import epoch_and_best
 from processor.result_tables import best_table

@@ -29,12 +29,13 @@ import datasets.image_cache
 import datasets.mini.build
 from datasets.fingerprint import fingerprint
 from datasets.image_cache import ImageFiles
+from datasets.images import MAX_SIDE, BrokenImage, read_image
 from datasets.loaders import train_loader
 from datasets.mini import render
 from datasets.reading import same_content
 from datasets.samplers import IdentitySampler
 from datasets.text import REMEMBERED, tokenize
-from datasets.transforms import MAX_SIDE, BrokenImage, load_image, read_image
+from datasets.transforms import load_image
 from processor.result_tables import attribute_table
 from tests.helpers import ROOT, golden, options, read, run
 from tests.reliability.runs import forks

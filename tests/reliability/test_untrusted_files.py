@@ -14,7 +14,7 @@ import yaml
 
 import test as test_entry
 import train as train_entry
-from datasets.transforms import BrokenImage
+from datasets.images import BrokenImage
 from processor.nonfinite import NonFiniteGuard
 from processor.resume import read_state
 from tests.helpers import options, run

@@ -143,3 +143,22 @@ def test_the_page_of_a_card_says_which_goals_are_reached(mini_root, tmp_path, mo
     assert re.search(r"matrix peak +\| +50 % \| +45 % or more \| +yes", goals)
     assert re.search(r"peak memory, GiB +\| +13.0 \| +under 12 \| +no", goals)
     assert re.search(r"\| plain +\|", times) and "fits on" in memory
+
+
+def test_indexing_is_compared_with_encoding_alone(tmp_path, monkeypatch):
+    rows = measure(monkeypatch, tmp_path / "gallery.json", "--what", "gallery")
+    assert set(rows) == {"encode 8 images", "index 8 JPEGs, 0 processes"}
+    alone, indexed = rows.values()
+    assert indexed["share"] == pytest.approx(indexed["per_second"] / alone["per_second"])
+
+
+def test_a_search_is_measured_with_its_recall(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("tools._bench_search.PERSONS", 2_000)
+    monkeypatch.setattr("tools._bench_search.ADDED", 10)
+    rows = measure(monkeypatch, tmp_path / "new.json", "--what", "search")
+    assert rows["search, by the index"]["recall"] >= 0.9
+    assert {name for name in rows if "exact" in name} == {
+        "search, exact", "search, exact, 1 % by a filter", "search, exact, kept in memory"
+    }  # fmt: skip
+    assert "open the index with 10 new persons" in rows and "recall@50 " in capsys.readouterr().out

@@ -21,7 +21,7 @@ from tools._report_runs import ReportedRun, read_run
 from utils.errors import UserError
 
 HOSTILE = """ "'><script>x</script><b onload=y> {{ 7 * 7 }} $\\frac \x1b \u202e \ud800 &amp;"""
-GIVEN = argparse.Namespace(queries=2, root_dir="", attributes_file="", device="cpu")
+GIVEN = argparse.Namespace(queries=2, root_dir="", attributes_file="", device="cpu", heatmaps=False)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,20 @@ def test_results_with_other_captions_than_the_data_set_are_refused(
     words = (evaluated[0], "--output", tmp_path / "x.html", "--device", "cpu")
     with pytest.raises(UserError, match="other captions or images in test_queries.npz than in"):
         run(tool.main, monkeypatch, *words, "--root_dir", mini_copy)
+
+
+def test_heat_maps_lie_over_all_ranked_images_and_are_switched_on_without_a_script(evaluated):
+    runs = [read_run(evaluated[0], "#ff0000")]
+    plain = tool.report(runs, GIVEN)
+    page = tool.report(runs, argparse.Namespace(**{**vars(GIVEN), "heatmaps": True}))
+    uses, heat = page.count("<use href"), page.count('<use class="heat"')
+    assert uses == heat == plain.count("<use href") > 0 and plain.count('class="heat"') == 0
+    (switch,) = (attrs for tag, attrs in Page(page).tags if tag == "input")
+    assert switch == {"type": "checkbox", "class": "heat-switch"}
+    images = {attrs["id"]: attrs["href"] for tag, attrs in Page(page).tags if tag == "image"}
+    layers = re.findall(r'<use href="#(p\d+)"/><use class="heat" href="#(p\d+)"/>', page)
+    assert len(layers) == heat
+    assert all(images[picture] != images[over] for picture, over in layers)
 
 
 def test_a_run_that_was_not_evaluated_is_refused(evaluated, tmp_path, monkeypatch):

@@ -1,0 +1,291 @@
+"""Make a gallery of people from pictures, videos or a data set, or bring one up to date."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gallery.detect import detected, load_detector
+from gallery.encode import IDENTITY, Encoder, run_encoder, weights_encoder
+from gallery.frames import chunk_loader, import_av
+from gallery.indexing import Plan, Report, apply_plan, encode_parts, make_plan
+from gallery.ingest import VIEWS, Found, add_boxes, add_dataset, add_pictures, add_videos
+from gallery.store import (
+    MANIFEST,
+    NEXT,
+    Store,
+    damaged_parts,
+    libraries,
+    new_manifest,
+    read_manifest,
+    writing,
+)
+from processor.failures import explain_failures
+from utils import distributed
+from utils.devices import allow_open_files
+from utils.errors import StoppedBySignal, UserError
+from utils.files import expand, path_option, write_atomically
+from utils.options import OPTIONS
+from utils.run_log import setup_logger
+from utils.text import visible
+
+BROKEN = "broken.json"  # in the gallery: what could not be read
+SHOWN = 5  # broken files in the log
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    add("--gallery", required=True, type=path_option, metavar="FOLDER",
+        help="the gallery, which is made if it does not exist")  # fmt: skip
+    group = parser.add_argument_group("What to index")
+    add = group.add_argument
+    add("--images", nargs="+", default=[], metavar="PATH",
+        help="folders, pictures, or @FILE: a list of them, one a line")  # fmt: skip
+    add("--videos", nargs="+", default=[], metavar="PATH", help="the same for videos")
+    add("--every", type=float, default=1.0, metavar="SECONDS",
+        help="of a video, take one frame every so many seconds (default: 1)")  # fmt: skip
+    add("--dataset_name", default="", help="a data set, with its identities and labels")
+    add("--root_dir", type=expand, default="./data", metavar="FOLDER",
+        help="folder of the data set (default: ./data)")  # fmt: skip
+    add("--split", default="all", help="train, val or test of the data set (default: all)")
+    add("--boxes", type=path_option, metavar="FILE",
+        help="where the people in the pictures are: a CSV file with the columns path, left, top, "
+        "width, height (and view, camera, identity), or a JSON file of COCO's form; without boxes "
+        "and detector, each picture is a person")  # fmt: skip
+    add("--detect", default="", metavar="NAME|FILE",
+        help="find the people with this detector of torchvision, or with a file of its weights "
+        "(NAME@FILE if the file's name does not begin with the detector's)")  # fmt: skip
+    add("--min_score", type=float, default=0.5, metavar="SCORE",
+        help="least score of a box, of --detect or in COCO's JSON (default: 0.5)")  # fmt: skip
+    add("--view", choices=VIEWS, help="the view of all pictures and videos")
+    add("--root", type=path_option, metavar="FOLDER",
+        help="paths in the gallery begin there (default: that of the gallery, or the folder of all "
+        "that is indexed first); give it if the pictures have moved")  # fmt: skip
+    group = parser.add_argument_group("Encoder")
+    add = group.add_argument
+    add("--config_file", type=expand, metavar="YAML", help="configs.yaml of a run")
+    add("--checkpoint", default="best.pth", metavar="FILE",
+        help="checkpoint next to --config_file (default: best.pth)")  # fmt: skip
+    add("--pretrain_choice", default="", metavar="NAME|FILE",
+        help="vanilla weights in place of a run, as train.py takes them")  # fmt: skip
+    add("--img_size", nargs=2, type=int, metavar="INT",
+        help="--pretrain_choice: height and width of images (default: 384 128)")  # fmt: skip
+    add("--attributes_file", type=expand, metavar="FILE", help=OPTIONS["attributes_file"].help)
+    add("--device", choices=OPTIONS["device"].choices, default="auto", help="as for train.py")
+    add("--precision", choices=OPTIONS["precision"].choices,
+        help="as for train.py (default: that of the gallery, or of the run)")  # fmt: skip
+    add("--test_batch_size", type=int, default=128, metavar="INT",
+        help="people that are encoded together (default: 128)")  # fmt: skip
+    add("--num_workers", type=int, default=8, metavar="INT", help=OPTIONS["num_workers"].help)
+    group = parser.add_argument_group("An existing gallery")
+    add = group.add_argument
+    add("--reencode", action="store_true",
+        help="make it anew of what is given now, for example with another encoder; the old one "
+        "stays until the new one is complete")  # fmt: skip
+    add("--repair", action="store_true",
+        help="check all parts, and encode the pictures of damaged ones again")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Index. Raises UserError, and StoppedBySignal after a signal."""
+    _check(args)
+    allow_open_files(args.num_workers)
+    processes, device = distributed.start(args.device)
+    log = setup_logger(rank=processes.rank)
+    with ExitStack() as stack:
+        if processes.is_rank_0:
+            stack.enter_context(writing(args.gallery))
+        processes.barrier()
+        name = NEXT if args.reencode else MANIFEST
+        there = _manifest_if_any(args.gallery, name) if processes.is_rank_0 else None
+        manifest = processes.from_rank_0(there)
+        encoder = _encoder(args, device.type, manifest)
+        for note in encoder.run.notes:
+            log.info(note)
+        if manifest and (changes := _differences(encoder, manifest)):
+            if not args.reencode:
+                raise UserError(
+                    f"--gallery {args.gallery}: made by another encoder ({'; '.join(changes)}); "
+                    "features of two encoders cannot be compared: give that encoder, another "
+                    "--gallery, or --reencode"
+                )
+            manifest = None  # an unfinished gallery of a third encoder
+        detector = load_detector(args.detect, device, args.min_score) if args.detect else None
+        plan, store = Plan(), None
+        replaced: dict[str, set[str]] = {}
+        if processes.is_rank_0:
+            store, plan, replaced = _planned(args, encoder, manifest, name, log)
+        jobs, manifest = processes.from_rank_0((plan.jobs, store.manifest if store else None))
+        store = store or Store(args.gallery, manifest, name)
+        size = (encoder.about["img_size"][0], encoder.about["img_size"][1])
+        mine = jobs[processes.rank :: processes.size]
+        chunks: Any = chunk_loader(
+            mine, size, args.test_batch_size, args.every, detector is not None,
+            args.num_workers, device, processes.local_size,
+        )  # fmt: skip
+        if detector is not None:
+            chunks = detected(chunks, detector, size, args.test_batch_size)
+        bar = tqdm(
+            total=len(mine), unit="file", desc="index", leave=False,
+            disable=None if processes.is_rank_0 else True,
+        )  # fmt: skip
+        with bar, explain_failures(encoder.run.args, device, [], "evaluation"):
+            reports = encode_parts(chunks, encoder, store, replaced, processes, bar)
+        distributed.finish()
+        if processes.is_rank_0:
+            _finish(args, store, plan, reports, log)
+    if stopped := [report.stopped for report in reports if report.stopped]:
+        raise StoppedBySignal(
+            f"{stopped[0]}: stopped; what is encoded is kept: give the same command to go on"
+        )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that do not go together."""
+    if bool(args.config_file) == bool(args.pretrain_choice):
+        raise UserError("give the encoder: either --config_file or --pretrain_choice")
+    if not (args.images or args.videos or args.dataset_name or args.boxes):
+        raise UserError("give --images, --videos, --boxes or --dataset_name: what to index")
+    if args.detect and (args.boxes or args.dataset_name):
+        raise UserError("--detect: the people of --boxes and of a data set are known already")
+    if args.img_size and not args.pretrain_choice:
+        raise UserError("--img_size: a run has its own; only with --pretrain_choice")
+    if not 0 < args.every <= 1e6:
+        raise UserError(f"--every {args.every}: must be a positive number of seconds")
+    for name, least in (("test_batch_size", 1), ("num_workers", 0)):
+        if not least <= getattr(args, name) <= 10**5:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.root and not args.root.is_dir():
+        raise UserError(f"--root {args.root}: no such folder")
+    if args.videos:
+        import_av()
+
+
+def _manifest_if_any(folder: Path, name: str) -> dict[str, Any] | None:
+    return read_manifest(folder, name) if os.path.lexists(folder / name) else None
+
+
+def _encoder(args: argparse.Namespace, device: str, manifest: Mapping[str, Any] | None) -> Encoder:
+    """The encoder of the options, in the precision of the gallery if none is given."""
+    known = manifest["encoder"]["precision"] if manifest and not args.reencode else None
+    options = {
+        "device": device, "precision": args.precision or known,
+        "batch_size": args.test_batch_size, "num_workers": 0,
+    }  # fmt: skip
+    if args.pretrain_choice:
+        return weights_encoder(args.pretrain_choice, args.img_size, **options)
+    attributes_file = args.attributes_file or None
+    return run_encoder(
+        args.config_file, args.checkpoint, attributes_file=attributes_file, **options
+    )
+
+
+def _differences(encoder: Encoder, manifest: Mapping[str, Any]) -> list[str]:
+    """How the encoder differs from that of a gallery."""
+    old, new = manifest["encoder"], encoder.about
+    different = [name for name in IDENTITY if old.get(name) != new[name]]
+    shown = {"sha256": ("weights of", "name")}
+    texts = []
+    for name in different:
+        what, shows = shown.get(name, (name, name))
+        texts.append(f"{what} {old.get(shows)}, not {new[shows]}")
+    return texts
+
+
+def _found(args: argparse.Namespace) -> Found:
+    """Everything that the options name. Raises UserError."""
+    found = Found()
+    if args.dataset_name:
+        attributes = args.attributes_file or OPTIONS["attributes_file"].default
+        add_dataset(found, args.dataset_name, args.root_dir, args.split, attributes, args.view)
+    if args.boxes:
+        add_boxes(found, args.boxes, args.images, args.view, args.min_score)
+    else:
+        add_pictures(found, args.images, args.view)
+    add_videos(found, args.videos, args.view)
+    return found
+
+
+def _planned(
+    args: argparse.Namespace,
+    encoder: Encoder,
+    manifest: dict[str, Any] | None,
+    name: str,
+    log: Any,
+) -> tuple[Store, Plan, dict[str, set[str]]]:
+    """Open the gallery for writing, and commit what needs no encoding; for rank 0."""
+    found = _found(args)
+    attributes = _joined(found.attributes, encoder.attributes, "the encoder's")
+    if manifest is None:
+        old = _manifest_if_any(args.gallery, MANIFEST) or {}
+        root = os.path.abspath(args.root or old.get("root") or found.base())
+        store = Store(args.gallery, new_manifest(encoder.about, attributes, root), name)
+        store.clean()
+        store.commit([])
+    else:
+        known = {n: tuple(classes) for n, classes in manifest["attributes"].items()}
+        attributes = _joined(known, attributes, "now")
+        store = Store(args.gallery, manifest, name)
+        store.clean()
+        lists = {n: list(classes) for n, classes in attributes.items()}
+        root = os.path.abspath(args.root or manifest["root"])
+        store.commit(
+            store.parts, attributes=lists, root=root, encoder=encoder.about, libraries=libraries()
+        )
+    if args.repair:
+        damaged = damaged_parts(args.gallery, store.parts)
+        for _, message in damaged:
+            log.info(message)
+        store.commit([p for p in store.parts if all(p is not bad for bad, _ in damaged)])
+    detect = f"{os.path.basename(args.detect)} {args.min_score:g}" if args.detect else ""
+    how = {False: detect, True: f"every {args.every:g} {detect}".strip()}
+    plan = make_plan(found, store, how)
+    log.info(
+        f"{args.gallery}: {len(plan.jobs)} files to encode, {plan.unchanged} unchanged, "
+        f"{len(plan.known)} with another view, identity, ... or time, {len(plan.gone)} gone"
+    )
+    return store, plan, apply_plan(plan, store)
+
+
+def _joined(
+    some: Mapping[str, Sequence[str]], others: Mapping[str, Sequence[str]], whose: str
+) -> dict[str, Sequence[str]]:
+    """The attributes of both. Raises UserError if one has other classes in both."""
+    for name in set(some) & set(others):
+        if list(some[name]) != list(others[name]):
+            raise UserError(
+                f"the attribute {name} has the classes {', '.join(some[name])}, {whose} "
+                f"{', '.join(others[name])}; give the same --attributes_file"
+            )
+    return {**some, **others}
+
+
+def _finish(
+    args: argparse.Namespace, store: Store, plan: Plan, reports: Sequence[Report], log: Any
+) -> None:
+    """Tidy the gallery, and say what was done."""
+    stopped = any(report.stopped for report in reports)
+    store.commit(store.compacted())
+    if not (stopped and args.reencode):  # an unfinished one waits for its next run
+        store.publish()
+    people = sum(report.people for report in reports)
+    total = sum(part["rows"] for part in store.parts)
+    broken = plan.broken + [entry for report in reports for entry in report.broken]
+    path = args.gallery / BROKEN
+    path.unlink(missing_ok=True)
+    if broken:
+        text = json.dumps([{"path": p, "reason": reason} for p, reason in broken], indent=1)
+        write_atomically(path, methodcaller("write", text.encode("utf-8", "backslashreplace")))
+        for broken_path, reason in broken[:SHOWN]:
+            log.info(f"skipped {visible(broken_path)}: {reason}")
+        log.info(f"skipped {len(broken)} that cannot be read; all of them: {path}")
+    log.info(f"{args.gallery}: {people} people encoded, {total} in the gallery")

@@ -1,0 +1,284 @@
+"""Find people in a gallery, by sentences, by pictures, or by both.
+
+    python search.py find "a woman in a yellow dress" --gallery galleries/campus --top 20
+    python search.py find "a man in red" "with a dog" --weight 1 0.5 --minus "a backpack" \\
+        --gallery galleries/campus --where "view = 'aerial' and frame_time >= 12.5"
+    python search.py find --like crop.jpg --gallery galleries/campus --json
+    python search.py find --like 8127364519 --other_view --gallery galleries/campus
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gallery import where
+from gallery.index import INDEX, open_index
+from gallery.milvus import MAX_HITS, PREFIX, Milvus
+from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
+from gallery.rerank import RERANKED, rerank
+from utils.console import say
+from utils.errors import UserError
+from utils.files import path_option
+from utils.tables import console
+from utils.text import visible
+
+if TYPE_CHECKING:
+    from gallery.encode import Encoder
+    from gallery.store import Gallery
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    add("sentences", nargs="*", metavar="SENTENCE", help="who is looked for")
+    add("--gallery", required=True, type=path_option, metavar="FOLDER", help="the gallery")
+    add("--encoder", type=path_option, metavar="PATH",
+        help="where the gallery's encoder is now, if it was moved")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for train.py")
+    group = parser.add_argument_group("Query")
+    add = group.add_argument
+    add("--minus", nargs="+", default=[], metavar="SENTENCE", help="what is not looked for")
+    add("--like", nargs="+", default=[], metavar="PICTURE|ID",
+        help="more like these: files of pictures of a person, or ids of people in the gallery, "
+        "which are then no hits themselves")  # fmt: skip
+    add("--other_view", action="store_true",
+        help="only other views than that of the person whose id --like has")  # fmt: skip
+    add("--weight", nargs="+", type=float, default=[], metavar="WEIGHT",
+        help="weights of the sentences, of --minus and of --like, in this order (default: 1, "
+        "0.5 for --minus)")  # fmt: skip
+    group = parser.add_argument_group("Hits")
+    add = group.add_argument
+    add("--where", default="", metavar="FILTER",
+        help="only people for whom this holds, such as \"view = 'aerial' and left > 100\"; "
+        "operators: = != < <= > >= in like, is null, and, or, not")  # fmt: skip
+    add("--top", type=int, default=20, metavar="INT", help="number of hits (default: 20)")
+    add("--collapse", type=_cosine, default=0.95, metavar="COSINE|off",
+        help="pictures of a scene, at most two seconds apart and at least this near each other, "
+        "are one hit; off: the raw ranking (default: 0.95)")  # fmt: skip
+    add("--rerank", action="store_true",
+        help=f"rank the first {RERANKED} hits again by the neighbours that they share, which takes "
+        "3 ms on one core, and 3 MB; the scores shown stay the cosines")  # fmt: skip
+    add("--json", action="store_true", help="print each hit as a line of JSON")
+    add("--sheet", type=path_option, metavar="FILE",
+        help="also write the hits with their pictures, into a .png or .html")  # fmt: skip
+    add("--heat", action="store_true",
+        help="--sheet: also show where in each picture the first sentence is seen")  # fmt: skip
+    add("--store", default="", metavar="milvus:URI",
+        help="search there: a server of Milvus or a file of Milvus Lite, to which the gallery's "
+        "features were put")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the hits. Raises UserError."""
+    _check(args)
+    # Not above: this module is loaded for --help too, and these take seconds.
+    from gallery.store import Gallery
+
+    gallery = Gallery.open(args.gallery)
+    if not len(gallery.items):
+        raise UserError(f"--gallery {args.gallery}: nobody is in it yet")
+    pictures = [_picture(text, gallery) for text in args.like]
+    part = _filter(args, gallery, pictures)
+    needs_model = args.sentences or args.minus or any(p.row is None for p in pictures)
+    encoder = None
+    if needs_model:
+        from gallery.encode import load_encoder
+
+        encoder = load_encoder(gallery.manifest, run=args.encoder, device=args.device)
+    query_D, generic_GD = _query(args, gallery, encoder, pictures)
+    search = _search(args.store, gallery, part)
+    hits = find_hits(
+        search,
+        gallery.items,
+        gallery.features,
+        query_D,
+        args.top,
+        args.collapse,
+        rerank if args.rerank else None,
+    )
+    for line in _lines(args, gallery, part, query_D, generic_GD, hits):
+        say(line)
+    if args.sheet and hits:
+        _write_sheet(args, gallery, encoder, hits)
+
+
+def _write_sheet(
+    args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, hits: list[Hit]
+) -> None:
+    from gallery.heatmap import heat_maps
+    from gallery.sheet import sheet
+
+    heat = None
+    if args.heat and encoder:
+        (text_D,) = encoder.encode_text(args.sentences[:1])
+        heat = partial(heat_maps, encoder.run.model, text_D=text_D.to(encoder.run.device))
+    query = " + ".join(args.sentences) or f"more like {', '.join(args.like)}"
+    sheet(hits, args.sheet, gallery.manifest["root"], query=query, heat=heat, whole=True)
+    say(f"wrote {visible(args.sheet)}")
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """What --like names: an item of the gallery by its row, or a file."""
+
+    row: int | None
+    path: str
+
+
+def _check(args: argparse.Namespace) -> None:
+    parts = [*args.sentences, *args.minus, *args.like]
+    if not args.sentences and not args.like:
+        raise UserError("nobody is looked for: give a sentence, or --like with a picture or an id")
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: at least 1")
+    if args.weight and len(args.weight) != len(parts):
+        raise UserError(
+            f"--weight: {len(args.weight)} weights, but the query has {len(parts)} sentences and "
+            "pictures; give one for each"
+        )
+    for weight in args.weight:
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"--weight {weight}: above 0; what is not wanted goes to --minus")
+    if any(not text.strip() for text in (*args.sentences, *args.minus)):
+        raise UserError("a sentence is empty")
+    if args.sheet and args.sheet.suffix.lower() not in (".png", ".html"):
+        raise UserError(f"--sheet {args.sheet}: give a name that ends in .png or .html")
+    if args.heat and not (args.sheet and args.sentences):
+        raise UserError("--heat: needs --sheet and a sentence")
+    if args.store and not args.store.startswith(PREFIX):
+        raise UserError(f"--store {args.store}: not of the form {PREFIX}URI")
+
+
+def _cosine(text: str) -> float | None:
+    if text == "off":
+        return None
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is neither a cosine above 0 nor off")
+    return value
+
+
+def _picture(text: str, gallery: Gallery) -> _Picture:
+    if text.isascii() and text.isdecimal() and len(text) < 20:
+        rows = np.flatnonzero(gallery.items["id"].to_numpy() == int(text))
+        if len(rows):
+            return _Picture(int(rows[0]), text)
+    if not Path(text).is_file():
+        raise UserError(f"--like {text}: neither a file nor the id of an item of {gallery.folder}")
+    return _Picture(None, text)
+
+
+def _filter(
+    args: argparse.Namespace, gallery: Gallery, pictures: list[_Picture]
+) -> where.Filter | None:
+    """--where, without the people of --like, and without their views if asked."""
+    parts = [where.parse(args.where, gallery.items.schema)] if args.where else []
+    rows = [picture.row for picture in pictures if picture.row is not None]
+    if args.other_view and not rows:
+        raise UserError("--other_view: give --like the id of a person of the gallery")
+    for row in rows:
+        item = gallery.items.slice(row, 1).to_pylist()[0]
+        parts.append(where.Comparison("id", "!=", item["id"]))
+        if args.other_view:
+            if item["view"] is None:
+                raise UserError(f"--other_view: the view of {item['id']} is not known")
+            parts.append(where.Comparison("view", "!=", item["view"]))
+    return where.And(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _query(
+    args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, pictures: list[_Picture]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
+    sentences = [*args.sentences, *args.minus]
+    features, generic_GD = [], None
+    if encoder and sentences:
+        only_text = [] if pictures else list(GENERIC)
+        text_QD = encoder.encode_text([*sentences, *only_text]).numpy()
+        features += list(text_QD[: len(sentences)])
+        generic_GD = text_QD[len(sentences) :] if only_text else None
+    for picture in pictures:
+        if picture.row is not None:
+            features.append(gallery.features[picture.row].astype(np.float32))
+        elif encoder:
+            features.append(encoder.encode_image([picture.path]).numpy()[0])
+    signs = [1] * len(args.sentences) + [-1] * len(args.minus) + [1] * len(pictures)
+    weights = args.weight or [0.5 if sign < 0 else 1.0 for sign in signs]
+    signed = [sign * weight for sign, weight in zip(signs, weights, strict=True)]
+    return combine(np.stack(features), signed), generic_GD
+
+
+def _search(store: str, gallery: Gallery, part: where.Filter | None) -> Search:
+    """The search of `find_hits`, with a filter: in the gallery itself, or in Milvus."""
+    if not store:
+        mask = None if part is None else where.to_mask(part, gallery.items)
+        index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
+        return lambda queries_QD, k: index.search(queries_QD, k, mask)
+    milvus, ids_N = Milvus(store.removeprefix(PREFIX)), gallery.items["id"].to_numpy()
+    order_N = np.argsort(ids_N)
+
+    def search(queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores_QK, ids_QK = milvus.search(queries_QD, min(k, MAX_HITS), part)
+        at_QK = np.searchsorted(ids_N, ids_QK, sorter=order_N).clip(max=len(ids_N) - 1)
+        rows_QK = order_N[at_QK]
+        if (unknown := ids_QK[(ids_N[rows_QK] != ids_QK) & (ids_QK >= 0)]).size:
+            raise UserError(
+                f"--store {store}: has an item {unknown[0]} that {gallery.folder} lacks; put the "
+                "gallery there again"
+            )
+        return scores_QK, np.where(ids_QK < 0, -1, rows_QK)
+
+    return search
+
+
+def _lines(
+    args: argparse.Namespace,
+    gallery: Gallery,
+    part: where.Filter | None,
+    query_D: np.ndarray,
+    generic_GD: np.ndarray | None,
+    hits: list[Hit],
+) -> list[str]:
+    """What is printed: hits as a table or as JSON, and how much the first stands out."""
+    if args.json:
+        return [json.dumps(as_json(hit)) for hit in hits]
+    if not hits:
+        return ["no hits: the filter keeps nobody"]
+    head = ["rank", "score", "id", "path", "box", "time", "view", "source"]
+    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in hits]
+    if args.collapse is not None:
+        head.append("pictures")
+        rows = [[*row, hit.count] for row, hit in zip(rows, hits, strict=True)]
+    mask = None if part is None else where.to_mask(part, gallery.items)
+    sure = sureness(gallery.features, query_D, hits[0], mask, generic_GD)
+    return [console(head, rows, left=4), str(sure)]
+
+
+def as_json(hit: Hit) -> dict[str, Any]:
+    """A hit as JSON holds it: rank, score and count, and the item's columns under their names."""
+    item = {
+        name: value.isoformat() if isinstance(value, datetime) else value
+        for name, value in hit.item.items()
+    }
+    return {"rank": hit.rank, "score": hit.score, "count": hit.count, "row": hit.row, "item": item}
+
+
+def _place(item: dict[str, Any]) -> list[object]:
+    """Path, box, time, view and source of an item, for a table."""
+    box = f"{item['width']}x{item['height']}+{item['left']}+{item['top']}"
+    time = item["taken"] or ""
+    if item["frame_time"] is not None:
+        time = f"{item['frame_time']:.2f} s"
+    return [
+        item["path"], "" if item["left"] is None else box, time, item["view"] or "",
+        item["source"] or "",
+    ]  # fmt: skip

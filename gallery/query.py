@@ -1,0 +1,217 @@
+"""Queries: sentences and pictures, wanted or not, to ranked hits.
+
+The query's feature is q = normalise(w_1 f_1 + w_2 f_2 + ...), where f_i are the unit features of
+its sentences and pictures and w_i their weights, negative for what is not wanted. An item's score
+is the cosine of its feature and q, so for a single sentence it is the score of the evaluation.
+
+A picture moves the ranking more than a sentence of the same weight, because cosines of pictures
+with each other differ more than their cosines with sentences.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gallery.index import unit
+from gallery.rerank import RERANKED
+from utils.errors import UserError
+
+SECONDS = 2.0  # between pictures of a scene that may show one person as if once
+SAMPLE = 10_000  # items whose scores say how high scores are in a gallery
+STANDS_OUT = 1.0  # standard deviations beyond what chance gives
+# What fits most people. A hit that fits these as well as the query was found by chance.
+GENERIC = (
+    "a person", "a pedestrian", "a man", "a woman", "a person is walking", "a person is standing",
+    "a person seen from above", "a person seen from behind", "a person on a street",
+    "a person in dark clothes", "a person in light clothes", "a person with a bag",
+    "a person with short hair", "a person with long hair", "a young person", "an old person",
+)  # fmt: skip
+
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # [Q, D], k: scores, rows
+Rerank = Callable[[np.ndarray, np.ndarray], np.ndarray]  # [D], [K, D]: positions, best first
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An item that was found.
+
+    Attributes:
+        rank: from 1.
+        row: in the gallery.
+        score: cosine with the query.
+        item: the columns of the item.
+        count: how many of the hits that were looked at it stands for: itself, and near-duplicates.
+    """
+
+    rank: int
+    id: int
+    row: int
+    score: float
+    item: dict[str, Any]
+    count: int
+
+
+@dataclass(frozen=True)
+class Sureness:
+    """How much the first hit stands out. A hint: it compares scores, and knows nothing of whether
+    the person is in the gallery at all.
+
+    Attributes:
+        z: how far the first hit's score lies above the mean of the gallery's scores for this query,
+            in their standard deviations.
+        chance: the z to expect of the best of as many items if all scores came from one normal
+            distribution, that is, if the query said nothing about anybody.
+        above: of the generic sentences, the share that the first hit fits less than the query;
+            None if there were none to compare with.
+    """
+
+    z: float
+    chance: float
+    above: float | None = None
+
+    def __str__(self) -> str:
+        out = self.z - self.chance > STANDS_OUT
+        text = (
+            f"the first hit {'stands out' if out else 'does not stand out'}: {self.z:.1f} standard "
+            f"deviations above the mean, where chance gives {self.chance:.1f}"
+        )
+        if self.above is None:
+            return text
+        return f"{text}; it fits the query better than {self.above:.0%} of generic sentences"
+
+
+def combine(features_ND: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The query's feature [D], of unit length. Raises UserError if the weights are not numbers, or
+    if the features cancel each other."""
+    if not len(weights) or not all(map(math.isfinite, weights)):
+        raise UserError(f"weights {', '.join(map(str, weights))}: they must be numbers")
+    if not any(weight > 0 for weight in weights):
+        raise UserError("a query wants something: give a sentence or a picture a positive weight")
+    sum_D = np.asarray(weights, np.float32) @ unit(np.asarray(features_ND, np.float32))
+    if np.linalg.norm(sum_D) < 1e-3 * np.abs(weights).sum():
+        raise UserError("the query's sentences and pictures cancel each other; change the weights")
+    return unit(sum_D)
+
+
+def find_hits(
+    search: Search,
+    items: pa.Table,
+    features: np.ndarray,
+    query_D: np.ndarray,
+    top: int,
+    collapse: float | None = None,
+    rerank: Rerank | None = None,
+) -> list[Hit]:
+    """The first hits.
+
+    Args:
+        search: finds the k best items of a query.
+        collapse: hits of one scene with at least this cosine become one (`groups_of`).
+        rerank: with the query [D] and the features [K, D] of the first RERANKED hits, gives their
+            new order.
+    """
+    wanted = max(top if collapse is None else 3 * top, 0 if rerank is None else RERANKED)
+    while True:
+        scores, rows = (found[0] for found in search(query_D[None], min(wanted, len(items))))
+        scores, rows = scores[rows >= 0], rows[rows >= 0]
+        if rerank is not None:
+            first = rows[:RERANKED]
+            order = rerank(query_D, features[first].astype(np.float32))
+            rows[:RERANKED], scores[:RERANKED] = first[order], scores[:RERANKED][order]
+        records = items.take(pa.array(rows)).to_pylist()
+        groups = [[n] for n in range(len(rows))]
+        if collapse is not None:
+            groups = groups_of(records, features[rows].astype(np.float32), collapse)
+        if len(groups) >= top or wanted >= len(items) or len(rows) < wanted:
+            break
+        wanted *= 4
+    return [
+        Hit(rank, records[g[0]]["id"], int(rows[g[0]]), float(scores[g[0]]), records[g[0]], len(g))
+        for rank, g in enumerate(groups[:top], 1)
+    ]
+
+
+def groups_of(
+    items: Sequence[dict[str, Any]], features_KD: np.ndarray, threshold: float
+) -> list[list[int]]:
+    """Hits in groups of near-duplicates: positions, best first, in the order of the groups' best.
+
+    A hit joins the first group of which all of this holds: its best hit has a cosine of at least
+    `threshold` with it; one of its hits is of the same video, or of the same folder, camera and
+    source, at most SECONDS away (by the time in the video, or when the picture was taken, or when
+    its file was written); none is in the same picture or of another identity.
+    """
+    groups: list[list[int]] = []
+    by_scene: defaultdict[object, list[list[int]]] = defaultdict(list)
+    cosines_KK = features_KD @ features_KD.T
+    for n, item in enumerate(items):
+        scene, time = _scene(item)
+        for group in by_scene[scene]:
+            others = [items[m] for m in group]
+            if (
+                cosines_KK[group[0], n] >= threshold
+                and all(_frame(item) != _frame(other) for other in others)
+                and all(_may_be_one(item, other) for other in others)
+                and any(abs(time - _scene(other)[1]) <= SECONDS for other in others)
+            ):
+                group.append(n)
+                break
+        else:
+            groups.append([n])
+            by_scene[scene].append(groups[-1])
+    return groups
+
+
+def sureness(
+    features: np.ndarray,
+    query_D: np.ndarray,
+    first: Hit,
+    mask: np.ndarray | None = None,
+    generic_GD: np.ndarray | None = None,
+) -> Sureness:
+    """How much the first hit stands out from the items that were searched, by a sample of them.
+
+    Args:
+        mask: bool [N], the items that were searched; None: all.
+        generic_GD: unit features of the sentences in GENERIC.
+    """
+    rows = np.arange(len(features)) if mask is None else np.flatnonzero(mask)
+    count = len(rows)
+    if count > SAMPLE:
+        rows = np.sort(np.random.default_rng(0).choice(rows, SAMPLE, replace=False))
+    scores = features[rows].astype(np.float32) @ query_D
+    z = (first.score - scores.mean()) / max(float(scores.std()), 1e-6)
+    chance = NormalDist().inv_cdf(1 - 1 / (count + 1)) if count > 1 else 0.0
+    above = None
+    if generic_GD is not None:
+        above = float((generic_GD @ features[first.row].astype(np.float32) < first.score).mean())
+    return Sureness(float(z), chance, above)
+
+
+def _scene(item: dict[str, Any]) -> tuple[object, float]:
+    """What pictures of one scene have in common, and a picture's time in seconds."""
+    place = (item["camera"], item["source"])
+    if item["frame_time"] is not None:
+        return ("video", item["path"], *place), item["frame_time"]
+    folder = os.path.dirname(item["path"])
+    if item["taken"] is not None:
+        return ("taken", folder, *place), item["taken"].timestamp()
+    return ("written", folder, *place), item["mtime_ns"] / 1e9
+
+
+def _frame(item: dict[str, Any]) -> tuple[str, float | None]:
+    return item["path"], item["frame_time"]
+
+
+def _may_be_one(item: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two items may show one person: unless both have identities, and different ones."""
+    return None in (item["identity"], other["identity"]) or item["identity"] == other["identity"]

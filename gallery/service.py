@@ -1,0 +1,354 @@
+"""A gallery as the search page asks it: always the newest, with limits, for many visitors at once.
+
+    service = Service("galleries/campus")
+    answer = service.answer(Question("a woman in a yellow dress"), page=0)
+    person = service.person(answer.hits[0].id)
+
+What comes from a visitor is a `Question`, an item's id or the number of a phrase, and each is
+checked here. A path is never among them: pictures are found by their id in the gallery's table.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datasets.thumbnails import cropped, thumbnail
+from gallery import where
+from gallery.encode import Encoder, load_encoder
+from gallery.find import as_json
+from gallery.heatmap import about, heat_maps, overlay, phrases
+from gallery.index import INDEX, Approximate, Exact, open_index
+from gallery.index import MANIFEST as INDEX_MANIFEST
+from gallery.pictures import box_of, picture_of, whole_picture
+from gallery.query import GENERIC, Hit, combine, find_hits, sureness
+from gallery.records import column_of
+from gallery.sheet import sheet
+from gallery.store import MANIFEST, Gallery
+from utils.devices import cores
+from utils.errors import UserError
+
+MAX_SENTENCE = 300  # characters
+MAX_PAGE, MAX_HITS = 96, 960  # hits on a page, and on all pages of a question
+COLLAPSE = 0.95  # as `find` has it
+MINUS = -0.5  # weight of what is not wanted, as `find` has it
+MAX_CHOICES = 100  # values of a column that the page offers
+CACHED = 4096  # thumbnails in memory, 5 kB each
+CARD, CROP, WHOLE = (240, 320), (480, 640), (1280, 960)  # pixels, width and height at most
+COLUMNS = ("view", "source", "camera")  # that the page offers besides attributes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a visitor asks.
+
+    Attributes:
+        choices: columns, and the value that each must have.
+        where: a filter of `gallery.where`.
+        like: the id of an item; the hits are like it, and others than it.
+        other_view: with `like`, hits of other views alone.
+        count: hits on a page.
+        collapse: near-duplicates are one hit.
+    """
+
+    sentence: str = ""
+    minus: str = ""
+    choices: tuple[tuple[str, str], ...] = ()
+    where: str = ""
+    like: int | None = None
+    other_view: bool = False
+    count: int = 24
+    collapse: bool = True
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The hits of a page of a question.
+
+    Attributes:
+        page: from 0.
+        more: whether there is a next page.
+        sure: on the first page, how much the first hit stands out.
+    """
+
+    hits: list[Hit]
+    page: int
+    more: bool
+    sure: str
+
+
+@dataclass(frozen=True)
+class Person:
+    """An item, to be looked at.
+
+    Attributes:
+        picture: of the person, as a data URL; "" if it cannot be read.
+        whole: the whole picture if the person is a part of it, or "".
+        box: left, top, width, height in percent of the whole picture.
+        attributes: name, class and score in percent.
+        problem: why there is no picture.
+    """
+
+    item: dict[str, Any]
+    picture: str
+    whole: str
+    box: tuple[float, ...]
+    attributes: list[tuple[str, str, float]]
+    problem: str
+
+
+class Snapshot:
+    """A gallery of one moment."""
+
+    def __init__(self, gallery: Gallery, encoder: Encoder, signature: object) -> None:
+        self.gallery, self.encoder, self.signature = gallery, encoder, signature
+        self.index: Exact | Approximate = open_index(
+            gallery.items, gallery.features, gallery.folder / INDEX
+        )
+        self.root = gallery.manifest["root"]
+        self.generic_GD = encoder.encode_text(GENERIC).numpy()
+        self._ids = gallery.items["id"].to_numpy()
+        # Without a reference to self: features are large, and a cycle would keep them for a while.
+        self.card = lru_cache(CACHED)(partial(_card, gallery.items, self.root))
+
+    def __len__(self) -> int:
+        return len(self.gallery.items)
+
+    def row(self, identifier: int) -> int:
+        """The row of an item. Raises UserError if it is not, or no longer, in the gallery."""
+        rows = np.flatnonzero(self._ids == identifier)
+        if not len(rows):
+            raise UserError("this person is no longer in the gallery: ask again")
+        return int(rows[0])
+
+    def item(self, row: int) -> dict[str, Any]:
+        return _item(self.gallery.items, row)
+
+    def choices(self) -> dict[str, list[str]]:
+        """By column, the values that it has, for columns with more than one."""
+        attributes = [column_of(name) for name in self.gallery.manifest["attributes"]]
+        values = {}
+        for name in (*COLUMNS, *attributes):
+            found = pc.unique(self.gallery.items[name]).drop_null().to_pylist()
+            if 1 < len(found) <= MAX_CHOICES:
+                values[name] = sorted(found)
+        return values
+
+
+class Service:
+    """See the module.
+
+    Args:
+        run: where the gallery's encoder is now, if it was moved.
+
+    Raises UserError if the gallery or its encoder cannot be read.
+    """
+
+    def __init__(
+        self, folder: str | Path, run: str | Path | None = None, device: str = "auto"
+    ) -> None:
+        self.folder, self._run, self._device = Path(folder), run, device
+        self._lock = threading.Lock()
+        # One at a time: heat maps record what the model's layers get, whoever calls them.
+        self._model = threading.Lock()
+        self._readers = ThreadPoolExecutor(cores())
+        self._snapshot: Snapshot | None = None
+        self._encoder: Encoder | None = None
+        self._made_with: object = None  # what the manifest says of the encoder
+        self.now()
+
+    def now(self) -> Snapshot:
+        """The gallery, read again if it has changed: people who were deleted are found no more.
+        Raises UserError if it cannot be read."""
+        with self._lock:
+            signature = [_signature(self.folder / MANIFEST)]
+            signature.append(_signature(self.folder / INDEX / INDEX_MANIFEST))
+            if self._snapshot is None or self._snapshot.signature != signature:
+                self._snapshot = None  # two galleries may not fit into memory
+                gallery = Gallery.open(self.folder)
+                about = gallery.manifest["encoder"]
+                with self._model:
+                    if self._encoder is None or self._made_with != about:
+                        self._encoder = load_encoder(
+                            gallery.manifest, run=self._run, device=self._device
+                        )
+                        self._made_with = about
+                    self._snapshot = Snapshot(gallery, self._encoder, signature)
+            return self._snapshot
+
+    def answer(self, question: Question, page: int = 0) -> Answer:
+        """A page of hits. Raises UserError, for a visitor to read."""
+        now = self.now()
+        _check(question, page)
+        part = _filter(question, now)
+        query_D, generic_GD = self._query(question, now)
+        mask = None if part is None else where.to_mask(part, now.gallery.items)
+        first, last = page * question.count, min((page + 1) * question.count, MAX_HITS)
+        hits = []
+        if len(now) and (mask is None or mask.any()):
+            hits = find_hits(
+                lambda queries_QD, k: now.index.search(queries_QD, k, mask),
+                now.gallery.items, now.gallery.features, query_D, last + 1,
+                COLLAPSE if question.collapse else None,
+            )  # fmt: skip
+        sure = ""
+        if hits and page == 0:
+            sure = str(sureness(now.gallery.features, query_D, hits[0], mask, generic_GD))
+        more = len(hits) > last and last < MAX_HITS
+        return Answer(hits[first:last], page, more, sure)
+
+    def cards(self, hits: Sequence[Hit]) -> list[str]:
+        """A thumbnail of each hit as a data URL; "" for pictures that cannot be read."""
+        now = self.now()
+
+        def card(hit: Hit) -> str:
+            try:
+                return now.card(now.row(hit.id))
+            except UserError:
+                return ""
+
+        return list(self._readers.map(card, hits))
+
+    def person(self, identifier: int) -> Person:
+        """An item and its pictures. Raises UserError if it is not in the gallery."""
+        now = self.now()
+        item = now.item(now.row(identifier))
+        attributes: list[tuple[str, str, float]] = []
+        for name in now.gallery.manifest["attributes"]:
+            column = column_of(name)
+            if item[column] is not None:
+                attributes.append((name, item[column], 100.0 * (item[f"{column}_score"] or 0)))
+        percent: tuple[float, ...] = ()
+        box, whole = box_of(item), ""
+        try:
+            image = person = whole_picture(item, now.root)
+            if box is not None:
+                person = cropped(image, box)
+                width, height = image.size
+                percent = tuple(
+                    100 * v / of for v, of in zip(box, (width, height) * 2, strict=True)
+                )
+                whole = thumbnail(image, WHOLE)[1]
+            picture = thumbnail(person, CROP)[1]
+        except (UserError, ValueError) as error:
+            return Person(item, "", "", (), attributes, f"{error}")
+        return Person(item, picture, whole, percent, attributes, "")
+
+    def words(self, question: Question) -> list[str]:
+        """What heat maps can be asked for: the whole sentence, and the things that it names."""
+        return [question.sentence, *phrases(question.sentence)] if question.sentence else []
+
+    def heat(self, question: Question, identifier: int, number: int) -> str:
+        """The heat map over a person as a data URL, for one of `words`. Raises UserError."""
+        now, words = self.now(), self.words(question)
+        if not 0 <= number < len(words):
+            raise UserError("no such words: choose one of those that are shown")
+        sentence = words[0] if number == 0 else about(words[0], words[number])
+        person = picture_of(now.item(now.row(identifier)), now.root)
+        person.thumbnail(CROP)
+        with self._model:
+            text_D = now.encoder.encode_text([sentence])[0]
+            (map_HW,) = heat_maps(now.encoder.run.model, [person], text_D)
+        return thumbnail(overlay(person, map_HW), CROP)[1]
+
+    def as_file(self, question: Question, page: int, kind: str) -> tuple[str, str, int]:
+        """The hits of a page as a file to save: its name, a data URL, and its bytes.
+
+        Args:
+            kind: "json" or "html", which is a sheet with pictures.
+        """
+        answer, root = self.answer(question, page), self.now().root
+        if kind == "json":
+            asked = {k: v for k, v in asdict(question).items() if v not in ("", (), None, False)}
+            content = {"question": asked, "hits": [as_json(hit) for hit in answer.hits]}
+            data = json.dumps(content, indent=1).encode()
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "hits.html"
+                sheet(answer.hits, path, root, query=title(question))
+                data = path.read_bytes()
+        media = {"json": "application/json", "html": "text/html"}[kind]
+        address = f"data:{media};base64,{base64.b64encode(data).decode()}"
+        return f"hits-{page + 1}.{kind}", address, len(data)
+
+    def _query(self, question: Question, now: Snapshot) -> tuple[np.ndarray, np.ndarray | None]:
+        """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
+        if question.like is not None:
+            return now.gallery.features[now.row(question.like)].astype(np.float32), None
+        sentences = [text for text in (question.sentence, question.minus) if text]
+        with self._model:
+            text_QD = now.encoder.encode_text(sentences).numpy()
+        return combine(text_QD, [1.0, MINUS][: len(sentences)]), now.generic_GD
+
+
+def title(question: Question) -> str:
+    """What was asked, in words."""
+    if question.like is not None:
+        return f"more like {question.like}" + (", in other views" if question.other_view else "")
+    return question.sentence + (f", without {question.minus}" if question.minus else "")
+
+
+def _check(question: Question, page: int) -> None:
+    """Raise UserError for what a page may not ask."""
+    if question.like is None and not question.sentence:
+        raise UserError("Say who is looked for.")
+    for text in (question.sentence, question.minus):
+        if len(text) > MAX_SENTENCE:
+            raise UserError(
+                f"The sentence has {len(text)} characters, and at most {MAX_SENTENCE} are read. "
+                "Shorten it."
+            )
+    if not 1 <= question.count <= MAX_PAGE:
+        raise UserError(f"A page has 1 to {MAX_PAGE} hits.")
+    if not 0 <= page * question.count < MAX_HITS:
+        raise UserError(f"At most {MAX_HITS} hits are shown. Use a filter.")
+
+
+def _filter(question: Question, now: Snapshot) -> where.Filter | None:
+    """The question's filters together. Raises UserError."""
+    schema = now.gallery.items.schema
+    parts: list[where.Filter] = []
+    if question.where:
+        parts.append(where.parse(question.where, schema))
+    for column, value in question.choices:
+        # Parsed, and so checked: the gallery may have lost the column since the page was opened.
+        parts.append(where.parse(where.to_text(where.Comparison(column, "=", value)), schema))
+    if question.like is not None:
+        parts.append(where.Comparison("id", "!=", question.like))
+        if question.other_view:
+            view = now.item(now.row(question.like))["view"]
+            if view is None:
+                raise UserError("The view of this person is not known.")
+            parts.append(where.Comparison("view", "!=", view))
+    return where.And(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _item(items: pa.Table, row: int) -> dict[str, Any]:
+    return items.slice(row, 1).to_pylist()[0]
+
+
+def _card(items: pa.Table, root: str, row: int) -> str:
+    """The thumbnail of an item as a data URL. Raises UserError if it cannot be read."""
+    return thumbnail(picture_of(_item(items, row), root), CARD)[1]
+
+
+def _signature(path: Path) -> object:
+    """What changes when a file is replaced; None if it is missing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,0 +1,220 @@
+"""search.py find: from a sentence or a picture to a table or JSON."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import search
+from gallery import where
+from gallery.find import INDEX
+from gallery.index import Approximate, open_index
+from gallery.milvus import Milvus
+from gallery.query import combine
+from gallery.store import Gallery
+from processor.inference import load_run
+from tests.helpers import run
+from tests.reliability.runs import train_small_run
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(mini_root, tmp_path_factory):
+    return train_small_run(mini_root, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="module")
+def folder(trained, mini_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("galleries") / "mini"
+    with pytest.MonkeyPatch.context() as patch:
+        run(search.main, patch, "index", "--config_file", trained / "configs.yaml", "--gallery", folder,
+            "--dataset_name", "AGDataAttr", "--root_dir", mini_root, "--split", "test",
+            "--device", "cpu", "--num_workers", "0")  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gallery(folder):
+    return Gallery.open(folder)
+
+
+@pytest.fixture
+def find(folder, monkeypatch, capsys):
+    """Calls the command; the lines that it prints."""
+
+    def call(*words):
+        capsys.readouterr()
+        run(search.main, monkeypatch, "find", *words, "--gallery", folder, "--device", "cpu")
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def as_json(find):
+    return lambda *words: [json.loads(line) for line in find(*words, "--json")]
+
+
+SENTENCE = "a man in a grey shirt with a black backpack"
+
+
+def ranking(gallery, query_D, mask=None):
+    scores = gallery.features.astype(np.float32) @ query_D
+    rows = np.argsort(-scores, kind="stable")
+    return [int(row) for row in rows if mask is None or mask[row]]
+
+
+def test_a_sentence_gives_the_ranking_of_the_run(as_json, gallery, trained):
+    query_D = load_run(trained, device="cpu").encode_text(SENTENCE).numpy()[0]
+    found = as_json(SENTENCE, "--collapse", "off", "--top", "7")
+    assert [hit["row"] for hit in found] == ranking(gallery, query_D)[:7]
+    assert [hit["rank"] for hit in found] == [*range(1, 8)]
+    for hit in found:
+        assert hit["item"]["id"] == gallery.items["id"][hit["row"]].as_py()
+        assert abs(hit["score"] - gallery.features[hit["row"]].astype(np.float32) @ query_D) < 1e-5
+
+
+def test_the_table_says_where_hits_are_and_how_much_the_first_stands_out(find, gallery):
+    lines = find(SENTENCE, "--top", "3")
+    assert [cell.strip() for cell in lines[1].split("|")[1:-1]] == [
+        "rank", "score", "id", "path", "box", "time", "view", "source", "pictures"
+    ]  # fmt: skip
+    assert len(lines) == 8 and lines[-1].startswith("the first hit ")
+    assert "of generic sentences" in lines[-1]
+    assert any(path in lines[3] for path in gallery.items["path"].to_pylist())
+    assert "pictures" not in find(SENTENCE, "--collapse", "off")[1]
+
+
+def test_weights_minus_and_pictures_make_one_query(as_json, gallery, trained, mini_root):
+    model = load_run(trained, device="cpu")
+    picture = gallery.path_of(3)
+    texts = model.encode_text(["a man in red", "with a dog", "a bag"]).numpy()
+    features = np.concatenate([texts, model.encode_image([picture]).numpy()])
+    words = (
+        "a man in red",
+        "with a dog",
+        "--minus",
+        "a bag",
+        "--like",
+        picture,
+        "--collapse",
+        "off",
+    )
+    expected = ranking(gallery, combine(features, [1, 1, -0.5, 1]))
+    assert [hit["row"] for hit in as_json(*words)] == expected[:20]
+    expected = ranking(gallery, combine(features, [1, 0.5, -0.25, 2]))
+    assert [hit["row"] for hit in as_json(*words, "--weight", "1", "0.5", "0.25", "2")] == expected[:20]  # fmt: skip
+
+
+def test_more_like_an_item_leaves_it_out_and_can_ask_for_the_other_view(as_json, gallery):
+    items = gallery.items.to_pylist()
+    item = next(item for item in items if item["view"] == "aerial")
+    found = as_json("--like", str(item["id"]), "--collapse", "off", "--top", "100")
+    assert sorted(hit["item"]["id"] for hit in found) == sorted(i["id"] for i in items if i != item)
+    other = as_json("--like", str(item["id"]), "--other_view", "--top", "100", "--collapse", "off")
+    assert [h["item"]["id"] for h in other] == [h["item"]["id"] for h in found if h["item"]["view"] == "ground"]  # fmt: skip
+
+
+def test_a_filter_keeps_the_ranking_of_those_that_it_keeps(as_json, gallery, trained):
+    text = "view = 'aerial' and not source = 'AG-ReID'"
+    mask = where.to_mask(where.parse(text, gallery.items.schema), gallery.items)
+    assert 0 < mask.sum() < len(mask)
+    query_D = load_run(trained, device="cpu").encode_text(SENTENCE).numpy()[0]
+    found = as_json(SENTENCE, "--where", text, "--collapse", "off", "--top", "100")
+    assert [hit["row"] for hit in found] == ranking(gallery, query_D, mask)
+
+
+def test_nobody_is_found_if_the_filter_keeps_nobody(find):
+    assert find(SENTENCE, "--where", "view = 'x'") == ["no hits: the filter keeps nobody"]
+
+
+def test_reranking_keeps_the_hits_and_changes_their_order(as_json):
+    changed = 0
+    for sentence in (SENTENCE, "a woman", "a red coat", "a tall man with a hat", "a bag"):
+        words = (sentence, "--collapse", "off", "--top", "100")
+        raw, again = ([h["row"] for h in as_json(*words, *w)] for w in ([], ["--rerank"]))
+        assert sorted(raw) == sorted(again)
+        changed += raw != again
+    assert changed
+
+
+def test_a_sheet_shows_the_hits_and_where_the_sentence_is_seen(find, tmp_path):
+    plain, heat = tmp_path / "plain.html", tmp_path / "heat.html"
+    lines = find(SENTENCE, "--top", "3", "--sheet", str(plain))
+    assert lines[-1] == f"wrote {plain}"
+    find(SENTENCE, "--top", "3", "--sheet", str(heat), "--heat")
+    pictures = [page.read_text().count("data:image/jpeg") for page in (plain, heat)]
+    assert pictures[0] == 3 and pictures[1] == 6 and SENTENCE in heat.read_text()
+
+
+@pytest.mark.parametrize("words", [(), ("--where", "view = 'aerial' and left is null"), ("--rerank",)])  # fmt: skip
+def test_milvus_gives_the_same_hits(as_json, gallery, tmp_path, words):
+    store = Milvus(str(tmp_path / "milvus.db"))
+    store.put(gallery.items, gallery.features)
+    store.close()
+    here = as_json(SENTENCE, *words)
+    there = as_json(SENTENCE, *words, "--store", f"milvus:{tmp_path / 'milvus.db'}")
+    assert [h["row"] for h in here] == [h["row"] for h in there]
+    np.testing.assert_allclose([h["score"] for h in here], [h["score"] for h in there], atol=1e-6)
+
+
+def test_a_store_of_another_gallery_is_named(find, gallery, tmp_path):
+    store = Milvus(str(tmp_path / "milvus.db"))
+    ids = gallery.items["id"].to_numpy() ^ 1
+    other = gallery.items.set_column(0, "id", [ids])
+    store.put(other, gallery.features)
+    store.close()
+    with pytest.raises(UserError, match="has an item .* that .*mini lacks; put the gallery there"):
+        find(SENTENCE, "--store", f"milvus:{tmp_path / 'milvus.db'}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "nobody is looked for: give a sentence, or --like"),
+        (("--minus", "a hat"), "nobody is looked for"),
+        (("a man", " "), "a sentence is empty"),
+        (("a man", "--top", "0"), "--top 0: at least 1"),
+        (("a man", "--weight", "1", "2"), "--weight: 2 weights, but the query has 1 sentences and pictures"),
+        (("a man", "--weight", "-1"), "--weight -1.0: above 0; what is not wanted goes to --minus"),
+        (("a man", "--collapse", "2"), "2 is neither a cosine above 0 nor off"),
+        (("a man", "--collapse", "x"), "invalid"),
+        (("a man", "--where", "veiw = 'a'"), "filter, character 1, at 'veiw': no such column. Did you mean 'view'?"),
+        (("--like", "12345"), "--like 12345: neither a file nor the id of an item"),
+        (("--like", "gone.jpg"), "--like gone.jpg: neither a file nor"),
+        (("a man", "--sheet", "hits.jpg"), "--sheet hits.jpg: give a name that ends in .png or .html"),
+        (("a man", "--heat"), "--heat: needs --sheet and a sentence"),
+        (("a man", "--other_view"), "--other_view: give --like the id of a person"),
+        (("a man", "--store", "chroma:x"), "--store chroma:x: not of the form milvus:URI"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(find, words, message):
+    with pytest.raises(UserError) as error:
+        find(*words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_gallery_is_compressed_and_then_searched_by_its_index(
+    folder, gallery, tmp_path, monkeypatch, capsys
+):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.setattr("gallery.index.MIN_ROWS", 10)
+    monkeypatch.setattr("gallery.index.LEAST", 0)
+    run(search.main, monkeypatch, "compress", "--gallery", copy, "--memory", "1MiB")
+    assert "IVF4,PQ32x4fs" in capsys.readouterr().out
+    assert isinstance(open_index(gallery.items, gallery.features, copy / INDEX), Approximate)
+    run(search.main, monkeypatch, "find", SENTENCE, "--gallery", copy, "--json", "--top", "3")
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("0.01MiB", "24 persons need no index"),
+        ("1GB", "'1GB' is not a size such as 800MiB or 2GiB"),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(folder, monkeypatch, size, message):
+    with pytest.raises(UserError, match=message):
+        run(search.main, monkeypatch, "compress", "--gallery", folder, "--memory", size)

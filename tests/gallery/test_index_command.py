@@ -1,0 +1,330 @@
+"""`search.py index`, `info` and `delete`, from pictures to a gallery and through its changes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image as PILImage
+
+import search
+from gallery import commands_index, indexing
+from gallery.index import INDEX
+from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
+from tests.gallery.test_frames import make_video, picture
+from tests.helpers import ROOT, run
+from tests.reliability.runs import train_small_run
+from utils.errors import StoppedBySignal, UserError
+
+
+@pytest.fixture(scope="module")
+def folder(mini_root, tmp_path_factory):
+    return train_small_run(mini_root, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six pictures, two of them in a folder within."""
+    (tmp_path / "photos/more").mkdir(parents=True)
+    for n in range(6):
+        picture(tmp_path / "photos" / ("more" if n > 3 else "") / f"{n}.jpg", seed=n)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def index(folder, tmp_path, monkeypatch):
+    """Index into tmp_path/gallery, with the run unless other words name an encoder."""
+
+    def call(*words, encoder=("--config_file", folder / "configs.yaml")):
+        common = ("--gallery", tmp_path / "gallery", "--num_workers", 0, "--test_batch_size", 4)
+        run(search.main, monkeypatch, "index", *common, *encoder, *words)
+        return Gallery.open(tmp_path / "gallery")
+
+    return call
+
+
+@pytest.fixture
+def read_files(monkeypatch):
+    """The paths of the files that are read to be encoded, by run."""
+    runs = []
+    loader = commands_index.chunk_loader
+
+    def counted(jobs, *rest):
+        runs.append(sorted(job.path for job in jobs))
+        return loader(jobs, *rest)
+
+    monkeypatch.setattr(commands_index, "chunk_loader", counted)
+    return runs
+
+
+def by_path(gallery):
+    """By path, the rows (id, and bytes of the features)."""
+    rows = {}
+    for n, (path, number) in enumerate(
+        zip(gallery.items["path"].to_pylist(), gallery.items["id"].to_pylist(), strict=True)
+    ):
+        rows.setdefault(path, []).append((number, gallery.features[n].tobytes()))
+    return rows
+
+
+def test_a_second_run_encodes_only_what_is_new_or_changed_and_drops_what_is_gone(
+    index, photos, read_files
+):
+    first = index("--images", photos)
+    assert first.manifest["root"] == str(photos) and len(first.items) == 6
+    index("--images", photos)
+    (photos / "1.jpg").unlink()
+    picture(photos / "2.jpg", seed=77)  # another picture
+    os.utime(photos / "3.jpg", ns=(5, 5))  # the same picture, copied
+    picture(photos / "more/7.jpg", seed=7)
+    second = index("--images", photos)
+    everything = ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "more/4.jpg", "more/5.jpg"]
+    assert read_files == [everything, [], ["2.jpg", "more/7.jpg"]]
+    before, after = by_path(first), by_path(second)
+    assert sorted(after) == ["0.jpg", "2.jpg", "3.jpg", "more/4.jpg", "more/5.jpg", "more/7.jpg"]
+    same = [path for path in after if before.get(path) == after[path]]
+    assert sorted(same) == ["0.jpg", "3.jpg", "more/4.jpg", "more/5.jpg"]
+    times = dict(zip(second.items["path"].to_pylist(), second.items["mtime_ns"].to_pylist(), strict=True))  # fmt: skip
+    assert times["3.jpg"] == 5
+    index("--images", photos)
+    assert read_files[-1] == []
+
+
+def test_only_what_is_gone_below_the_indexed_folders_is_dropped(index, photos):
+    index("--images", photos)
+    (photos / "0.jpg").unlink()
+    (photos / "more/4.jpg").unlink()
+    assert "0.jpg" in by_path(index("--images", photos / "more"))
+    assert "more/4.jpg" not in by_path(index("--images", photos / "more"))
+    assert "0.jpg" not in by_path(index("--images", photos.parent))  # also from above the root
+
+
+def test_other_facts_of_a_picture_change_its_rows_and_not_its_features(
+    index, mini_root, read_files
+):
+    plain = index("--images", mini_root / "AG-ReID", "--root", mini_root)
+    assert all(score < 1 for score in plain.items["gender_score"].to_pylist())
+    dataset = ("--dataset_name", "AGDataAttr", "--root_dir", mini_root)
+    labelled = index(*dataset)
+    assert not set(read_files[1]) & set(by_path(plain))  # only the other source is read
+    one = dict(zip(labelled.items["path"].to_pylist(), labelled.items.to_pylist(), strict=True))
+    before, after = by_path(plain), by_path(labelled)
+    for path in before:
+        assert before[path] == after[path]
+        assert one[path]["identity"] and one[path]["view"] and one[path]["gender_score"] == 1
+
+
+def test_broken_files_are_skipped_listed_and_tried_again(index, photos, tmp_path, capsys):
+    (photos / "0.jpg").write_bytes(b"no picture")
+    gallery = index("--images", photos, photos / "gone.jpg")
+    assert len(gallery.items) == 5
+    listed = json.loads((tmp_path / "gallery/broken.json").read_text())
+    assert [entry["path"] for entry in listed] == ["gone.jpg", "0.jpg"]
+    assert "No such file" in listed[0]["reason"] and "not one of JPEG" in listed[1]["reason"]
+    assert "skipped 2 that cannot be read" in capsys.readouterr().out
+    picture(photos / "0.jpg", seed=0)
+    assert len(index("--images", photos).items) == 6
+    assert not (tmp_path / "gallery/broken.json").exists()
+    (photos / "1.jpg").write_bytes(b"broken by now")  # its old row shows what no longer is
+    assert "1.jpg" not in by_path(index("--images", photos))
+
+
+def test_boxes_of_a_picture_replace_each_other(index, photos, tmp_path, read_files):
+    header = "path,left,top,width,height,identity\n"
+    (tmp_path / "b.csv").write_text(
+        header + "0.jpg,0,0,30,40,a\n0.jpg,20,30,30,40,b\n1.jpg,0,0,9,9,a\n"
+    )
+    words = ("--images", photos, "--boxes", tmp_path / "b.csv")
+    first = index(*words)
+    assert sorted(first.items["identity"].to_pylist()) == ["a", "a", "b"]
+    (tmp_path / "b.csv").write_text(
+        header + "0.jpg,0,0,30,40,c\n0.jpg,20,30,30,41,b\n1.jpg,0,0,9,9,d\n"
+    )
+    second = index(*words)
+    assert sorted(second.items["identity"].to_pylist()) == ["b", "c", "d"]
+    assert read_files[1] == ["0.jpg"]  # only an identity has changed in 1.jpg
+    assert by_path(first)["1.jpg"] == by_path(second)["1.jpg"]
+    assert sorted(zip(second.items["width"].to_pylist(), second.items["height"].to_pylist(), strict=True)) == [(9, 9), (30, 40), (30, 41)]  # fmt: skip
+
+
+def test_videos_are_indexed_by_time_and_again_with_another_step(index, tmp_path, read_files):
+    (tmp_path / "videos").mkdir()
+    make_video(tmp_path / "videos/v.mp4")
+    first = index("--videos", tmp_path / "videos", "--view", "aerial")
+    assert first.items["frame_time"].to_pylist() == [0, 1, 2]
+    assert index("--videos", tmp_path / "videos", "--view", "ground").items["view"].to_pylist() == ["ground"] * 3  # fmt: skip
+    second = index("--videos", tmp_path / "videos", "--every", 1.5)
+    assert sorted(second.items["frame_time"].to_pylist()) == [0, 1.5]
+    assert read_files == [["v.mp4"], [], ["v.mp4"]]
+
+
+def test_a_video_that_was_not_read_to_its_end_is_read_again(index, tmp_path, monkeypatch):
+    """A kill after a part in the middle of a video."""
+    (tmp_path / "videos").mkdir()
+    make_video(tmp_path / "videos/v.mp4", seconds=9)
+    monkeypatch.setattr(indexing, "ROWS", 4)
+    commit, calls = indexing._commit, []
+
+    def killed(*args):
+        commit(*args)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "_commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            index("--videos", tmp_path / "videos")
+    partial = Gallery.open(tmp_path / "gallery")
+    assert partial.items["frame_time"].to_pylist() == [0, 1, 2, 3]
+    times = index("--videos", tmp_path / "videos").items["frame_time"].to_pylist()
+    assert sorted(times) == list(range(9))
+
+
+def test_another_encoder_is_refused_and_reencode_replaces_all_at_once(
+    index, photos, clip_file, tmp_path
+):
+    index("--images", photos)
+    vanilla = ("--pretrain_choice", clip_file, "--img_size", 96, 32)
+    with pytest.raises(UserError, match="made by another encoder .*--reencode"):
+        index("--images", photos, encoder=vanilla)
+    old = (tmp_path / "gallery" / MANIFEST).read_text()
+    gallery = index("--images", photos / "more", "--reencode", encoder=vanilla)
+    assert gallery.manifest["encoder"]["kind"] == "weights" and len(gallery.items) == 2
+    assert gallery.manifest["root"] == json.loads(old)["root"]
+    assert not (tmp_path / "gallery" / NEXT).exists()
+    assert len(list((tmp_path / "gallery/parts").iterdir())) == 3 * len(gallery.manifest["parts"])
+
+
+def test_a_stopped_run_keeps_what_it_has_and_the_next_one_goes_on(
+    index, photos, tmp_path, monkeypatch, read_files
+):
+    class Stopping(indexing.StopRequest):
+        def __enter__(self):
+            super().__enter__()
+            self.name = "SIGTERM"
+            return self
+
+    for words in ((), ("--reencode",)):
+        with monkeypatch.context() as patch:
+            patch.setattr(indexing, "StopRequest", Stopping)
+            with pytest.raises(StoppedBySignal, match="what is encoded is kept"):
+                index("--images", photos, *words)
+        assert len(index("--images", photos, *words).items) == 6
+        assert len(read_files[-1]) == 2  # a batch of four was encoded before
+
+
+def test_damage_is_repaired_by_encoding_again(index, photos, tmp_path, read_files):
+    gallery = index("--images", photos)
+    (part,) = gallery.manifest["parts"]
+    part_file(tmp_path / "gallery", part["name"], "features").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="features.parquet: corrupted"):
+        index("--images", photos)
+    assert by_path(index("--images", photos, "--repair")) == by_path(gallery)
+    assert len(read_files[-1]) == 6
+
+
+def test_pictures_that_have_moved_are_found_by_their_new_root(index, photos, tmp_path, read_files):
+    first = index("--images", photos)
+    shutil.move(photos, tmp_path / "elsewhere")
+    second = index("--images", tmp_path / "elsewhere", "--root", tmp_path / "elsewhere")
+    assert read_files[1] == [] and by_path(first) == by_path(second)
+    assert second.path_of(0).startswith(str(tmp_path / "elsewhere"))
+
+
+def test_info_counts_by_source_and_view(index, photos, monkeypatch, tmp_path, capsys):
+    index("--images", photos, "--view", "aerial")
+    capsys.readouterr()
+    run(search.main, monkeypatch, "info", "--gallery", tmp_path / "gallery")
+    shown = capsys.readouterr().out
+    assert "6 people in 6 files, 1 parts" in shown and "| photos | aerial |      6 |" in shown
+    assert "encoder: run" in shown and "32x16, fp32, 64 numbers" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        (("--identity", "a"), ["b"]),
+        (("--where", "identity = 'a' and left < 10"), ["b"]),
+        (("--path", "1.jpg"), ["a", "b"]),
+        (("--path", "."), None),
+        (("--id",), ["a", "b"]),
+    ],
+)
+def test_deleted_people_are_gone_from_the_disk_and_stay_out(
+    words, left, index, photos, tmp_path, monkeypatch, read_files
+):
+    (tmp_path / "b.csv").write_text("path,left,top,width,height,identity\n0.jpg,0,0,30,40,a\n0.jpg,20,30,30,40,b\n1.jpg,0,0,9,9,a\n")  # fmt: skip
+    index_words = ("--images", photos, "--boxes", tmp_path / "b.csv")
+    gallery = index(*index_words)
+    if words == ("--id",):
+        words = ("--id", by_path(gallery)["1.jpg"][0][0])
+    if words == ("--path", "."):
+        words = ("--path", photos)
+    index_of = tmp_path / "gallery" / INDEX
+    index_of.mkdir()
+    (index_of / "1.faiss").write_bytes(b"features in short codes")
+    run(search.main, monkeypatch, "delete", "--gallery", tmp_path / "gallery", *words)
+    assert not index_of.exists()
+    after = Gallery.open(tmp_path / "gallery")
+    assert sorted(after.items["identity"].to_pylist()) == (left or [])
+    kept = {row for rows in by_path(after).values() for row in rows}
+    content = b"".join(path.read_bytes() for path in (tmp_path / "gallery/parts").iterdir())
+    for rows in by_path(gallery).values():
+        for row in rows:
+            assert (row in kept) == (row[1] in content)
+    index(*index_words)
+    assert read_files[-1] == []
+    with pytest.raises(UserError, match="has nobody of these"):
+        run(search.main, monkeypatch, "delete", "--gallery", tmp_path / "gallery", "--identity", "x")  # fmt: skip
+
+
+def test_a_gallery_that_another_process_writes_is_refused(index, photos, tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from gallery.store import writing\n"
+        "with writing(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "gallery")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="another process is using this folder"):
+            index("--images", photos)
+        other.stdin.close()
+        other.wait()
+    assert len(index("--images", photos).items) == 6
+    with writing(tmp_path / "gallery"):
+        pass  # it is free again
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give --images, --videos"),
+        (("--images", "x", "--img_size", "32", "16"), "--img_size: a run has its own"),
+        (("--images", "x", "--boxes", "b.csv", "--detect", "y"), "are known already"),
+        (("--images", "x", "--every", "0"), "--every 0.0: must be a positive"),
+        (("--images", "x", "--detect", "fasterrcnn"), "--detect fasterrcnn: neither a detector"),
+        (("--images", "x", "--view", "sky"), "invalid choice: 'sky'"),
+        (("--images", "x", "--precision", "fp8"), "invalid choice: 'fp8'"),
+    ],
+)
+def test_wrong_options_are_one_line(words, message, index):
+    with pytest.raises(UserError, match=message):
+        index(*words)
+
+
+def test_an_unknown_command_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match="invalid choice: 'indx'"):
+        run(search.main, monkeypatch, "indx")
+
+
+def test_a_picture_without_a_unicode_name_is_reported(index, photos, tmp_path):
+    name = os.fsencode(str(photos)) + b"/\xff.jpg"
+    with open(name, "wb") as file:
+        PILImage.new("RGB", (9, 9)).save(file, "JPEG")
+    assert len(index("--images", photos).items) == 6
+    (entry,) = json.loads((tmp_path / "gallery/broken.json").read_text())
+    assert entry["reason"] == "its name is not Unicode"
