@@ -193,7 +193,7 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
         raise UserError(
             f"{where}: no weights named {PREFIX}*; use a checkpoint of this project or of IRRA"
         )
-    with _NoInitialValues():
+    with _NoInitialValues():  # type: ignore[no-untyped-call]
         model = build_model(args, names, num_classes=0, weights=clip)
     check_input(model.base_model, checkpoint, where)
     expected = model.state_dict()
