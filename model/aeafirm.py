@@ -6,18 +6,28 @@ image_BD = model.encode_image(images)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from easydict import EasyDict
 from torch import Tensor, nn
 
 from model.backbone import Backbone
 from model.losses.firm import MatchingHead, SentenceTable, predict_attributes
-from model.losses.inputs import Inputs, ModuleConfig, PartialMean, add_losses, checked_scalar
-from model.losses.registry import LOSSES
+from model.losses.inputs import (
+    SAMPLES,
+    Encoded,
+    Inputs,
+    ModuleConfig,
+    PartialMean,
+    add_losses,
+    checked_scalar,
+)
+from model.losses.registry import LOSSES, more_images
 from utils.devices import at_least_float32
 from utils.distributed import SINGLE_PROCESS, Processes
 
@@ -53,6 +63,12 @@ class AEAFIRM(nn.Module):
         self.options = options
         self.rows = {name: row for name, row in LOSSES.items() if name in loss_names}
         self.needs_masked = any(row.masked for row in self.rows.values())
+        self.needs_attention = any(row.attention for row in self.rows.values())
+        if self.needs_attention:
+            backbone.keep_attention()
+        self.more_images = more_images(loss_names)
+        if options.learn_temperature:
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(options.temperature)))
         self.generator = torch.Generator().manual_seed(options.seed)  # saved in checkpoints
         dim, vocab_size = backbone.config.embed_dim, backbone.config.vocab_size
         config = ModuleConfig(dim, vocab_size, num_classes, self.loss_names, options, sentences)
@@ -63,13 +79,36 @@ class AEAFIRM(nn.Module):
                 setattr(self, name, module)
                 self.module_names.append(name)
 
+    @property
+    def modules_by_name(self) -> dict[str, nn.Module]:
+        """The losses' modules."""
+        return {name: getattr(self, name) for name in self.module_names}
+
+    def learned_scale(self) -> Tensor | None:
+        """1 / temperature with --learn_temperature, else None. Keeps it in its bounds."""
+        if not self.options.learn_temperature:
+            return None
+        with torch.no_grad():
+            self.log_scale.clamp_(max=-math.log(self.options.min_temperature))
+        return at_least_float32(self.log_scale).exp()
+
+    @property
+    def feature_dim(self) -> int:
+        """The width of the features that `encode_image` and `encode_text` give."""
+        widths = [self.options[row.feature_width] for row in self.rows.values() if row.feature]
+        return self.base_model.config.embed_dim + sum(widths)
+
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
-        """Unnormalised image features [B, D], float32."""
-        return at_least_float32(self.base_model.encode_images(images_BCHW)[0])
+        """Unnormalised image features [B, `feature_dim`], float32, whose cosines are the scores.
+
+        The first D are the backbone's. If losses add features for the ranking, these follow, scaled
+        to the same norm: so the cosine is the mean of the cosines of each.
+        """
+        return self._join_features(self._encode_images(images_BCHW))
 
     def encode_text(self, ids_BL: Tensor) -> Tensor:
-        """Unnormalised text features [B, D], float32."""
-        return at_least_float32(self.base_model.encode_captions(ids_BL)[0])
+        """Unnormalised text features [B, `feature_dim`], like those of images."""
+        return self._join_features(self._encode_captions(ids_BL))
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of a training batch; see `losses`.
@@ -92,23 +131,31 @@ class AEAFIRM(nn.Module):
         Args:
             sentences: add the result of `encode_sentences`, whose rows belong to no sample.
         """
-        count, images = len(batch["caption_ids"]), batch["images"]
-        if "pair_images" in batch:  # one encoder call for both views
-            images = torch.cat([images, batch["pair_images"]])
-        image_VD, tokens_VND = self.base_model.encode_images(images)
-        encoded = dict(zip(("image", "pair"), image_VD.split(count), strict=False))
+        count, images = len(batch["caption_ids"]), {"image": batch["images"]}
+        if "pair_images" in batch:
+            images["pair"] = batch["pair_images"]
+        views = tuple(images)
+        images |= {name: batch[f"{name}_images"] for name in self.more_images}
+        together = torch.cat(list(images.values())) if len(images) > 1 else batch["images"]
+        parts = self._encode_images(together).split(count)  # one encoder call
+        by_name = dict(zip(images, parts, strict=True))
+        encoded = {name: part.pooled_BD for name, part in by_name.items()}
         if self.needs_masked:
-            encoded["tokens"] = torch.cat(tokens_VND.split(count), dim=1)
+            encoded["tokens"] = torch.cat([by_name[view].tokens_BLD for view in views], dim=1)
+        for view in views:
+            encoded |= self._outputs(view, by_name[view])
         ids = {"text": batch["caption_ids"]}
         if self.needs_masked and "masked_ids" in batch:
             ids["masked"] = batch["masked_ids"]
         if sentences and self.sentences is not None:
             ids["sentences"] = self.sentences.ids
         for name, embedded in zip(ids, self.base_model.embed_tokens(*ids.values()), strict=True):
-            pooled, tokens = self.base_model.encode_captions(ids[name], embedded)
-            encoded[name] = tokens if name == "masked" else pooled
+            captions = self._encode_captions(ids[name], embedded, name == "text")
+            encoded[name] = captions.tokens_BLD if name == "masked" else captions.pooled_BD
+            if name == "text":
+                encoded |= self._outputs("text", captions)
             if self.needs_masked and name == "text" and "masked" not in ids:
-                encoded["masked"] = tokens  # `caption_ids` are masked: no second encoding
+                encoded["masked"] = captions.tokens_BLD  # masked already: no second encoding
         return encoded
 
     def encode_sentences(self) -> dict[str, Tensor]:
@@ -147,16 +194,60 @@ class AEAFIRM(nn.Module):
                 row.after(inputs)
         return {**losses, "total": add_losses(losses.values()), **inputs.logged}
 
+    def match_sentences(self, feature_VD: Tensor, sentence_SD: Tensor | None = None) -> Tensor:
+        """FIRM's logits [V, S, 2]: does sentence S match image V?
+
+        Args:
+            feature_VD: of `encode_image`.
+            sentence_SD: of `encode_text`, if known already.
+        """
+        assert self.sentences is not None, "only a model with match2 predicts attributes"
+        dim = self.base_model.config.embed_dim
+        if sentence_SD is None:
+            sentence_SD = self.encode_text(self.sentences.ids)
+        return self.atr_matching_head(sentence_SD[:, :dim], feature_VD[:, :dim])
+
     def predict_attributes(self, image_VD: Tensor) -> Tensor:
         """FIRM's class of each attribute, [V, A], whose sentences match the image best."""
         assert self.sentences is not None, "only a model with match2 predicts attributes"
-        sentence_SD = self.encode_text(self.sentences.ids)
-        return predict_attributes(self.atr_matching_head(sentence_SD, image_VD), self.sentences)
+        return predict_attributes(self.match_sentences(image_VD), self.sentences)
+
+    def _encode_images(self, images_BCHW: Tensor) -> Encoded:
+        pooled_BD, tokens_BND = self.base_model.encode_images(images_BCHW)
+        attention = self.base_model.pooled_attention("image") if self.needs_attention else None
+        return Encoded(pooled_BD, tokens_BND, attention, None, self.modules_by_name)
+
+    def _encode_captions(
+        self, ids_BL: Tensor, embedded_BLE: Tensor | None = None, attended: bool = True
+    ) -> Encoded:
+        pooled_BD, tokens_BLD = self.base_model.encode_captions(ids_BL, embedded_BLE)
+        attention = None
+        if self.needs_attention and attended:
+            attention = self.base_model.pooled_attention("text", ids_BL)
+        return Encoded(pooled_BD, tokens_BLD, attention, ids_BL, self.modules_by_name)
+
+    def _outputs(self, part: str, encoded: Encoded) -> dict[str, Tensor]:
+        """What the losses keep of a part ("text", "image" or "pair")."""
+        kept: dict[str, Tensor] = {}
+        for row in self.rows.values():
+            if row.outputs:
+                kept |= {f"{part}/{name}": value for name, value in row.outputs(encoded).items()}
+        return kept
+
+    def _join_features(self, encoded: Encoded) -> Tensor:
+        feature_BD = at_least_float32(encoded.pooled_BD)
+        norm_B1 = feature_BD.norm(dim=1, keepdim=True)
+        more = [row.feature(encoded) for row in self.rows.values() if row.feature]
+        scaled = [norm_B1 * F.normalize(at_least_float32(other), dim=1) for other in more]
+        return torch.cat([feature_BD, *scaled], dim=1) if more else feature_BD
 
     def _gather_inputs(self, encoded: dict[str, Tensor], batch: dict[str, Any]) -> Inputs:
         """The losses' inputs: features and labels of all processes, tokens of this one."""
-        features = self._gather(encoded, ("text", "image", "pair"), batch)
-        labels = self._gather(batch, ("pids", "attributes", "pair_attributes"), batch)
+        outputs = [name for name in encoded if "/" in name]
+        names = ("text", "image", "pair", *self.more_images, *outputs)
+        features = self._gather(encoded, names, batch)
+        samples = [name for name in batch if name.startswith(SAMPLES)]
+        labels = self._gather(batch, ("pids", "attributes", "pair_attributes", *samples), batch)
         sentence_SD = encoded.get("sentences")
         return Inputs(
             text_BD=features["text"],
@@ -164,10 +255,15 @@ class AEAFIRM(nn.Module):
             pair_BD=features.get("pair"),
             pids_B=labels["pids"],
             labels=labels,
+            images={name: features[name] for name in self.more_images},
+            outputs={name: features[name] for name in outputs},
+            samples={name.removeprefix(SAMPLES): labels[name] for name in samples},
             sentence_SD=None if sentence_SD is None else at_least_float32(sentence_SD),
             local={**batch, **encoded},
-            modules={name: getattr(self, name) for name in self.module_names},
+            modules=self.modules_by_name,
             options=self.options,
+            learned_scale=self.learned_scale(),
+            epochs=batch.get("epochs", 0.0),
             generator=self.generator,
         )
 

@@ -12,6 +12,7 @@ Weights keep OpenAI's names, so checkpoints of this project, IRRA and CLIP have 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -20,7 +21,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.blocks import use_lean_blocks
+from model.blocks import SelfAttention, use_lean_blocks
 from model.weights import (
     BackboneConfig,
     config_from_choice,
@@ -82,6 +83,7 @@ class Backbone(open_clip.CLIP):
         )
         self.config = config
         self.image_size = image_size
+        self._kept: dict[str, Tensor] = {}  # inputs of the last blocks' attention
         self.notes: list[str] = []  # assumptions about its weights, for the log
         # The temperature is fixed (0.02 in the paper) and belongs to the losses.
         self.logit_scale = None
@@ -129,6 +131,34 @@ class Backbone(open_clip.CLIP):
         """Compile both encoders in place; names and values of the weights stay the same."""
         self.visual.compile()
         self.transformer.compile(dynamic=True)  # one compilation for captions of any length
+
+    def keep_attention(self) -> None:
+        """Let `pooled_attention` know the last blocks. Raises UserError for a ResNet."""
+        if self.config.is_resnet:
+            raise UserError("a ResNet has no class token whose attention selects tokens; use a ViT")
+        for name in ("image", "text"):
+            self._last_attention(name).register_forward_pre_hook(partial(self._keep, name))
+
+    def pooled_attention(self, name: str, ids_BL: Tensor | None = None) -> Tensor:
+        """How much the pooled token of the last encoded batch attends to each token, [B, L]: the
+        mean over heads in the last block, without gradient.
+
+        Args:
+            name: "image" or "text".
+            ids_BL: of captions; their pooled token is the end token.
+        """
+        x_BLE, attention = self._kept.pop(name), self._last_attention(name)
+        if ids_BL is None:
+            return attention.of_token(x_BLE, torch.zeros_like(x_BLE[:, 0, 0], dtype=torch.long))
+        return attention.of_token(x_BLE, ids_BL.argmax(dim=-1), causal=True)
+
+    def _last_attention(self, name: str) -> SelfAttention:
+        encoder = self if name == "text" else self.visual
+        last: Any = encoder.transformer.resblocks[-1]
+        return last.attn
+
+    def _keep(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._kept[name] = inputs[0].detach()
 
     def encode_images(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Image features [B, D] and projected tokens [B, 1 + N, D], the class token first.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from open_clip import transformer as clip
 from torch import Tensor, nn
 
+from utils.devices import at_least_float32
+
 
 class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), the activation of OpenAI's CLIP.
@@ -59,6 +61,29 @@ class SelfAttention(nn.MultiheadAttention):
         q_BHLE, k_BHLE, v_BHLE = parts.unbind(0)
         mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, attn_mask)
         return self.out_proj(mixed_BHLE.transpose(1, 2).flatten(2)), None
+
+    @torch.no_grad()
+    def of_token(self, x_BLE: Tensor, at_B: Tensor, causal: bool = False) -> Tensor:
+        """How much one token of each sequence attends to all, [B, L]: the mean over heads.
+
+        It is one row of the matrix of each head; the matrices are never made.
+
+        Args:
+            x_BLE: what the attention gets.
+            at_B: the places of the tokens.
+            causal: a token does not see those after it.
+        """
+        each_B = torch.arange(len(x_BLE), device=x_BLE.device)
+        q_EE, k_EE, _ = self.in_proj_weight.chunk(3)
+        q_E, k_E, _ = self.in_proj_bias.chunk(3)
+        heads = (self.num_heads, self.head_dim)
+        q_BHE = F.linear(x_BLE[each_B, at_B], q_EE, q_E).unflatten(-1, heads)
+        k_BLHE = F.linear(x_BLE, k_EE, k_E).unflatten(-1, heads)
+        logits_BHL = at_least_float32(torch.einsum("bhe,blhe->bhl", q_BHE, k_BLHE))
+        if causal:
+            later_BL = torch.arange(x_BLE.shape[1], device=x_BLE.device) > at_B[:, None]
+            logits_BHL = logits_BHL.masked_fill(later_BL[:, None], -torch.inf)
+        return (logits_BHL * self.head_dim**-0.5).softmax(dim=-1).mean(dim=1)
 
 
 def use_lean_blocks(transformer: clip.Transformer) -> None:

@@ -187,8 +187,8 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
     """
     weights = checkpoint["model"]
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
-    heads = ("match2", "dot", "cat") if "atr_matching_head.weight" in weights else ()
-    names = [name for name in args.loss_names.split("+") if name in heads]
+    names = [name for name in args.loss_names.split("+") if name in LOSSES]
+    names = [name for name in names if _at_test(name, weights, where)]
     if not clip:
         raise UserError(
             f"{where}: no weights named {PREFIX}*; use a checkpoint of this project or of IRRA"
@@ -211,6 +211,18 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
     if "assumed" in checkpoint:
         model.base_model.notes.append(checkpoint["assumed"])
     return model
+
+
+def _at_test(name: str, weights: dict[str, Any], where: str) -> bool:
+    """Whether the evaluation needs a loss. Raises UserError if it needs one for the scores, of
+    which the checkpoint has no weights."""
+    row = LOSSES[name]
+    if row.feature and row.at_test not in weights:
+        raise UserError(
+            f"{where}: {row.at_test} is missing, but the scores of a run with the loss {name} need "
+            "it; use a checkpoint of the run, or another --loss_names"
+        )
+    return row.at_test in weights
 
 
 class _NoInitialValues(TorchDispatchMode):

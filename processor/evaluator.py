@@ -188,7 +188,7 @@ class Evaluator:
     def _no_features(self, model: AEAFIRM) -> Tensor:
         """[0, D], of the type of the model's features."""
         dtype = at_least_float32(next(model.parameters())).dtype
-        return torch.zeros((0, model.base_model.config.embed_dim), device=self.device, dtype=dtype)
+        return torch.zeros((0, model.feature_dim), device=self.device, dtype=dtype)
 
     def _shards(self, count: int) -> tuple[int, list[int]]:
         """For `count` rows: the largest number of batches of a process, and each one's rows."""

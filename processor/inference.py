@@ -141,7 +141,7 @@ class Run:
         normalize: bool,
         device: str,
     ) -> Tensor:
-        features = [torch.zeros((0, self.model.base_model.config.embed_dim), device=device)]
+        features = [torch.zeros((0, self.model.feature_dim), device=device)]
         for batch in batches:
             with autocast(self.args.precision, self.device):
                 feature_BD = encode(batch.to(self.device))

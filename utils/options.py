@@ -120,7 +120,12 @@ GROUPS: dict[str, list[Option]] = {
         Option("vocab_size",  int,   49408, ge=49408, le=10**6,
             help="vocabulary size of the text encoder; checked against the weights"),
         Option("temperature", float, 0.02, gt=0,
-            help="softmax temperature of all similarities; not learned"),
+            help="softmax temperature of all similarities"),
+        Option("learn_temperature", bool, False,
+            help="learn the temperature, from --temperature on; losses with a temperature of their "
+                 "own (tal, simclr, fta, cda) keep it"),
+        Option("min_temperature", float, 0.01, gt=0,
+            help="--learn_temperature: the lowest one; 0.01 is a scale of 100, as in CLIP"),
         Option("cmt_depth",   int,   4, ge=1, le=64,
             help="mlm: layers of the cross-modal transformer"),
     ],

@@ -108,7 +108,7 @@ def aea_loss(
     aerial_BD: Tensor,
     ground_BD: Tensor,
     pids_B: Tensor,
-    scale: float,
+    scale: float | Tensor,
     queue: FeatureQueue | None = None,
     slack: float = 0.15,
 ) -> Tensor:

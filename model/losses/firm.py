@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from model.losses.inputs import Inputs, ModuleConfig, apply_reduction
 from utils.devices import at_least_float32
 
+AT_TEST = "atr_matching_head.weight"  # a checkpoint with FIRM's head has it
+
 
 class SentenceTable(nn.Module):
     """The tokens of all sentences, and which sentences belong to each class.

@@ -6,13 +6,15 @@ Shapes: B samples of all processes, D joint space, S sentences, A attributes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from easydict import EasyDict
 from torch import Tensor, nn
+
+SAMPLES = "sample/"  # before the names of values of `before_epoch`, in a batch
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,34 @@ class PartialMean:
 
     sum: Tensor
     count: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder gives for a batch of captions, or of images of one view.
+
+    Row i depends on sample i only. Tokens are projected into the joint space: for images the class
+    token and the patches, for captions all tokens up to the longest caption's end.
+    """
+
+    pooled_BD: Tensor  # unnormalised features
+    tokens_BLD: Tensor
+    # How much the pooled token attends to each token in the last block, the mean over heads; only
+    # for a loss with `attention`, and without gradient.
+    attention_BL: Tensor | None
+    ids_BL: Tensor | None  # of captions; None for images
+    modules: Mapping[str, Any]  # the losses' modules by their checkpoint names
+
+    def split(self, count: int) -> list[Encoded]:
+        """Parts of `count` images each."""
+        pooled, tokens = self.pooled_BD.split(count), self.tokens_BLD.split(count)
+        attention = [None] * len(pooled) if self.attention_BL is None else (
+            self.attention_BL.split(count)
+        )  # fmt: skip
+        return [
+            replace(self, pooled_BD=p, tokens_BLD=t, attention_BL=a)
+            for p, t, a in zip(pooled, tokens, attention, strict=True)
+        ]
 
 
 @dataclass
@@ -41,11 +71,19 @@ class Inputs:
     # `attributes` and `pair_attributes` [B, A], if the data set has them
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     sentence_SD: Tensor | None = None  # FIRM's sentences, if a loss needs them
+    # features [B, D] of more augmentations by name (`registry.Loss.images`), unnormalised
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    # what the losses' `outputs` gave, as "text/NAME", "image/NAME" and "pair/NAME"
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    # values of the samples [B] that a loss's `before_epoch` gave
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
     # the batch and all outputs of the encoders, of this process's samples only
     local: Mapping[str, Tensor] = field(default_factory=dict)
     # the losses' modules by their checkpoint names (`registry.Loss.modules`)
     modules: Mapping[str, Any] = field(default_factory=dict)
     options: EasyDict = field(default_factory=EasyDict)  # all options by name
+    learned_scale: Tensor | None = None  # 1 / temperature with --learn_temperature
+    epochs: float = 0.0  # that are done: 1.5 in the middle of the second epoch
     # for losses that use random numbers; saved in checkpoints
     generator: torch.Generator = field(default_factory=torch.Generator)
     logged: dict[str, Tensor] = field(default_factory=dict)
@@ -56,8 +94,10 @@ class Inputs:
         self.unit = {k: F.normalize(v, dim=-1) for k, v in views.items() if v is not None}
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float | Tensor:
         """1 / temperature: losses multiply similarities by it."""
+        if self.learned_scale is not None:
+            return self.learned_scale
         return 1 / self.options.temperature
 
     @property
@@ -82,6 +122,28 @@ class Inputs:
         It is not part of the total. Name it after the loss: "match2/accuracy".
         """
         self.logged[name] = checked_scalar(value, name).detach()
+
+
+@dataclass(frozen=True)
+class BeforeEpoch:
+    """What a loss's `before_epoch` gets.
+
+    Attributes:
+        epoch: that begins, from 0.
+        options: all options by name.
+        seed: of this epoch, for random numbers: the same in a run that is resumed.
+        evaluate: computes values of every training sample. It takes a function of `Inputs` that
+            gives values [B] of a batch by name, calls it for batches of `--batch_size` random
+            samples, in evaluation mode and without gradients, and returns the values [N] in the
+            order of the samples, float32 on the CPU.
+        say: writes a line to the log.
+    """
+
+    epoch: int
+    options: EasyDict
+    seed: int
+    evaluate: Callable[[Callable[[Inputs], dict[str, Tensor]]], dict[str, Tensor]]
+    say: Callable[[str], None]
 
 
 class ModuleConfig(NamedTuple):

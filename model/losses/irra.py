@@ -19,7 +19,7 @@ def sdm(
     a_BD: Tensor,
     b_BD: Tensor,
     pids_B: Tensor,
-    scale: float,
+    scale: float | Tensor,
     reduction: str = "mean",
     eps: float = 1e-8,
 ) -> Tensor:
@@ -39,7 +39,7 @@ def sdm(
     return one_way(logits_BB) + one_way(logits_BB.T)
 
 
-def itc(a_BD: Tensor, b_BD: Tensor, scale: float, reduction: str = "mean") -> Tensor:
+def itc(a_BD: Tensor, b_BD: Tensor, scale: float | Tensor, reduction: str = "mean") -> Tensor:
     """InfoNCE (CLIP): cross-entropy with the own pair as the target, the mean of both directions.
 
     Returns a scalar, or [B] with `reduction="none"`.

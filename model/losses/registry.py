@@ -18,7 +18,7 @@ from model.losses import (
     irra,
     mlm,
 )
-from model.losses.inputs import Inputs, ModuleConfig, PartialMean
+from model.losses.inputs import BeforeEpoch, Encoded, Inputs, ModuleConfig, PartialMean
 from utils.errors import UserError, suggest
 from utils.options import OPTIONS
 
@@ -32,13 +32,25 @@ class Loss:
     pairs: bool = False  # needs an aerial and a ground image per sample
     attributes: bool = False  # needs attribute labels and the features of FIRM's sentences
     masked: bool = False  # needs masked captions, and the tokens of captions and images
+    images: tuple[str, ...] = ()  # more augmentations of the first view (datasets/more_images.py)
+    attention: bool = False  # `outputs` and `feature` need `Encoded.attention_BL`
     autocast: bool = False  # runs in the precision of the encoders instead of float32
     any_of: tuple[str, ...] = ()  # needs at least one of these names
     one_of: tuple[str, ...] = ()  # needs exactly one of these names
     weight: str = ""  # the option that the loss is multiplied by
     # builds the loss's modules, by their names in checkpoints
     modules: Callable[[ModuleConfig], dict[str, nn.Module]] | None = None
+    # what it keeps of each encoder's batch by name, [B, ...]: with several processes, and with
+    # --accum_steps, the loss gets it of all samples
+    outputs: Callable[[Encoded], dict[str, Tensor]] | None = None
     after: Callable[[Inputs], None] | None = None  # runs after all losses of a step
+    # runs before each epoch, and gives values of the training samples [N] by name
+    before_epoch: Callable[[BeforeEpoch], dict[str, Tensor]] | None = None
+    # a second feature [B, E] for the ranking, and the option that is E: a model's score is the mean
+    # of the cosines of its features
+    feature: Callable[[Encoded], Tensor] | None = None
+    feature_width: str = ""
+    at_test: str = ""  # a weight of its modules, if the evaluation needs them
 
 
 # fmt: off
@@ -48,9 +60,11 @@ LOSSES: dict[str, Loss] = {
     "queue": Loss("adds past features to AEA's keys", any_of=("supkl", "supitc"),
                   modules=aea.queue_modules, after=aea.push_to_queue),
     "match2": Loss("FIRM, attribute sentence-image matching", firm.match2, attributes=True,
-                   one_of=("dot", "cat"), weight="match_loss_weight", modules=firm.match2_modules),
-    "dot": Loss("match2 on the product of sentence and image", any_of=("match2",)),
-    "cat": Loss("match2 on their concatenation", any_of=("match2",)),
+                   one_of=("dot", "cat"), weight="match_loss_weight", modules=firm.match2_modules,
+                   at_test=firm.AT_TEST),
+    "dot": Loss("match2 on the product of sentence and image", any_of=("match2",),
+                at_test=firm.AT_TEST),
+    "cat": Loss("match2 on their concatenation", any_of=("match2",), at_test=firm.AT_TEST),
     "sdm": Loss("similarity distribution matching; mean of all pairs of views", irra.sdm_of_views),
     "bisdm": Loss("sdm of text-aerial and text-ground",
                   partial(irra.sdm_of_views, all_pairs=False), pairs=True),
@@ -96,6 +110,11 @@ def parse_loss_names(text: str) -> list[str]:
 def needs_masked(names: Sequence[str]) -> bool:
     """Whether any of these losses needs masked captions."""
     return any(LOSSES[name].masked for name in names)
+
+
+def more_images(names: Sequence[str]) -> tuple[str, ...]:
+    """The augmentations that these losses need besides the ordinary one, each once."""
+    return tuple(dict.fromkeys(image for name in names for image in LOSSES[name].images))
 
 
 def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bool) -> None:
