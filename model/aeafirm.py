@@ -122,6 +122,13 @@ class AEAFIRM(nn.Module):
         """
         return self.losses(self.encode(batch, sentences=True), batch)
 
+    def inputs(self, batch: dict[str, Any]) -> tuple[Inputs, Tensor]:
+        """What the losses get of a batch of all processes, and the indices of its samples [B]."""
+        encoded = self.encode(batch, sentences=True)
+        with torch.autocast(encoded["text"].device.type, enabled=False):
+            index_B = self._gather(batch, ("index",), batch)["index"]
+            return self._gather_inputs(encoded, batch), index_B
+
     def encode(self, batch: dict[str, Tensor], sentences: bool = False) -> dict[str, Tensor]:
         """All outputs of the encoders that the losses need; row i depends on sample i only.
 
@@ -247,7 +254,8 @@ class AEAFIRM(nn.Module):
         names = ("text", "image", "pair", *self.more_images, *outputs)
         features = self._gather(encoded, names, batch)
         samples = [name for name in batch if name.startswith(SAMPLES)]
-        labels = self._gather(batch, ("pids", "attributes", "pair_attributes", *samples), batch)
+        labels = self._gather(batch, ("pids", "attributes", "pair_attributes"), batch)
+        values = self._gather(batch, samples, batch)
         sentence_SD = encoded.get("sentences")
         return Inputs(
             text_BD=features["text"],
@@ -257,7 +265,7 @@ class AEAFIRM(nn.Module):
             labels=labels,
             images={name: features[name] for name in self.more_images},
             outputs={name: features[name] for name in outputs},
-            samples={name.removeprefix(SAMPLES): labels[name] for name in samples},
+            samples={name.removeprefix(SAMPLES): value for name, value in values.items()},
             sentence_SD=None if sentence_SD is None else at_least_float32(sentence_SD),
             local={**batch, **encoded},
             modules=self.modules_by_name,

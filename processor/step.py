@@ -94,7 +94,9 @@ class TrainStep:
         parts = split_batch(batch, self.args.accum_steps)
         with torch.no_grad(), context:
             encoded = [model.encode(part) for part in parts]
-        features = {k: torch.cat([e[k] for e in encoded]).requires_grad_() for k in encoded[0]}
+        features = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
+        for feature in features.values():
+            feature.requires_grad_(feature.is_floating_point())
         with context:
             values = model.losses({**features, **model.encode_sentences()}, batch)
         self.scaler.scale(values["total"]).backward()

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from datasets.loaders import TrainLoader, on_device
+from processor.before_epoch import SampleValues
 from processor.best import Best
 from processor.epoch_log import EpochLog
 from processor.evaluator import Evaluator
@@ -81,6 +82,9 @@ class Trainer:
             "best": self.best,
             "progress": self.progress,
         }
+        self.samples = SampleValues(self.model, loader, args, self.device, log)
+        if self.samples.rows:
+            self.parts["samples"] = self.samples
         self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)
         self.save_epochs, self.save_seconds = parse_period(args.save_period)
         self.last_save = time.monotonic()
@@ -128,9 +132,12 @@ class Trainer:
         lr = set_lr(self.train_step.optimizer, progress.epoch, args)
         sampler.set_epoch(progress.epoch, progress.step)
         self.epoch_log.begin(progress.epoch, progress.step, lr)
+        self.samples.prepare(progress.epoch, self._save_or_stop)
         self.model.train()
         for batch in on_device(self.loader, self.device, config.image_mean, config.image_std):
             batch["counts"] = sampler.counts(progress.step)
+            batch["epochs"] = progress.epoch + progress.step / len(self.loader)
+            self.samples.add_to(batch)
             self.epoch_log.add_skipped_images(batch.pop("skipped", []))
             self.in_step = True
             values, skipped = self.train_step(batch)

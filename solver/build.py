@@ -3,7 +3,7 @@
 The name of a parameter decides its settings. If two rules set the same value, the later one wins:
 - `cross` in the name: lr * lr_factor;
 - `bias`: lr * bias_lr_factor, and weight_decay_bias as the weight decay;
-- `classifier` or `mlm_head`: lr * lr_factor.
+- `classifier` or `mlm_head`, or a name that begins with `head_`: lr * lr_factor.
 Parameters with equal settings share one group, so an update is a few fused kernel launches instead
 of one launch per parameter.
 """
@@ -28,7 +28,7 @@ def settings_of(name: str, args: EasyDict) -> tuple[float, float]:
         lr = args.lr * args.lr_factor
     if "bias" in name:
         lr, weight_decay = args.lr * args.bias_lr_factor, args.weight_decay_bias
-    if "classifier" in name or "mlm_head" in name:
+    if "classifier" in name or "mlm_head" in name or name.startswith("head_"):
         lr = args.lr * args.lr_factor
     return lr, weight_decay
 

@@ -160,7 +160,7 @@ GROUPS: dict[str, list[Option]] = {
         Option("lr",             float, 1e-5, gt=0,
             help="base learning rate: backbone, FIRM's head"),
         Option("lr_factor",      float, 5.0, gt=0,
-            help="learning rate of new layers (cross*, classifier, mlm_head), times --lr"),
+            help="learning rate of new layers (cross*, classifier, mlm_head, head_*), times --lr"),
         Option("bias_lr_factor", float, 2.0, gt=0, help="learning rate of biases, times --lr"),
         Option("weight_decay",   float, 4e-5, ge=0, help="weight decay (L2)"),
         Option("weight_decay_bias", float, 0.0, ge=0, help="weight decay (L2) of biases"),
