@@ -60,7 +60,7 @@ class Processes:
         processes (`all_reduce_mean`) then gives encoders the sum over shards. Heads see all rows
         in every process, so each process has their complete gradient, and the mean keeps it.
         """
-        if self.size == 1:
+        if self.size == 1 or not parts:
             return parts
         widths = [math.prod(value.shape[1:]) for value in parts.values()]
         flat = [v.reshape(len(v), w) for v, w in zip(parts.values(), widths, strict=True)]
