@@ -95,9 +95,9 @@ def membership(queries_BKD: Tensor, feature_BD: Tensor, network: nn.Module) -> T
     """
     queries_BKD, feature_BD = (F.normalize(x, dim=-1) for x in (queries_BKD, feature_BD))
     # 1 / v^2 by its logarithm: v itself may overflow, and then its gradient is NaN.
-    inverse_BD = (-2 * network(feature_BD).clamp(min=math.log(1e-6))).exp()
+    slope_BD = (-2 * network(feature_BD).clamp(min=math.log(1e-6))).exp() / -2
     distance_BBKD = 1 - queries_BKD[:, None] * feature_BD[None, :, None]
-    return (distance_BBKD.square() * inverse_BD[None, :, None] / -2).exp().mean(dim=-1)
+    return (distance_BBKD.square() * slope_BD[None, :, None]).exp().mean(dim=-1)
 
 
 def fta(

@@ -33,9 +33,8 @@ def tal(
 
     def negative(cosine_BB: Tensor, same_BB: Tensor) -> Tensor:
         # The original caps the sum of exponentials at 1e36, so that it does not overflow; logsumexp
-        # cannot. The filler is finite, since log 0 would make the gradient of a batch of one
-        # identity NaN.
-        logits_BB = (cosine_BB / temperature).masked_fill(same_BB, torch.finfo(cosine_BB.dtype).min)
+        # never overflows. Without negatives it is -inf, and the loss 0.
+        logits_BB = (cosine_BB / temperature).masked_fill(same_BB, -torch.inf)
         return temperature * logits_BB.logsumexp(dim=1)
 
     return _triplets(negative, text_BD, image_BD, pids_B, temperature, margin, reduction)
