@@ -22,6 +22,18 @@ def golden() -> dict:
     return json.loads((ROOT / "tests/golden/golden.json").read_text())
 
 
+@cache
+def baselines() -> dict:
+    """The golden values of RDE, TBPS-CLIP and CFAN; see tests/golden/README.md."""
+    return json.loads((ROOT / "tests/golden/baselines.json").read_text())
+
+
+def baseline_features(*names: str) -> list[torch.Tensor]:
+    """Their normalised features `text`, `aerial` and `ground`, [6, 64]."""
+    tensor = {"text": 0, "aerial": 1, "ground": 2}
+    return [torch.nn.functional.normalize(noise((6, 64), tensor[n]), dim=1) for n in names]
+
+
 def noise(shape, j, scale=1.0, offset=0.0, phase=0.0) -> torch.Tensor:
     """Tensor j: element i is offset + scale * (2 frac(43758.5453 sin(12.9898 i + 78.233 j + phase)) - 1)."""
     angle = 12.9898 * np.arange(int(np.prod(shape)), dtype=np.float64) + 78.233 * j + phase

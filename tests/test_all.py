@@ -264,6 +264,7 @@ def test_what_cannot_be_resumed_is_refused_and_leaves_nothing(
         {"loss_names": None, "cmt_depth": 1},  # the defaults of train.py
         {"loss_names": "itc+cmpm", "dataset_name": "AGData", "optimizer": "SGD", "stride_size": 8},
         {"loss_names": "bisdm+biitc", "sampler": "identity", "num_instance": 2, "eval_period": 2},
+        {"loss_names": "tal+trl+nitc+ritc+citc+cda", "txt_aug": "rde", "precision": "bf16"},
         {"loss_names": RECIPE, "precision": "half", "lrscheduler": "step", "optimizer": "AdamW"},
         {"loss_names": "supkl", "precision": "fp16", "num_workers": 1, "log_period": 1},
     ],

@@ -46,6 +46,28 @@ def cross_modal_parts(dim: int, depth: int, vocab_size: int) -> dict[str, nn.Mod
     }
 
 
+def cross_modal_tokens(
+    parts: Mapping[str, nn.Module],
+    queries_BLD: Tensor,
+    tokens_BND: Tensor,
+    padding_BN: Tensor | None = None,
+) -> Tensor:
+    """The queries after one cross-attention to the tokens and a transformer, [B, L, D].
+
+    Args:
+        padding_BN: bool, the tokens that get no attention.
+    """
+    tokens_BND = parts["ln_pre_i"](tokens_BND)
+    x_BLD = parts["cross_attn"](
+        parts["ln_pre_t"](queries_BLD),
+        tokens_BND,
+        tokens_BND,
+        key_padding_mask=padding_BN,
+        need_weights=False,
+    )[0]
+    return parts["ln_post"](parts["cross_modal_transformer"](x_BLD))
+
+
 def masked_token_logits(
     parts: Mapping[str, nn.Module], text_BLD: Tensor, image_BND: Tensor, at_X: Tensor
 ) -> Tensor:
@@ -55,11 +77,7 @@ def masked_token_logits(
     transformer (IRRA, sec. 3.2). A dense-QuickGELU-LayerNorm-linear classifier follows. It runs on
     the masked tokens only, because the others have no loss.
     """
-    image_BND = parts["ln_pre_i"](image_BND)
-    x_BLD = parts["cross_attn"](
-        parts["ln_pre_t"](text_BLD), image_BND, image_BND, need_weights=False
-    )[0]
-    x_BLD = parts["ln_post"](parts["cross_modal_transformer"](x_BLD))
+    x_BLD = cross_modal_tokens(parts, text_BLD, image_BND)
     return parts["mlm_head"](x_BLD.flatten(0, 1)[at_X])
 
 

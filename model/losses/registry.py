@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from model.losses import (
     aea,
+    cfan,
     firm,
     irra,
     mlm,
+    rde,
+    tbps,
 )
 from model.losses.inputs import BeforeEpoch, Encoded, Inputs, ModuleConfig, PartialMean
 from utils.errors import UserError, suggest
@@ -72,6 +75,17 @@ LOSSES: dict[str, Loss] = {
     "biitc": Loss("itc of text-aerial and text-ground",
                   partial(irra.itc_of_views, all_pairs=False), pairs=True),
     "cmpm": Loss("cross-modal projection matching", irra.cmpm_of_views),
+    "tal": Loss("RDE's triplet alignment; sum of the batch, mean of text-image pairs",
+                rde.tal_of_views),
+    "trl": Loss("tal with the hardest negative alone", rde.trl_of_views),
+    "nitc": Loss("TBPS-CLIP's InfoNCE with soft labels; mean of text-image pairs",
+                 tbps.nitc_of_views),
+    "ritc": Loss("TBPS-CLIP's reverse KL, sdm with bounded negatives; mean of text-image pairs",
+                 tbps.ritc_of_views),
+    "citc": Loss("TBPS-CLIP's cyclic loss, equal geometry of text and images; "
+                 "mean of text-image pairs", tbps.citc_of_views, weight="citc_loss_weight"),
+    "cda": Loss("CFAN's sdm of text and aerial image, directly or by way of the ground image",
+                cfan.cda_of_views, pairs=True),
     "id": Loss("identity classification of every feature", irra.identity,
                weight="id_loss_weight", modules=irra.identity_modules),
     "mlm": Loss("masked language modelling from the image tokens of all views", mlm.mlm,

@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "half", "fp64")
 # Every loss, in combinations that the command line accepts.
 RECIPES = (
     "supkl+queue+match2+dot", "sdm+id+mlm", "supitc+queue+match2+cat", "supkl+supitc+mlm",
-    "itc+cmpm+bisdm+biitc",
+    "itc+cmpm+bisdm+biitc", "tal+trl+nitc+ritc+citc+cda",
 )  # fmt: skip
 
 

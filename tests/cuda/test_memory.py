@@ -60,7 +60,10 @@ def test_a_loss_of_ones_own_that_reads_values_costs_the_hint_only(monkeypatch):
     assert note.startswith("memory of a step: cannot be estimated (DataDependentOutputException")
 
 
-@pytest.mark.parametrize("names", ["sdm+id+mlm", "supitc+queue+match2+cat", "itc+cmpm+bisdm+biitc"])
+@pytest.mark.parametrize(
+    "names",
+    ["sdm+id+mlm", "supitc+queue+match2+cat", "itc+cmpm+bisdm+biitc", "tal+trl+nitc+ritc+citc+cda"],
+)
 def test_every_recipe_can_be_estimated(names):
     args = options(**SCRATCH, loss_names=names, cmt_depth=1)
     net = build_training_model(args, names.split("+"), num_classes=9)

@@ -54,6 +54,7 @@ def fake_step(mode, names=RECIPE, sizes=SCRATCH, pairs=True, **values):
     {"accum_steps": 3}, {"grad_checkpointing": True}, {"grad_clip": 1.0}, {"pairs": False, "names": "sdm+id+mlm"},
     {"optimizer": "SGD"}, {"optimizer": "AdamW"}, {"negatives": "random"}, {"MLM": True},
     {"names": "supitc+queue+match2+cat+mlm"}, {"names": "sdm+id+mlm"}, {"names": "itc+cmpm+bisdm+biitc"},
+    {"names": "tal+trl+nitc+ritc+citc+cda"},
 ], ids=str)  # fmt: skip
 def test_a_step_never_waits_for_a_value(values):
     """Forward, backward, guard, clipping, optimizer and gradient caching."""

@@ -9,7 +9,13 @@ from solver.build import build_optimizer
 from tests.helpers import golden_batch, options
 from utils.errors import UserError
 
-RECIPES = ["supkl+queue+match2+dot", "supitc+queue+match2+cat+id", "sdm+id+mlm", "itc+cmpm"]
+RECIPES = [
+    "supkl+queue+match2+dot",
+    "supitc+queue+match2+cat+id",
+    "sdm+id+mlm",
+    "itc+cmpm",
+    "tal+trl+nitc+ritc+citc+cda",
+]
 
 
 def gradients(clip_file, names, batches=1, two_views=True, shared=False, **values):

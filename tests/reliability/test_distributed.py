@@ -35,7 +35,7 @@ SETUPS = {
     "supitc+queue+match2+cat+cmpm": {"precision": "fp64", "grad_clip": 1.0, "accum_steps": 2},
     "sdm+id+mlm": {"precision": "fp64", "MLM": True, "cmt_depth": 1, "sampler": "identity",
                    "num_instance": 2, "batch_size": 6, "grad_checkpointing": True},
-    "itc+bisdm": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD"},
+    "itc+bisdm+tal+nitc+citc+cda": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD"},
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ SETUPS = {
         "loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "sampler": "identity",
         "num_instance": 2, "batch_size": 6, "optimizer": "SGD", "momentum": 0.9, "num_workers": 1,
     },
-    "fp16": {"precision": "fp16", "accum_steps": 2, "loss_names": "itc+supitc+queue"},
+    "fp16": {"precision": "fp16", "accum_steps": 2, "loss_names": "itc+supitc+queue+tal+nitc"},
 }  # fmt: skip
 
 
