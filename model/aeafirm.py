@@ -222,7 +222,7 @@ class AEAFIRM(nn.Module):
     def _encode_images(self, images_BCHW: Tensor) -> Encoded:
         pooled_BD, tokens_BND = self.base_model.encode_images(images_BCHW)
         attention = self.base_model.pooled_attention("image") if self.needs_attention else None
-        return Encoded(pooled_BD, tokens_BND, attention, None, self.modules_by_name)
+        return Encoded(pooled_BD, tokens_BND, attention, None, self.modules_by_name, self.options)
 
     def _encode_captions(
         self, ids_BL: Tensor, embedded_BLE: Tensor | None = None, attended: bool = True
@@ -231,7 +231,7 @@ class AEAFIRM(nn.Module):
         attention = None
         if self.needs_attention and attended:
             attention = self.base_model.pooled_attention("text", ids_BL)
-        return Encoded(pooled_BD, tokens_BLD, attention, ids_BL, self.modules_by_name)
+        return Encoded(pooled_BD, tokens_BLD, attention, ids_BL, self.modules_by_name, self.options)
 
     def _outputs(self, part: str, encoded: Encoded) -> dict[str, Tensor]:
         """What the losses keep of a part ("text", "image" or "pair")."""
@@ -243,9 +243,10 @@ class AEAFIRM(nn.Module):
 
     def _join_features(self, encoded: Encoded) -> Tensor:
         feature_BD = at_least_float32(encoded.pooled_BD)
-        norm_B1 = feature_BD.norm(dim=1, keepdim=True)
-        more = [row.feature(encoded) for row in self.rows.values() if row.feature]
-        scaled = [norm_B1 * F.normalize(at_least_float32(other), dim=1) for other in more]
+        with torch.autocast(feature_BD.device.type, enabled=False):
+            more = [row.feature(encoded) for row in self.rows.values() if row.feature]
+            norm_B1 = feature_BD.norm(dim=1, keepdim=True)
+            scaled = [norm_B1 * F.normalize(other, dim=1) for other in more]
         return torch.cat([feature_BD, *scaled], dim=1) if more else feature_BD
 
     def _gather_inputs(self, encoded: dict[str, Tensor], batch: dict[str, Any]) -> Inputs:

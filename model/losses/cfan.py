@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.losses.aea import elastic_kl
-from model.losses.inputs import Inputs, apply_reduction
+from model.losses.inputs import Encoded, Inputs, add_losses, apply_reduction, ModuleConfig
 from model.losses.irra import sdm
 from model.losses.layers import Float32Linear
 from model.losses.mlm import cross_modal_parts, cross_modal_tokens
@@ -28,7 +28,7 @@ def cda(
     aerial_BD: Tensor,
     ground_BD: Tensor,
     pids_B: Tensor,
-    scale: float,
+    scale: float | Tensor,
     reduction: str = "mean",
 ) -> Tensor:
     """Context-aware dynamic alignment: text to aerial directly, or by way of the ground image.
@@ -55,11 +55,44 @@ def cda_of_views(inputs: Inputs) -> Tensor:
     return cda(text_BD, aerial_BD, ground_BD, inputs.pids_B, inputs.scale)
 
 
-def fta_parts(dim: int, depth: int, queries: int = 4) -> dict[str, nn.Module]:
-    """What `fta_queries` and `membership` need, by the names in checkpoints.
+def fta_outputs(encoded: Encoded) -> dict[str, Tensor]:
+    """The queries [B, K, D] after they have seen a caption's or an image's tokens."""
+    padding_BL = None
+    if encoded.ids_BL is not None:
+        place_L = torch.arange(encoded.ids_BL.shape[1], device=encoded.ids_BL.device)
+        padding_BL = place_L > encoded.ids_BL.argmax(dim=1, keepdim=True)
+    return {"fta": fta_queries(encoded.modules["head_fta"], encoded.tokens_BLD, padding_BL)}
 
-    `cross` in a name is what gives a new layer its learning rate (`solver/build.py`).
-    """
+
+def fta_of_views(inputs: Inputs) -> Tensor:
+    """`fta` of the text with each view, their mean."""
+    views = [name for name in inputs.unit if name != "text"]
+    features = {"image": inputs.image_BD, "pair": inputs.pair_BD}
+    losses = [
+        fta(
+            inputs.outputs["text/fta"],
+            inputs.outputs[f"{view}/fta"],
+            inputs.text_BD,
+            features[view],
+            inputs.pids_B,
+            inputs.scale,
+            inputs.modules["head_fta"]["cross_membership"],
+        )
+        for view in views
+    ]
+    return add_losses(losses) / len(losses)
+
+
+def fta_modules(config: ModuleConfig) -> dict[str, nn.Module]:
+    """The queries, the transformer through which they see tokens, and the membership network."""
+    options = config.options
+    return {
+        "head_fta": nn.ModuleDict(fta_parts(config.dim, options.cmt_depth, options.fta_queries))
+    }
+
+
+def fta_parts(dim: int, depth: int, queries: int = 4) -> dict[str, nn.Module]:
+    """What `fta_queries` and `membership` need, by the names in checkpoints."""
     parts = cross_modal_parts(dim, depth, vocab_size=1)
     del parts["mlm_head"]
     return {
@@ -106,7 +139,7 @@ def fta(
     text_BD: Tensor,
     image_BD: Tensor,
     pids_B: Tensor,
-    scale: float,
+    scale: float | Tensor,
     network: nn.Module,
     reduction: str = "mean",
 ) -> Tensor:

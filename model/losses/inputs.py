@@ -44,6 +44,7 @@ class Encoded:
     attention_BL: Tensor | None
     ids_BL: Tensor | None  # of captions; None for images
     modules: Mapping[str, Any]  # the losses' modules by their checkpoint names
+    options: EasyDict
 
     def split(self, count: int) -> list[Encoded]:
         """Parts of `count` images each."""

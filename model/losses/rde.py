@@ -5,13 +5,21 @@ Shapes: B samples, L tokens, K selected tokens, D joint space, E features of sel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.losses.inputs import Inputs, apply_reduction
+from model.losses.inputs import (
+    BeforeEpoch,
+    Encoded,
+    Inputs,
+    ModuleConfig,
+    add_losses,
+    apply_reduction,
+)
 from model.losses.layers import Float32Linear, TokenBatchNorm
 from utils.devices import at_least_float32
 
@@ -91,14 +99,130 @@ def trl_of_views(inputs: Inputs) -> Tensor:
 
 def _sum_of_clean_samples(loss: Callable[..., Tensor], inputs: Inputs) -> Tensor:
     """A noisy sample has no loss of its own, but stays a negative of the others."""
-    clean_B = inputs.labels.get("clean", torch.ones_like(inputs.text_BD[:, 0]))
-    temperature, margin = inputs.options.tal_temperature, inputs.options.tal_margin
+    loss_B = _of_samples(loss, inputs, inputs.unit)
+    return (loss_B * inputs.samples.get("clean", torch.ones_like(loss_B))).sum()
 
-    def of_view(text_BD: Tensor, view_BD: Tensor) -> Tensor:
-        loss_B = loss(text_BD, view_BD, inputs.pids_B, temperature, margin, "none")
-        return (loss_B * clean_B).sum()
 
-    return inputs.mean_over_pairs(of_view, all_pairs=False)
+def _of_samples(loss: Callable[..., Tensor], inputs: Inputs, unit: Mapping[str, Tensor]) -> Tensor:
+    """The loss of each sample [B], the mean of the views.
+
+    Args:
+        unit: normalised features of `text`, `image` and, with two views, `pair`.
+    """
+    text_BD, *views = unit.values()
+    options = inputs.options
+    losses = [
+        loss(text_BD, v, inputs.pids_B, options.tal_temperature, options.tal_margin, "none")
+        for v in views
+    ]
+    return add_losses(losses) / len(losses)
+
+
+def tse(inputs: Inputs) -> Tensor:
+    """`tal` of the features of selected tokens, summed over the clean samples."""
+    loss_B = _of_samples(tal, inputs, _unit_of_selected(inputs))
+    return (loss_B * inputs.samples.get("clean", torch.ones_like(loss_B))).sum()
+
+
+def _unit_of_selected(inputs: Inputs) -> dict[str, Tensor]:
+    return {
+        part: F.normalize(
+            inputs.modules["head_tse_text" if part == "text" else "head_tse_image"](
+                inputs.outputs[f"{part}/tse"], inputs.outputs[f"{part}/tse_valid"] > 0
+            ),
+            dim=1,
+        )
+        for part in inputs.unit
+    }
+
+
+def tse_outputs(encoded: Encoded) -> dict[str, Tensor]:
+    """The selected tokens [B, K, D] of captions or images, and which of them exist [B, K] (1 or 0)."""
+    assert encoded.attention_BL is not None, "its row asks for it"
+    options = encoded.options
+    if encoded.ids_BL is None:  # without the class token
+        tokens_BND, attention_BN = encoded.tokens_BLD[:, 1:], encoded.attention_BL[:, 1:]
+        k = selection_size(tokens_BND.shape[1], options.tse_ratio)
+        selected_BKD, valid_BK = select_tokens(tokens_BND, attention_BN, k)
+    else:
+        k = selection_size(options.text_length - 2, options.tse_ratio)
+        words_BL = word_mask(encoded.ids_BL)
+        selected_BKD, valid_BK = select_tokens(
+            encoded.tokens_BLD, encoded.attention_BL, k, words_BL
+        )
+    return {"tse": selected_BKD, "tse_valid": valid_BK.to(selected_BKD.dtype)}
+
+
+def tse_feature(encoded: Encoded) -> Tensor:
+    """The features [B, E] of captions or images for the ranking."""
+    selected = tse_outputs(encoded)
+    head = "head_tse_image" if encoded.ids_BL is None else "head_tse_text"
+    return encoded.modules[head](selected["tse"], selected["tse_valid"] > 0)
+
+
+def tse_modules(config: ModuleConfig) -> dict[str, nn.Module]:
+    """The embeddings of selected words and patches."""
+    return {
+        name: TokenEmbedding(config.dim, config.options.tse_dim)
+        for name in ("head_tse_text", "head_tse_image")
+    }
+
+
+def divide(context: BeforeEpoch) -> dict[str, Tensor]:
+    """Confident consensus division (CCD): which training pairs are clean, 1 or 0 for each [N].
+
+    The losses of all samples, those of `tal` and, if it is trained, of `tse`, are each split by a
+    mixture of two Gaussians. A sample is clean if both say so, noisy if both say so, and otherwise
+    one or the other at random.
+    """
+    both = "tse" in context.options.loss_names.split("+")
+
+    def losses_of(inputs: Inputs) -> dict[str, Tensor]:
+        losses = {"tal": _of_samples(tal, inputs, inputs.unit)}
+        if both:
+            losses["tse"] = _of_samples(tal, inputs, _unit_of_selected(inputs))
+        return losses
+
+    votes = torch.stack(
+        [clean_by_mixture(v, context.seed) for v in context.evaluate(losses_of).values()]
+    )
+    generator = torch.Generator().manual_seed(context.seed)
+    chance_N = torch.rand(votes.shape[1], generator=generator) < 0.5
+    agree_N = votes.all(dim=0) | ~votes.any(dim=0)
+    clean_N = torch.where(agree_N, votes[0], chance_N)
+    context.say(
+        f"ccd: {clean_N.float().mean():.1%} of the training pairs are taken for clean; the losses "
+        f"disagree about {(~agree_N).float().mean():.1%}"
+    )
+    return {"clean": clean_N.float()}
+
+
+def clean_by_mixture(loss_N: Tensor, seed: int) -> Tensor:
+    """Which samples a mixture of two Gaussians of their losses takes for clean, bool [N].
+
+    Clean is where the component of the lower mean has a posterior above 0.5; if that are all, the 1
+    % with the lowest posterior are not. A sample without a loss (NaN: its image is broken) is not.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    clean_N, known_N = torch.zeros(len(loss_N), dtype=torch.bool), ~loss_N.isnan()
+    value_K = loss_N[known_N].double()
+    scaled_K1 = ((value_K - value_K.min()) / (value_K.max() - value_K.min()).clamp(min=1e-12))[
+        :, None
+    ]
+    if len(scaled_K1) < 2:
+        return known_N
+    mixture = GaussianMixture(2, tol=1e-2, reg_covar=5e-4, max_iter=10, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ten steps may not converge, as in the original
+        mixture.fit(scaled_K1.numpy())
+    lower = int(mixture.means_.argmin())
+    posterior_K = torch.from_numpy(mixture.predict_proba(scaled_K1.numpy())[:, lower])
+    clean_K = posterior_K > 0.5
+    if clean_K.all():
+        clean_K[posterior_K.argsort()[: max(1, len(clean_K) // 100)]] = False
+    clean_N[known_N] = clean_K
+    return clean_N
 
 
 def selection_size(tokens: int, ratio: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class Loss:
     feature: Callable[[Encoded], Tensor] | None = None
     feature_width: str = ""
     at_test: str = ""  # a weight of its modules, if the evaluation needs them
+    library: str = ""  # of requirements-methods.txt, which it imports
 
 
 # fmt: off
@@ -78,14 +80,28 @@ LOSSES: dict[str, Loss] = {
     "tal": Loss("RDE's triplet alignment; sum of the batch, mean of text-image pairs",
                 rde.tal_of_views),
     "trl": Loss("tal with the hardest negative alone", rde.trl_of_views),
+    "tse": Loss("RDE's tal of selected tokens' features, whose cosine is half of the score",
+                rde.tse, attention=True, outputs=rde.tse_outputs, modules=rde.tse_modules,
+                feature=rde.tse_feature, feature_width="tse_dim",
+                at_test="head_tse_text.linear.weight"),
+    "ccd": Loss("RDE's consensus division: pairs whose losses look noisy do not count in tal, trl "
+                "and tse", any_of=("tal",), before_epoch=rde.divide, library="sklearn"),
     "nitc": Loss("TBPS-CLIP's InfoNCE with soft labels; mean of text-image pairs",
                  tbps.nitc_of_views),
+    "mvs": Loss("nitc also of another augmentation of the first view", any_of=("nitc",),
+                images=("second",)),
     "ritc": Loss("TBPS-CLIP's reverse KL, sdm with bounded negatives; mean of text-image pairs",
                  tbps.ritc_of_views),
     "citc": Loss("TBPS-CLIP's cyclic loss, equal geometry of text and images; "
                  "mean of text-image pairs", tbps.citc_of_views, weight="citc_loss_weight"),
+    "simclr": Loss("SimCLR of two strong augmentations of the first view", tbps.simclr_of_images,
+                   images=("strong_1", "strong_2"), weight="simclr_loss_weight",
+                   modules=tbps.simclr_modules),
     "cda": Loss("CFAN's sdm of text and aerial image, directly or by way of the ground image",
                 cfan.cda_of_views, pairs=True),
+    "fta": Loss("CFAN's fuzzy alignment of token summaries; mean of text-image pairs",
+                cfan.fta_of_views, outputs=cfan.fta_outputs, modules=cfan.fta_modules,
+                weight="fta_loss_weight"),
     "id": Loss("identity classification of every feature", irra.identity,
                weight="id_loss_weight", modules=irra.identity_modules),
     "mlm": Loss("masked language modelling from the image tokens of all views", mlm.mlm,
@@ -132,7 +148,7 @@ def more_images(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bool) -> None:
-    """Raise UserError if a loss needs something that the data set does not have.
+    """Raise UserError if a loss needs something that the data set does not have, or a library.
 
     Args:
         dataset: the data set's name, for messages.
@@ -141,6 +157,11 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
     """
     one_view = [name for name, row in LOSSES.items() if row.compute and not row.pairs]
     for name in names:
+        if LOSSES[name].library and find_spec(LOSSES[name].library) is None:
+            raise UserError(
+                f"--loss_names: '{name}' needs {LOSSES[name].library}, which is not installed: "
+                "pip install -r requirements-methods.txt"
+            )
         if LOSSES[name].pairs and not pairs:
             raise UserError(
                 f"--loss_names: '{name}' needs an aerial and a ground image per caption; "

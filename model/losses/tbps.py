@@ -19,7 +19,7 @@ def nitc(
     text_BD: Tensor,
     image_BD: Tensor,
     pids_B: Tensor,
-    scale: float,
+    scale: float | Tensor,
     alpha: float = 0.5,
     reduction: str = "mean",
 ) -> Tensor:
@@ -43,7 +43,7 @@ def ritc(
     text_BD: Tensor,
     image_BD: Tensor,
     pids_B: Tensor,
-    scale: float,
+    scale: float | Tensor,
     reduction: str = "mean",
     eps: float = 1e-2,
 ) -> Tensor:
@@ -86,11 +86,20 @@ def projection_head(dim: int, hidden: int = 128, out: int = 512) -> nn.Sequentia
 
 
 def nitc_of_views(inputs: Inputs) -> Tensor:
-    """`nitc` of the text with each view, their mean."""
-    alpha = inputs.options.nitc_alpha
-    return inputs.mean_over_pairs(
-        lambda text, view: nitc(text, view, inputs.pids_B, inputs.scale, alpha), all_pairs=False
-    )
+    """`nitc` of the text with each view, their mean; with `mvs`, the mean of that and of `nitc` with
+    another augmentation of the first view.
+
+    The weight of the model's own softmax rises over the first epoch, when it knows little.
+    """
+    alpha = inputs.options.nitc_alpha * min(1.0, inputs.epochs)
+
+    def one(text_BD: Tensor, image_BD: Tensor) -> Tensor:
+        return nitc(text_BD, image_BD, inputs.pids_B, inputs.scale, alpha)
+
+    loss = inputs.mean_over_pairs(one, all_pairs=False)
+    if "second" in inputs.images:
+        loss = (loss + one(inputs.unit["text"], F.normalize(inputs.images["second"], dim=1))) / 2
+    return loss
 
 
 def ritc_of_views(inputs: Inputs) -> Tensor:
@@ -103,3 +112,15 @@ def ritc_of_views(inputs: Inputs) -> Tensor:
 def citc_of_views(inputs: Inputs) -> Tensor:
     """`citc` of the text with each view, their mean."""
     return inputs.mean_over_pairs(citc, all_pairs=False)
+
+
+def simclr_of_images(inputs: Inputs) -> Tensor:
+    """`simclr` of two strong augmentations of the first view."""
+    head = inputs.modules["head_simclr"]
+    a_BP, b_BP = (head(inputs.images[name]) for name in ("strong_1", "strong_2"))
+    return simclr(a_BP, b_BP, inputs.options.simclr_temperature)
+
+
+def simclr_modules(config: ModuleConfig) -> dict[str, nn.Module]:
+    """The projection of image features."""
+    return {"head_simclr": projection_head(config.dim)}
