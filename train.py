@@ -19,7 +19,7 @@ from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
 from model.build import build_training_model, check_batch_norm, load_fitting
-from model.losses.registry import check_losses, needs_masked, parse_loss_names
+from model.losses.registry import check_losses, more_images, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.memory import memory_note
 from processor.result_tables import best_table
@@ -54,7 +54,7 @@ def main() -> None:
     if "match2" in losses:
         attributes = read_attributes(args.attributes_file)
         check_labels(attributes, data.attribute_classes, data.name, args.attributes_file)
-    loader = train_loader(data, args, device, processes, needs_masked(losses))
+    loader = train_loader(data, args, device, processes, needs_masked(losses), more_images(losses))
     evaluators = [
         Evaluator(data, split, args, device, data.views[:1], processes)
         for split in selecting_splits(args.val_dataset)

@@ -16,6 +16,7 @@ from easydict import EasyDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datasets.augmentation import augment, more_numbers, numbers_of
 from datasets.compact import ImagePaths
 from datasets.image_cache import ImageFiles
 from datasets.records import Data, Image
@@ -23,7 +24,6 @@ from datasets.samplers import EpochSampler, IdentitySampler, RandomSampler, eval
 from datasets.stored import tokenized
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
-from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN, train_transform
 from utils.devices import cores
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
@@ -49,20 +49,24 @@ def train_loader(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
     masked: bool = False,
+    more_images: Sequence[str] = (),
 ) -> TrainLoader:
     """Batches of the training set. With several processes, each gets its shard of every batch.
 
     Args:
         masked: add masked captions, for a loss that needs them.
+        more_images: further images of the first view, by their names in datasets/augmentation.py.
     """
     views, skip = len(data.views), args.on_bad_image == "skip"
     paths, entries = (ImagePaths(data.train, views, entries) for entries in (False, True))
     files = _image_files(paths, args, processes, entries, skip)
-    numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
-    augment = augmentation_of(args, masked)
+    numbers, more = numbers_of(args), more_numbers(args, more_images)
+    of_captions = augmentation_of(args, masked)
     with processes.rank_0_first():
         tokens = tokenized(data, args.text_length)
-    dataset = TrainDataset(data.train, files, numbers, args.text_length, augment, skip, tokens)
+    dataset = TrainDataset(
+        data.train, files, numbers, args.text_length, of_captions, skip, tokens, more
+    )
     sampling = (args.batch_size, args.seed, processes)
     sampler: EpochSampler
     if args.sampler == "identity":
@@ -130,15 +134,16 @@ def to_device(
     batch: dict[str, Any], device: torch.device, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
     """Move a training batch to the device, and turn its images into the encoder's input there
-    (`train_transform`)."""
+    (`augment`). Further images are made of those of the first view."""
     batch = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
-    for view in ("", "pair_"):
-        if f"{view}images" in batch:
-            uniform = batch.pop(f"{view}uniform")
-            batch[f"{view}images"] = train_transform(batch[f"{view}images"], uniform, mean, std)
+    raw = {key: value for key, value in batch.items() if key.endswith("images")}
+    for key in [key for key in batch if key.endswith("uniform")]:
+        prefix = key.removesuffix("uniform")  # "", "pair_" or that of a further image
+        images, uniform = raw.get(f"{prefix}images", raw["images"]), batch.pop(key)
+        batch[f"{prefix}images"] = augment(prefix.removesuffix("_"), images, uniform, mean, std)
     return batch
 
 

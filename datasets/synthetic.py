@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from easydict import EasyDict
 from torch import Tensor
 
+from datasets.augmentation import more_numbers, numbers_of
 from datasets.text import augmentation_of, tokenize
 from datasets.training_set import TrainDataset
-from datasets.transforms import UNIFORM_AUGMENTED, UNIFORM_PLAIN
 from utils.attributes import read_attributes
 
 TEXT = "a man in grey shirt and blue jeans with black backpack walking woman red coat white shoes"
@@ -24,19 +26,23 @@ def captions(count: int) -> list[str]:
 
 
 def synthetic_batch(
-    args: EasyDict, masked: bool = False, pairs: bool = True, pad: bool = False
+    args: EasyDict,
+    masked: bool = False,
+    more_images: Sequence[str] = (),
+    pairs: bool = True,
+    pad: bool = False,
 ) -> dict[str, Tensor]:
     """A batch of `--batch_size` samples as `TrainDataset.collate` makes it, with attributes.
 
     Args:
         masked: with the masked captions of `mlm`.
+        more_images: with further images of the first view.
         pairs: two views.
         pad: all captions have `--text_length` tokens.
     """
     size, generator = args.batch_size, torch.Generator().manual_seed(0)
     ids = tokenize(captions(size), args.text_length)
     augment = augmentation_of(args, masked)
-    numbers = UNIFORM_AUGMENTED if args.img_aug else UNIFORM_PLAIN
     batch = TrainDataset.collate([augment(row, generator) for row in ids])
     batch["pids"] = torch.arange(size) // 2
     if pad:
@@ -45,7 +51,9 @@ def synthetic_batch(
     for view in ("", "pair_") if pairs else ("",):
         shape = (size, 3, *args.img_size)
         batch[f"{view}images"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        batch[f"{view}uniform"] = torch.rand((size, numbers), generator=generator)
+        batch[f"{view}uniform"] = torch.rand((size, numbers_of(args)), generator=generator)
         labels = torch.randint(60, (size, len(classes)), generator=generator)
         batch[f"{view}attributes"] = labels % classes
+    for name, numbers in more_numbers(args, more_images).items():
+        batch[f"{name}_uniform"] = torch.rand((size, numbers), generator=generator)
     return batch

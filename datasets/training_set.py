@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
     - `images` [B, 3, H, W] uint8, and with two views `pair_images`
     - `uniform` [B, K], random numbers in [0, 1) for the augmentation of `images`, and with two
       views `pair_uniform`
+    - `NAME_uniform` [B, K] for each further image of the first view
     - `pids` [B], and `index` [B], the position of each sample in `samples`
     - `caption_ids` [B, L], augmented
     - with attributes, `attributes` [B, A], and with two views `pair_attributes`
@@ -39,6 +40,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         augment: augmentation of captions; None for none.
         skip: if an image of a sample is broken, take the next sample of the epoch instead.
         tokens: the captions' tokens, if they are known already.
+        more_numbers: further images of the first view by name, with their K.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class TrainDataset(Dataset[dict[str, Any]]):
         augment: TextAugmentation | None = None,
         skip: bool = False,
         tokens: TokenizedCaptions | None = None,
+        more_numbers: Mapping[str, int] | None = None,
     ) -> None:
         self.samples, self.images, self.numbers = samples, images, numbers
         self.augment = augment or TextAugmentation()
-        self.skip = skip
+        self.skip, self.more_numbers = skip, more_numbers or {}
         # Once for all epochs.
         captions = (sample.caption for sample in samples)
         self.caption_ids = tokens or TokenizedCaptions(captions, text_length)
@@ -88,7 +91,10 @@ class TrainDataset(Dataset[dict[str, Any]]):
             item["attributes"] = torch.tensor(sample.image.attributes)
             if sample.pair is not None:
                 item["pair_attributes"] = torch.tensor(sample.pair.attributes)
-        return item | self.augment(ids, generator)
+        item |= self.augment(ids, generator)
+        for name, numbers in self.more_numbers.items():
+            item[f"{name}_uniform"] = torch.rand(numbers, generator=generator)
+        return item
 
     @staticmethod
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

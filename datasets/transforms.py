@@ -9,7 +9,6 @@ for any number of processes.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from datasets.batched import TRIES, first_fitting
 from datasets.images import load_resized, resized, upright
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,11 +26,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PADDING = 10  # pixels around the image before the random crop
 ERASED_AREA = (0.02, 0.4)  # fraction of the image
 ERASED_SHAPE = (0.3, 3.3)  # height / width
-ERASING_TRIES = 10  # to find a rectangle that fits; if none does, nothing is erased
 # How many uniform random numbers an image needs:
 UNIFORM_PLAIN = 1  # flip or not
 # Flip or not; crop's top and left; erase or not; rectangles' areas and shapes; erased top and left.
-UNIFORM_AUGMENTED = 1 + 2 + 1 + 2 * ERASING_TRIES + 2
+UNIFORM_AUGMENTED = 1 + 2 + 1 + 2 * TRIES + 2
 
 
 def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
@@ -82,24 +81,18 @@ def normalise(
 def erased_area(height: int, width: int, uniform_BK: Tensor) -> Tensor:
     """Where random erasing (Zhong et al., 2020) erases: [B, H, W] bool.
 
-    Areas are uniform, shapes (height / width) log-uniform. Of ERASING_TRIES rectangles, the first
-    one that fits into the image is taken.
+    The rectangle is the first of TRIES that fits into the image (`first_fitting`). If none does,
+    nothing is erased.
 
     Args:
         uniform_BK: uniform random numbers in [0, 1): whether to erase, area and shape of each
-            rectangle, top and left. K is 1 + 2 * ERASING_TRIES + 2.
+            rectangle, top and left. K is 1 + 2 * TRIES + 2.
     """
     erase_B, place_B2 = uniform_BK[:, 0] < 0.5, uniform_BK[:, -2:]
-    area_BT, shape_BT = uniform_BK[:, 1:-2].unflatten(1, (ERASING_TRIES, 2)).unbind(2)
-    low, high = ERASED_AREA
-    area_BT = (low + (high - low) * area_BT) * (height * width)
-    low, high = map(math.log, ERASED_SHAPE)
-    shape_BT = (low + (high - low) * shape_BT).exp()
-    h_BT, w_BT = (area_BT * shape_BT).sqrt().round(), (area_BT / shape_BT).sqrt().round()
-    fits_BT = (h_BT < height) & (w_BT < width)
-    first_B1 = fits_BT.int().argmax(dim=1, keepdim=True)  # argmax takes the first of equals
-    erase_B &= fits_BT.any(dim=1)
-    size_B2 = torch.cat([h_BT.gather(1, first_B1), w_BT.gather(1, first_B1)], dim=1)
+    size_B2, fits_B = first_fitting(
+        uniform_BK[:, 1:-2], height * width, ERASED_AREA, ERASED_SHAPE, (height, width)
+    )
+    erase_B &= fits_B
     room_B2 = torch.stack([height - size_B2[:, 0], width - size_B2[:, 1]], dim=1) + 1
     (top_B, left_B), (h_B, w_B) = (place_B2 * room_B2).floor().unbind(1), size_B2.unbind(1)
 

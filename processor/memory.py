@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 
 from datasets.synthetic import synthetic_batch
 from model.aeafirm import AEAFIRM
-from model.losses.registry import needs_masked
 from processor.step import TrainStep
 from solver.build import build_optimizer
 from utils.distributed import SINGLE_PROCESS
@@ -109,6 +108,8 @@ def fake_batch(
     raw: dict[str, Tensor], mode: FakeTensorMode, device: torch.device = CPU
 ) -> dict[str, Tensor]:
     """A batch as `to_device` makes it of a loader's, without values."""
+    prefixes = [name.removesuffix("uniform") for name in raw if name.endswith("uniform")]
+    shown = {f"{prefix}images": raw["images"] for prefix in prefixes} | raw
     with mode:
         return {
             name: torch.empty(
@@ -116,7 +117,7 @@ def fake_batch(
                 dtype=torch.float32 if name.endswith("images") else value.dtype,
                 device=device,
             )
-            for name, value in raw.items()
+            for name, value in shown.items()
             if not name.endswith("uniform")
         }
 
@@ -136,7 +137,7 @@ def estimate_memory(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     model = fake_copy(model, mode).train()
-    raw = synthetic_batch(args, needs_masked(model.loss_names), pairs, pad=True)
+    raw = synthetic_batch(args, model.needs_masked, model.more_images, pairs, pad=True)
     memory = PeakMemory()
     with mode:
         optimizer = build_optimizer(model.named_parameters(), args)

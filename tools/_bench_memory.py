@@ -16,7 +16,7 @@ from datasets.loaders import to_device
 from datasets.synthetic import synthetic_batch
 from model.aeafirm import AEAFIRM
 from model.build import build_training_model
-from model.losses.registry import needs_masked, parse_loss_names
+from model.losses.registry import parse_loss_names
 from processor.memory import GIB, estimate_memory, on_a_card
 from processor.step import TrainStep
 from solver.build import build_optimizer
@@ -76,7 +76,7 @@ def measured_peak(args: EasyDict, device: torch.device) -> dict[str, float]:
     model = build_training_model(args, names, NUM_CLASSES).to(device).train()
     train_step = TrainStep(model, build_optimizer(model.named_parameters(), args), args)
     config = model.base_model.config
-    raw = synthetic_batch(args, needs_masked(names), pad=True)
+    raw = synthetic_batch(args, model.needs_masked, model.more_images, pad=True)
     for _ in range(2):
         train_step(to_device(raw, device, config.image_mean, config.image_std))
     if device.type == "cuda":

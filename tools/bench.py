@@ -49,7 +49,7 @@ from datasets.synthetic import captions, synthetic_batch
 from datasets.text import tokenize, trim
 from model.aeafirm import AEAFIRM
 from model.build import build_training_model
-from model.losses.registry import needs_masked, parse_loss_names
+from model.losses.registry import parse_loss_names
 from model.weights import config_from_choice
 from processor.step import TrainStep
 from solver.build import build_optimizer
@@ -208,7 +208,7 @@ def bench_step(
     model = build_training_model(args, names, num_classes=11003).to(device).train()
     optimizer = build_optimizer(model.named_parameters(), args)
     train_step = TrainStep(model, optimizer, args)
-    raw = synthetic_batch(args, needs_masked(names), pairs, pad=args.plain)
+    raw = synthetic_batch(args, model.needs_masked, model.more_images, pairs, pad=args.plain)
     config = model.base_model.config
     context = autocast(args.precision, device)
 

@@ -36,7 +36,7 @@ class Loss:
     pairs: bool = False  # needs an aerial and a ground image per sample
     attributes: bool = False  # needs attribute labels and the features of FIRM's sentences
     masked: bool = False  # needs masked captions, and the tokens of captions and images
-    images: tuple[str, ...] = ()  # more augmentations of the first view (datasets/more_images.py)
+    images: tuple[str, ...] = ()  # more images of the first view (datasets/augmentation.py)
     attention: bool = False  # `outputs` and `feature` need `Encoded.attention_BL`
     autocast: bool = False  # runs in the precision of the encoders instead of float32
     any_of: tuple[str, ...] = ()  # needs at least one of these names

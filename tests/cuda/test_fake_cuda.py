@@ -12,7 +12,7 @@ from datasets.synthetic import synthetic_batch
 from model.backbone import Backbone
 from model.build import build_model
 from model.losses import irra
-from model.losses.registry import LOSSES, Loss, needs_masked
+from model.losses.registry import LOSSES, Loss
 from processor.memory import fake_batch, fake_copy
 from tests.helpers import SCRATCH, options
 from tests.model.test_backbone import RESNET
@@ -42,7 +42,9 @@ def forward(mode, names, pairs=True, **values):
     args = options(loss_names=names, **values)
     model = build_model(args, names.split("+"), num_classes=9).train()
     model = fake_copy(model, mode, CUDA)
-    batch = fake_batch(synthetic_batch(args, needs_masked(names.split("+")), pairs), mode, CUDA)
+    batch = fake_batch(
+        synthetic_batch(args, model.needs_masked, model.more_images, pairs), mode, CUDA
+    )
     with mode, autocast(args.precision, CUDA):
         return model(batch), model
 

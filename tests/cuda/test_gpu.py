@@ -14,7 +14,6 @@ import train as train_entry
 from datasets.loaders import on_device, to_device, train_loader
 from datasets.synthetic import synthetic_batch
 from model.build import build_training_model
-from model.losses.registry import needs_masked
 from processor.memory import estimate_memory, on_a_card
 from processor.step import TrainStep
 from solver.build import build_optimizer
@@ -206,7 +205,7 @@ def test_the_estimated_memory_is_within_15_percent_of_the_measured(values):
     net = build_training_model(args, RECIPES[0].split("+"), num_classes=9).to(CUDA).train()
     train_step = TrainStep(net, build_optimizer(net.named_parameters(), args), args)
     config = net.base_model.config
-    raw = synthetic_batch(args, needs_masked(RECIPES[0].split("+")), pad=True)
+    raw = synthetic_batch(args, net.needs_masked, net.more_images, pad=True)
     for _ in range(2):
         train_step(to_device(raw, CUDA, config.image_mean, config.image_std))
     measured = torch.cuda.max_memory_allocated() - before

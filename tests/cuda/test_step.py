@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model.backbone
 from datasets.synthetic import synthetic_batch
 from model.build import build_training_model
-from model.losses.registry import needs_masked
 from processor import step as step_module
 from processor.epoch_log import EpochLog
 from processor.memory import PeakMemory, estimate_memory, fake_batch, fake_copy
@@ -39,7 +38,7 @@ def fake_step(mode, names=RECIPE, sizes=SCRATCH, pairs=True, **values):
     """A `TrainStep` and a batch without values, after a first step."""
     args = options(**sizes, loss_names=names, cmt_depth=1, **values)
     net = fake_copy(build_training_model(args, names.split("+"), num_classes=9), mode).train()
-    batch = fake_batch(synthetic_batch(args, needs_masked(names.split("+")), pairs), mode)
+    batch = fake_batch(synthetic_batch(args, net.needs_masked, net.more_images, pairs), mode)
     with mode:
         optimizer = build_optimizer(net.named_parameters(), args)
         for group in optimizer.param_groups:  # also of half-precision weights, as on CUDA

@@ -2,24 +2,29 @@ import collections
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from datasets.augmentation import MORE_IMAGES, more_numbers
 from datasets.loaders import caption_batches, image_loader, on_device, to_device, train_loader
 from datasets.samplers import IdentitySampler, RandomSampler
+from datasets.synthetic import synthetic_batch
 from datasets.text import tokenize
 from datasets.transforms import load_image
 from model.losses.registry import needs_masked, parse_loss_names
+from processor.memory import fake_batch
 from tests.helpers import options, read
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-def batches(root, seed=5, **values):
+def batches(root, seed=5, more_images=(), **values):
     values = {"loss_names": "sdm", "seed": seed, **values}
     args = options(root_dir=str(root), img_aug=True, **values)
     data = read("AGDataAttr", args.root_dir)
     masked = needs_masked(parse_loss_names(args.loss_names))
-    return list(train_loader(data, args, CPU, masked=masked)), data
+    loader = train_loader(data, args, CPU, masked=masked, more_images=more_images)
+    return list(loader), data
 
 
 def test_a_batch_holds_what_its_samples_hold(mini_root):
@@ -85,6 +90,46 @@ def test_prefetched_batches_are_the_same_in_the_same_order(mini_root):
         assert all(torch.equal(expected[name], moved[name]) for name in moved)
         assert moved["pair_images"].dtype == torch.float32
     assert list(on_device([], CPU, (0.5,) * 3, (0.2,) * 3)) == []
+
+
+def test_further_images_come_from_the_first_view_and_leave_the_other_random_numbers(mini_root):
+    """The file is decoded once: until it is on the device, a further image is its random numbers."""
+    loss_names = "sdm+mlm"  # which draws random numbers too
+    plain, _ = batches(mini_root, loss_names=loss_names)
+    loaded, _ = batches(mini_root, more_images=MORE_IMAGES, loss_names=loss_names)
+    new = {f"{name}_uniform" for name in MORE_IMAGES}
+    for batch, before in zip(loaded, plain, strict=True):
+        assert batch.keys() - before.keys() == new
+        assert all(batch[name].equal(before[name]) for name in before)
+        (raw, numbers), norm = (batch["images"], batch["second_uniform"]), ((0.5,) * 3, (0.2,) * 3)
+        assert not (numbers == batch["uniform"]).any()
+        moved = to_device(batch, CPU, *norm)
+        assert not [name for name in moved if name.endswith("uniform")]
+        again = to_device({"images": raw, "uniform": numbers}, CPU, *norm)["images"]
+        assert moved["second_images"].equal(again)
+        first = moved["images"]
+        for name in MORE_IMAGES:
+            image = moved[f"{name}_images"]
+            assert image.shape == first.shape and image.dtype == torch.float32
+            assert image.isfinite().all() and not image.equal(first)
+        assert not moved["strong_1_images"].equal(moved["strong_2_images"])
+
+
+def test_a_synthetic_and_a_fake_batch_have_the_images_of_a_loaders(mini_root):
+    loaded, _ = batches(mini_root, more_images=MORE_IMAGES)
+    batch = synthetic_batch(options(img_aug=True), more_images=MORE_IMAGES)
+    assert batch.keys() == loaded[0].keys() - {"index"}
+    assert all(batch[k].shape[1:] == loaded[0][k].shape[1:] for k in batch if k != "caption_ids")
+    moved = to_device(batch, CPU, (0.5,) * 3, (0.2,) * 3)
+    fake = fake_batch(batch, FakeTensorMode())
+    assert {k: (v.shape, v.dtype) for k, v in fake.items()} == {
+        k: (v.shape, v.dtype) for k, v in moved.items()
+    }
+
+
+def test_an_unknown_further_image_is_refused():
+    with pytest.raises(ValueError, match="no further image 'third'; there are second, strong_1"):
+        more_numbers(options(), ["second", "third"])
 
 
 def test_augmentation_differs_between_epochs_and_does_not_use_the_global_generator(mini_root):
