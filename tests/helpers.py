@@ -76,6 +76,10 @@ def golden_batch(step: int = 0, two_views: bool = True) -> dict[str, torch.Tenso
         "masked_ids": masked,
         "masked_labels": labels,
         "masked_at": labels.flatten().nonzero()[:, 0],
+        **{
+            f"{name}_images": noise((4, 3, 96, 32), 100 + 10 * step + i, 1.5)
+            for i, name in enumerate(("second", "strong_1", "strong_2"))
+        },
     }
     if two_views:
         batch["pair_images"] = noise((4, 3, 96, 32), 2 * step + 1, 1.5)

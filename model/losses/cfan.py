@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.losses.aea import elastic_kl
-from model.losses.inputs import Encoded, Inputs, add_losses, apply_reduction, ModuleConfig
+from model.losses.inputs import Encoded, Inputs, ModuleConfig, add_losses, apply_reduction
 from model.losses.irra import sdm
 from model.losses.layers import Float32Linear
 from model.losses.mlm import cross_modal_parts, cross_modal_tokens
@@ -66,19 +66,17 @@ def fta_outputs(encoded: Encoded) -> dict[str, Tensor]:
 
 def fta_of_views(inputs: Inputs) -> Tensor:
     """`fta` of the text with each view, their mean."""
-    views = [name for name in inputs.unit if name != "text"]
-    features = {"image": inputs.image_BD, "pair": inputs.pair_BD}
     losses = [
         fta(
             inputs.outputs["text/fta"],
-            inputs.outputs[f"{view}/fta"],
+            inputs.outputs[f"{name}/fta"],
             inputs.text_BD,
-            features[view],
+            view_BD,
             inputs.pids_B,
             inputs.scale,
             inputs.modules["head_fta"]["cross_membership"],
         )
-        for view in views
+        for name, view_BD in zip(("image", "pair"), inputs.views, strict=False)
     ]
     return add_losses(losses) / len(losses)
 

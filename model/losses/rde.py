@@ -137,7 +137,7 @@ def _unit_of_selected(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def tse_outputs(encoded: Encoded) -> dict[str, Tensor]:
-    """The selected tokens [B, K, D] of captions or images, and which of them exist [B, K] (1 or 0)."""
+    """The selected tokens [B, K, D] of captions or images, and which exist [B, K], 1 or 0."""
     assert encoded.attention_BL is not None, "its row asks for it"
     options = encoded.options
     if encoded.ids_BL is None:  # without the class token
@@ -203,7 +203,7 @@ def clean_by_mixture(loss_N: Tensor, seed: int) -> Tensor:
     Clean is where the component of the lower mean has a posterior above 0.5; if that are all, the 1
     % with the lowest posterior are not. A sample without a loss (NaN: its image is broken) is not.
     """
-    from sklearn.mixture import GaussianMixture
+    from sklearn.mixture import GaussianMixture  # type: ignore[import-untyped]
 
     clean_N, known_N = torch.zeros(len(loss_N), dtype=torch.bool), ~loss_N.isnan()
     value_K = loss_N[known_N].double()

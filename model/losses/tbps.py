@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.losses.inputs import Inputs, apply_reduction
+from model.losses.inputs import Inputs, ModuleConfig, apply_reduction
 from model.losses.irra import sdm
 from model.losses.layers import Float32Linear
 
@@ -86,8 +86,8 @@ def projection_head(dim: int, hidden: int = 128, out: int = 512) -> nn.Sequentia
 
 
 def nitc_of_views(inputs: Inputs) -> Tensor:
-    """`nitc` of the text with each view, their mean; with `mvs`, the mean of that and of `nitc` with
-    another augmentation of the first view.
+    """`nitc` of the text with each view, their mean; with `mvs`, the mean of that and of `nitc`
+    with another augmentation of the first view.
 
     The weight of the model's own softmax rises over the first epoch, when it knows little.
     """

@@ -25,6 +25,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "half", "fp64")
 RECIPES = (
     "supkl+queue+match2+dot", "sdm+id+mlm", "supitc+queue+match2+cat", "supkl+supitc+mlm",
     "itc+cmpm+bisdm+biitc", "tal+trl+nitc+ritc+citc+cda",
+    "tal+tse+ccd", "nitc+mvs+simclr+fta",
 )  # fmt: skip
 
 

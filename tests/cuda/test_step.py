@@ -54,6 +54,7 @@ def fake_step(mode, names=RECIPE, sizes=SCRATCH, pairs=True, **values):
     {"optimizer": "SGD"}, {"optimizer": "AdamW"}, {"negatives": "random"}, {"MLM": True},
     {"names": "supitc+queue+match2+cat+mlm"}, {"names": "sdm+id+mlm"}, {"names": "itc+cmpm+bisdm+biitc"},
     {"names": "tal+trl+nitc+ritc+citc+cda"},
+    {"names": "tse+fta+nitc+mvs+simclr"},
 ], ids=str)  # fmt: skip
 def test_a_step_never_waits_for_a_value(values):
     """Forward, backward, guard, clipping, optimizer and gradient caching."""

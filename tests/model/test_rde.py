@@ -118,9 +118,9 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_clean_samples_and_the_mean_of_t
     values = torch.stack([loss(text, v, PIDS, 0.1, 0.4, "none") for v in (image, pair)])
     everything = Inputs(text, image, pair, PIDS, options=args)
     torch.testing.assert_close(of_views(everything), values.sum() / 2)
-    some = Inputs(text, image, pair, PIDS, labels={"clean": clean}, options=args)
+    some = Inputs(text, image, pair, PIDS, samples={"clean": clean}, options=args)
     torch.testing.assert_close(of_views(some), (values * clean).sum() / 2)
-    one_view = Inputs(text, image, None, PIDS, labels={"clean": clean}, options=args)
+    one_view = Inputs(text, image, None, PIDS, samples={"clean": clean}, options=args)
     torch.testing.assert_close(of_views(one_view), (values[0] * clean).sum())
 
 

@@ -127,8 +127,8 @@ def test_the_projection_has_two_layers_and_computes_in_float32():
 def test_views_are_averaged_over_their_pairs_with_the_text():
     text, aerial, ground = features()
     args = options(nitc_alpha=0.3, temperature=0.2)
-    both = Inputs(text, aerial, ground, PIDS, options=args)
-    one = Inputs(text, aerial, None, PIDS, options=args)
+    both = Inputs(text, aerial, ground, PIDS, options=args, epochs=1.5)
+    one = Inputs(text, aerial, None, PIDS, options=args, epochs=1.5)
     for of_views, name in (
         (nitc_of_views, "nitc"), (ritc_of_views, "ritc"), (citc_of_views, "citc"),
     ):  # fmt: skip

@@ -15,6 +15,7 @@ RECIPES = [
     "sdm+id+mlm",
     "itc+cmpm",
     "tal+trl+nitc+ritc+citc+cda",
+    "tal+tse+nitc+mvs+simclr+fta",
 ]
 
 

@@ -36,6 +36,8 @@ SETUPS = {
     "sdm+id+mlm": {"precision": "fp64", "MLM": True, "cmt_depth": 1, "sampler": "identity",
                    "num_instance": 2, "batch_size": 6, "grad_checkpointing": True},
     "itc+bisdm+tal+nitc+citc+cda": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD"},
+    "tal+tse+ccd+nitc+mvs+simclr+fta": {"precision": "fp64", "cmt_depth": 1, "tse_dim": 8,
+                                        "learn_temperature": True},
 }  # fmt: skip
 
 

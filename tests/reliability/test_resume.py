@@ -37,6 +37,10 @@ SETUPS = {
         "num_instance": 2, "batch_size": 6, "optimizer": "SGD", "momentum": 0.9, "num_workers": 1,
     },
     "fp16": {"precision": "fp16", "accum_steps": 2, "loss_names": "itc+supitc+queue+tal+nitc"},
+    "tse, ccd": {
+        "loss_names": "tal+tse+ccd+nitc+mvs+simclr+fta", "cmt_depth": 1, "tse_dim": 8,
+        "learn_temperature": True,
+    },
 }  # fmt: skip
 
 
