@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ class SampleValues:
         self.model, self.loader, self.args, self.device = model, loader, args, device
         self.log, self.processes = log, model.processes
         self.rows = [row for row in model.rows.values() if row.before_epoch]
+        for row in self.rows:
+            if row.library:  # now, since importing it may use random numbers
+                import_module(row.library)
         self.epoch, self.values = -1, dict[str, Tensor]()  # of which epoch the values are
 
     def state_dict(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Trainer:
         self.epoch_log = EpochLog(
             args, len(loader), self.sampler.count, self.device, run_dir, log, self.processes
         )
+        self.samples = SampleValues(self.model, loader, args, self.device, log)
         # Everything that a resumed run needs, by name; see processor/state.py.
         self.parts: dict[str, Stateful | nn.Module] = {
             "model": self.model,
@@ -82,7 +83,6 @@ class Trainer:
             "best": self.best,
             "progress": self.progress,
         }
-        self.samples = SampleValues(self.model, loader, args, self.device, log)
         if self.samples.rows:
             self.parts["samples"] = self.samples
         self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)

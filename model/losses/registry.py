@@ -85,7 +85,7 @@ LOSSES: dict[str, Loss] = {
                 feature=rde.tse_feature, feature_width="tse_dim",
                 at_test="head_tse_text.linear.weight"),
     "ccd": Loss("RDE's consensus division: pairs whose losses look noisy do not count in tal, trl "
-                "and tse", any_of=("tal",), before_epoch=rde.divide, library="sklearn"),
+                "and tse", any_of=("tal",), before_epoch=rde.divide, library="sklearn.mixture"),
     "nitc": Loss("TBPS-CLIP's InfoNCE with soft labels; mean of text-image pairs",
                  tbps.nitc_of_views),
     "mvs": Loss("nitc also of another augmentation of the first view", any_of=("nitc",),
@@ -157,9 +157,10 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
     """
     one_view = [name for name, row in LOSSES.items() if row.compute and not row.pairs]
     for name in names:
-        if LOSSES[name].library and find_spec(LOSSES[name].library) is None:
+        package = LOSSES[name].library.split(".")[0]
+        if package and find_spec(package) is None:
             raise UserError(
-                f"--loss_names: '{name}' needs {LOSSES[name].library}, which is not installed: "
+                f"--loss_names: '{name}' needs {package}, which is not installed: "
                 "pip install -r requirements-methods.txt"
             )
         if LOSSES[name].pairs and not pairs:

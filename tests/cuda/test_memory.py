@@ -62,8 +62,13 @@ def test_a_loss_of_ones_own_that_reads_values_costs_the_hint_only(monkeypatch):
 
 @pytest.mark.parametrize(
     "names",
-    ["sdm+id+mlm", "supitc+queue+match2+cat", "itc+cmpm+bisdm+biitc", "tal+trl+nitc+ritc+citc+cda",
-     "tse+fta+nitc+mvs+simclr"],
+    [
+        "sdm+id+mlm",
+        "supitc+queue+match2+cat",
+        "itc+cmpm+bisdm+biitc",
+        "tal+trl+nitc+ritc+citc+cda",
+        "tse+fta+nitc+mvs+simclr",
+    ],
 )
 def test_every_recipe_can_be_estimated(names):
     args = options(**SCRATCH, loss_names=names, cmt_depth=1)
