@@ -51,6 +51,10 @@ def resolve(values: dict[str, Any]) -> EasyDict:
         f"--MLM --txt_aug {args.txt_aug}: only the loss mlm uses masked captions; leave --MLM out, "
         "or add mlm to --loss_names",
     )
+    check(
+        not (args.img_pool and args.img_aug),
+        f"--img_pool {args.img_pool} takes the place of --img_aug; leave one of them out",
+    )
     if args.sampler == "identity":
         check(
             args.batch_size % args.num_instance == 0,

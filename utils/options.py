@@ -86,6 +86,9 @@ GROUPS: dict[str, list[Option]] = {
     "Batches and augmentation": [
         Option("img_aug",         bool, False,
             help="pad by 10 pixels and crop randomly, erase randomly; flips are always on"),
+        Option("img_pool",        int,  0, ge=0, le=20,
+            help="augment each image this many times, at random out of TBPS-CLIP's pool "
+                 "(TBPS-CLIP: 2), instead of flips and --img_aug; 0: off"),
         Option("sampler",         str,  "random", choices=("random", "identity"),
             help="random: shuffle; identity: --num_instance samples per identity in a batch"),
         Option("num_instance",    int,  4, ge=1,
