@@ -55,6 +55,35 @@ def test_a_checkpoint_loads_and_its_grid_is_resized_in_both_directions(
     assert counts["loaded"] + counts["resized"] == clip
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "losses", ["sdm+id+mlm", "cda+fta", "supkl+queue+match2+dot", "tal+tse+ccd"]
+)
+def test_weights_in_irras_naming_start_every_method(losses, half, prefix, clip_file, tmp_path):
+    """As HAM and MLLM4Text-ReID publish them: IRRA's backbone, and heads that few losses have."""
+    ones = torch.ones
+    heads = {
+        "classifier.weight": ones(11003, 64), "classifier.bias": ones(11003),
+        "cross_attn.in_proj_weight": ones(192, 64), "cross_attn.in_proj_bias": ones(192),
+        "ln_pre_t.weight": 2 * ones(64), "ln_pre_t.bias": ones(64),
+        "mlm_head.dense.weight": ones(64, 64), "mlm_head.ln.bias": ones(64),
+    }  # fmt: skip
+    clip = {f"base_model.{name}": value + 0.25 for name, value in golden_clip().items()}
+    saved = {prefix + n: v.half() if half else v for n, v in {**clip, **heads}.items()}
+    torch.save({"model": saved, "epoch": 9}, tmp_path / "x.pth")
+    target = model_of(clip_file, 16, losses.split("+"), classes=5, size=(64, 64))
+    path = str(tmp_path / "x.pth")
+    counts = counts_in(load_fitting(target, load_checkpoint(path), path))
+    loaded = target.state_dict()
+    for name, value in clip.items():
+        torch.testing.assert_close(loaded[name], value, rtol=1e-3, atol=1e-3)
+    irra = "mlm" in losses
+    assert counts["loaded"] == len(clip) + (6 if irra else 0)  # all heads but the classifier
+    assert counts["skipped, other shape"] == (2 if irra else 0)
+    assert not irra or loaded["ln_pre_t.weight"].eq(2).all()
+
+
 @pytest.mark.parametrize(
     ("size", "patch", "stride"),
     [
