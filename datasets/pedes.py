@@ -23,21 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets.compact import TrainSamples
-from datasets.reading import (
-    EntryChecks,
-    ImageFolder,
-    checked_caption,
-    exists,
-    normalise_path,
-    read_checked,
-)
+from datasets.identities import People, checked_id
+from datasets.reading import EntryChecks, ImageFolder, checked_captions, exists, read_checked
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from datasets.stored import key_of, load_or_read
 from utils.attributes import Attribute
 from utils.documents import load_json, read_json_file
 from utils.errors import UserError, suggest
 from utils.files import open_file
-from utils.tokenizer import has_lone_surrogate
 
 PEDES = {  # by name: the JSON file, and the key of the image path in its entries
     "CUHK-PEDES": ("reid_raw.json", "file_path"),
@@ -125,7 +118,7 @@ class _Reader:
     def read(self, name: str, views: tuple[str, ...]) -> Data:
         """Read all splits. The identities of each become 0, 1, ... in the order of their ids."""
         train = TrainSamples(root=str(self.images.root))
-        people = {split: _People() for split in SPLITS}
+        people = {split: People() for split in SPLITS}
         splits = {s: Split([name], {view: Gallery() for view in views}) for s in SPLITS[1:]}
         for i, row in enumerate(self.rows):
             entry = self._entry(i)
@@ -185,23 +178,10 @@ class _Reader:
         if row["split"] not in SPLITS:
             raise UserError(f"{entry}: split is {row['split']!r}; it must be {', '.join(SPLITS)}")
         if "id" in wanted:
-            self._check_id(row["id"], entry)
-        captions = row["captions"]
-        if not isinstance(captions, list) or (not captions and row["split"] == "train"):
-            raise UserError(f"{entry}: captions must be a list of texts, got {captions!r:.60}")
-        for k, caption in enumerate(captions):
-            checked_caption(caption, f"{entry}, caption {k}", self.checks)
+            checked_id(row["id"], entry, self.checks)
+        some = row["split"] == "train"  # an image of val or test may be in the gallery alone
+        checked_captions(row["captions"], entry, self.checks, some)
         return row["split"]
-
-    def _check_id(self, given: Any, entry: str) -> None:
-        if type(given) not in (int, str):
-            raise UserError(f"{entry}: id must be an integer or text, got {given!r}")
-        if has_lone_surrogate(str(given)):
-            raise UserError(
-                f"{entry}: id is {given!r}, with half a character (a lone surrogate) in it"
-            )
-        # Otherwise 7 and "7", or "anna" and "anna ", would be two people.
-        self.checks.require_same(("the id", normalise_path(str(given)).strip()), given, entry)
 
     def _image(self, row: dict[str, Any], pair: bool, entry: str) -> Image:
         prefix = "pair_" if pair else ""
@@ -250,40 +230,6 @@ class _Lines(Iterable[Any]):
                         raise UserError(f"{where}: malformed JSON: {error}") from None
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from None
-
-
-class _People:
-    """The identities of a split, numbered in the order of their first entries."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[int | str, int] = {}
-        self.count = 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def number(self, given: int | str | None) -> int:
-        """The number of an id. An entry without one is an identity of its own."""
-        known = None if given is None else self.numbers.get(given)
-        if known is not None:
-            return known
-        if given is not None:
-            self.numbers[given] = self.count
-        self.count += 1
-        return self.count - 1
-
-    def sorted(self) -> list[int | str]:
-        """The ids, integers before texts; empty if an entry has none."""
-        if len(self.numbers) < self.count:
-            return []
-        return sorted(self.numbers, key=lambda given: (isinstance(given, str), given))
-
-    def sorted_numbers(self) -> list[int]:
-        """By number, the number in the order of `sorted`; without all ids, the same number."""
-        new = list(range(self.count))
-        for place, given in enumerate(self.sorted()):
-            new[self.numbers[given]] = place
-        return new
 
 
 def _second(images: Sequence[Image]) -> Image | None:

@@ -56,6 +56,14 @@ def checked_caption(value: Any, entry: str, checks: EntryChecks) -> str:
     return value
 
 
+def checked_captions(value: Any, entry: str, checks: EntryChecks, some: bool) -> list[str]:
+    """A list of captions, not empty if there must be `some`. Raises UserError as
+    `checked_caption`."""
+    if not isinstance(value, list) or (some and not value):
+        raise UserError(f"{entry}: captions must be a list of texts, got {value!r:.60}")
+    return [checked_caption(c, f"{entry}, caption {k}", checks) for k, c in enumerate(value)]
+
+
 class ImageFolder:
     """Finds images below a folder: files, and members of tar files (datasets/shards.py). It lists
     each folder once, which is faster than asking for every image."""

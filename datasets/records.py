@@ -92,6 +92,9 @@ class Data:
     folders: list[str] = field(
         default_factory=list
     )  # and tars in which the reader looked for images
+    # By path, the view of an image ("aerial", "ground") in a gallery of both. Known for all images
+    # of a split, or for none.
+    image_views: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def attribute_names(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from easydict import EasyDict
 
+from datasets.aerial_pedes import AERI, TAG, read_aeri_pedes, read_tag_pedes
 from datasets.heldout import HELDOUT, hold_out
 from datasets.pedes import PEDES, read_custom, read_pedes
 from datasets.reading import exists
@@ -68,6 +69,16 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "AGTBPR": _source("AGTBPR", 0),
     "G2APS": _source("G2APS", 1),
+    AERI: DatasetSpec(
+        lambda args: read_aeri_pedes(args.root_dir),
+        f"`{AERI}/train_caption.json`, `test_caption.json`, images",
+        "both views",
+    ),
+    TAG: DatasetSpec(
+        lambda args: read_tag_pedes(args.root_dir),
+        f"`{TAG}/train_reid.json`, `test_reid.json`, images",
+        "one image of either view",
+    ),
     **{name: _pedes(name) for name in PEDES},
     "custom": DatasetSpec(
         lambda args: read_custom(

@@ -151,6 +151,7 @@ def add_dataset(
         identity = str(ids[pid]) if ids else f"{of}-{pid}"
         pairs = zip(classes, image.attributes, strict=True)
         labels = tuple((name, names[label]) for (name, names), label in pairs)
+        seen = data.image_views.get(image.path, seen)
         one_view = view or (seen if seen in VIEWS else None)
         person = Person(None, one_view, None, source, identity, labels)
         found.add(File(_absolute(image.path), (person,)))

@@ -64,6 +64,7 @@ class Evaluator:
         self.attribute_names = data.attribute_names
         self.views = {view: self.split.galleries[view] for view in views or data.views}
         self.images = {view: gallery.images for view, gallery in self.views.items()}
+        self.image_views = data.image_views
         # An image that occurs twice in a gallery is encoded once. Otherwise its features could
         # differ in the last digits, since its places in the batches differ.
         self.rows: dict[str, Tensor] = {}
@@ -207,7 +208,8 @@ class Evaluator:
         """Results of every query on every gallery.
 
         Galleries: each view, all views together, and the first view of each source with that
-        source's captions. A gallery without a match for any caption is left out, except the first.
+        source's captions; of a gallery with images of both views, also those of each view if they
+        are known. A gallery without a match for any caption is left out, except the first.
         """
         sets = self._sets(features)
         return {
@@ -233,8 +235,12 @@ class Evaluator:
         if len(sets) > 1:
             together, pids = (torch.cat(list(x.values())) for x in (features.views, image_pids))
             sets[" + ".join(features.views)] = (captions, together, caption_pids, pids)
+        view, gallery = next(iter(self.views.items()))
+        known = [self.image_views.get(image.path, "") for image in gallery.images]
+        for one in sorted({*known} - {""}):
+            g = torch.tensor([of_image == one for of_image in known], device=captions.device)
+            sets[one] = (captions, features.views[view][g], caption_pids, image_pids[view][g])
         if len(split.sources) > 1:
-            view, gallery = next(iter(self.views.items()))
             image_sources = torch.tensor(gallery.sources, device=captions.device)
             for i, source in enumerate(split.sources):
                 q, g = caption_sources == i, image_sources == i

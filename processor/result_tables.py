@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from utils.metrics import METRICS, Retrieval
+from utils.metrics import SHOWN, Retrieval, with_rsum
 from utils.runs import LAST_EPOCH
 from utils.tables import console
 
@@ -18,20 +18,21 @@ def best_table(best: dict[str, dict[str, Any]]) -> str:
     rows: list[list[object]] = []
     for chosen_on, row in best.items():
         for split, metrics in row["metrics"].items():
-            cells = [f"{metrics[name]:.2f}" for name in METRICS]
+            cells = [f"{value:.2f}" for value in with_rsum(metrics).values()]
             rows.append([row["epoch"], chosen_on, split, *cells])
         if chosen_on == LAST_EPOCH:
-            rows.append([row["epoch"], "no split: the last epoch", *[""] * (1 + len(METRICS))])
-    return console(["best epoch", "chosen on", "metrics of", *METRICS], rows, left=3)
+            rows.append([row["epoch"], "no split: the last epoch", *[""] * (1 + len(SHOWN))])
+    return console(["best epoch", "chosen on", "metrics of", *SHOWN], rows, left=3)
 
 
 def gallery_table(galleries: dict[str, Retrieval]) -> str:
-    """Metrics in percent, one row per gallery."""
+    """Metrics in percent and RSum, one row per gallery."""
     rows = [
-        [name, result.queries, result.gallery, *(f"{v:.2f}" for v in result.metrics.values())]
+        [name, result.queries, result.gallery,
+         *(f"{value:.2f}" for value in with_rsum(result.metrics).values())]
         for name, result in galleries.items()
-    ]
-    lines = [console(["gallery", "queries", "images", *METRICS], rows)]
+    ]  # fmt: skip
+    lines = [console(["gallery", "queries", "images", *SHOWN], rows)]
     lines += [
         f"{name}: {result.unmatched} captions have no image of their identity and are skipped"
         for name, result in galleries.items()
@@ -46,7 +47,7 @@ def interval_table(galleries: dict[str, dict[str, list[float]]]) -> str:
         [name, *(f"{low:.2f} to {high:.2f}" for low, high in metrics.values())]
         for name, metrics in galleries.items()
     ]
-    return console(["gallery", *METRICS], rows)
+    return console(["gallery", *SHOWN], rows)
 
 
 def attribute_table(accuracy: dict[str, dict[str, float]]) -> str:

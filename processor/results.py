@@ -28,7 +28,7 @@ import torch
 from utils.documents import read_json_file
 from utils.errors import UserError
 from utils.files import open_file, write_atomically
-from utils.metrics import METRICS, Ranked
+from utils.metrics import METRICS, SHOWN, Ranked
 from utils.uncertainty import bootstrap
 
 COLUMNS = ("first", "ap", "inp")  # of `query_metrics`
@@ -65,7 +65,7 @@ def per_query(split: str, galleries: dict[str, Ranked]) -> dict[str, np.ndarray]
 def intervals(ranked: Ranked, samples: int, seed: int) -> dict[str, list[float]]:
     """95 % confidence interval of each metric, from bootstrap `samples` of identities."""
     low, high = bootstrap(ranked.percentages(), ranked.pids_Q, samples, seed).tolist()
-    return {name: [a, b] for name, a, b in zip(METRICS, low, high, strict=True)}
+    return {name: [a, b] for name, a, b in zip(SHOWN, low, high, strict=True)}
 
 
 def write_results(checkpoint: Path, results: dict[str, Any], queries: dict[str, np.ndarray]) -> str:

@@ -28,7 +28,7 @@ from processor.results import check_metrics, read_results, stem
 from tools._report_runs import percentages
 from utils.errors import UserError
 from utils.files import PROJECT, read_file, write_atomically
-from utils.metrics import METRICS
+from utils.metrics import SHOWN
 from utils.options import MAY_DIFFER, OPTIONS
 from utils.tables import in_markdown, markdown
 
@@ -199,7 +199,7 @@ def _results(results: dict[str, Any] | None) -> list[str]:
     ]
     parts = [
         "Test split, in percent. " + in_markdown(results.get("protocol", {}).get("text", "")),
-        markdown(("gallery", "captions", "images", *METRICS), rows),
+        markdown(("gallery", "captions", "images", *SHOWN), rows),
     ]
     if accuracy := content.get("attribute_accuracy"):
         views = list(next(iter(accuracy.values())))

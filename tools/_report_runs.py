@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from processor.results import check_metrics, read_results
 from utils.errors import UserError
-from utils.metrics import METRICS
+from utils.metrics import with_rsum
 from utils.runs import EVENTS
 
 DIGITS = len(EVENTS.format(0)) - 1  # of the number at the end of an event file's name
@@ -38,8 +38,8 @@ def read_run(folder: Path, colour: str) -> ReportedRun:
 
 
 def percentages(gallery: dict[str, Any]) -> list[float]:
-    """R@1, R@5, R@10, mAP and mINP of a gallery in test_results.json."""
-    return [gallery[key] for key in METRICS]
+    """The values of SHOWN of a gallery in test_results.json, which in older ones lacks RSum."""
+    return list(with_rsum(gallery).values())
 
 
 def read_scalars(folder: Path) -> dict[str, Points]:

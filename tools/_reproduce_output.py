@@ -16,7 +16,7 @@ from tools._reproduce_table import Table
 from tools.bench import measured_step
 from utils.console import say
 from utils.files import write_atomically
-from utils.metrics import METRICS
+from utils.metrics import SHOWN, with_rsum
 from utils.tables import (
     as_csv,
     console,
@@ -55,7 +55,7 @@ def tables_of(
 ) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(heading, titles, rows) of each protocol: mean and standard deviation over seeds, and the
     published metrics."""
-    titles = ["method", "seeds", *METRICS, "published R@1", "difference"]
+    titles = ["method", "seeds", *SHOWN, "published R@1", "difference"]
     for protocol in PROTOCOLS:
         if not any(protocol in CHECKPOINTS[job.args.val_dataset] for job in jobs):
             continue
@@ -63,7 +63,8 @@ def tables_of(
         for row in table.rows:
             metrics = [j.results[protocol] for j in jobs if j.row == row["name"] and j.results
                        and protocol in j.results]  # fmt: skip
-            cells = [mean_and_deviation([m[name] for m in metrics]) for name in METRICS]
+            values = [with_rsum(m) for m in metrics]
+            cells = [mean_and_deviation([v[name] for v in values]) for name in SHOWN]
             published = row.get("published", {}).get("R@1")
             difference = ""
             if metrics and published is not None:

@@ -115,6 +115,10 @@ def parts_of(data: Data) -> dict[str, Part]:
             {*split.image_pids, *split.caption_pids},
             {view: len(images) for view, images in views.items()},
         )
+    for part in parts.values():
+        part.views |= Counter(
+            data.image_views[i.path] for i in part.images if i.path in data.image_views
+        )
     return parts
 
 
@@ -218,14 +222,14 @@ def suspicious(text: str) -> str:
 
 def overview(parts: dict[str, Part]) -> str:
     """Counts per split."""
-    views = list(parts["train"].views)
+    views = list(dict.fromkeys(view for part in parts.values() for view in part.views))
     images = [f"{view.removesuffix('image').strip()} images".strip() for view in views]
     head = ["split", "identities", *images, "captions", "captions per identity"]
     rows = []
     for name, part in parts.items():
         words = sum(len(c.text.split()) for c in part.captions) / max(1, len(part.captions))
         rows.append(
-            [name, len(part.pids), *(part.views[v] for v in views), len(part.captions),
+            [name, len(part.pids), *(part.views.get(v, "") for v in views), len(part.captions),
              f"{len(part.captions) / len(part.pids):.1f}", f"{words:.1f}"]
         )  # fmt: skip
     return console([*head, "words per caption"], rows)

@@ -39,7 +39,7 @@ from utils.config import read_yaml
 from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import path_option
-from utils.metrics import METRICS, Ranked
+from utils.metrics import SHOWN, Ranked, with_rsum
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
 from utils.runs import CONFIG
 from utils.tables import console, mean_and_deviation
@@ -222,9 +222,10 @@ def compare(
     low, high = bootstrap_difference(a_RQM, b_RQM, pids_Q, resamples).tolist()
     p = permutation_p(b_RQM.mean(dim=0) - a_RQM.mean(dim=0), pids_Q, resamples).tolist()
     covered = "people and seeds" if max(len(a_RQM), len(b_RQM)) > 1 else "people"
+    metrics = [[with_rsum(r.ranked.summary().metrics) for r in side] for side in runs.values()]
     rows = []
-    for i, metric in enumerate(METRICS):
-        values = [[run.ranked.summary().metrics[metric] for run in side] for side in runs.values()]
+    for i, metric in enumerate(SHOWN):
+        values = [[run[metric] for run in side] for side in metrics]
         one, two = map(statistics.mean, values)
         rows.append(
             [metric, *map(mean_and_deviation, values), f"{two - one:+.2f}",

@@ -227,7 +227,7 @@ def demonstration(folder: Path, gpu: bool) -> str:
     table = "\n".join(DEMO_RESULT.findall(output)[-1:])
     return (
         f"## Demonstration\n\nRendering and training took {minutes:.1f} minutes. Test (gallery, "
-        "queries, images, R@1, R@5, R@10, mAP, mINP):\n\n"
+        "queries, images, R@1, R@5, R@10, mAP, mINP, RSum):\n\n"
         f"```\n{table or output[-1000:]}\n```"
     )
 

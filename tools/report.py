@@ -39,7 +39,7 @@ from utils.command_line import options_of_run
 from utils.console import say
 from utils.errors import UserError, run_main
 from utils.files import expand, path_option, write_atomically
-from utils.metrics import METRICS
+from utils.metrics import SHOWN
 from utils.options import OPTIONS
 from utils.pages import render
 from utils.runs import CONFIG
@@ -205,7 +205,7 @@ def report(runs: Sequence[ReportedRun], given: argparse.Namespace) -> str:
         Path(__file__).parent / "templates/report.html.jinja",
         runs=runs,
         metrics=metrics(runs),
-        names=METRICS,
+        names=SHOWN,
         recall=recall,
         training=training,
         thinned=charts.MOST if longest > charts.MOST else 0,

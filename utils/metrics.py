@@ -1,4 +1,4 @@
-"""Retrieval metrics: R@k, mAP and mINP, exact, without a loop over queries.
+"""Retrieval metrics: R@k, mAP, mINP and RSum, exact, without a loop over queries.
 
 Shapes: Q queries, G gallery items, D features, M the largest number of matches of a query in a
 chunk, X matches of all queries in a chunk.
@@ -11,11 +11,15 @@ Definitions
   similarity depends on its position in a batch.)
 - A query without a match in the gallery has no rank. It is left out of all means and counted in
   `Retrieval.unmatched`.
+- RSum is R@1 + R@5 + R@10, from 0 to 300. It follows from the others, so only tables and
+  test_results.json have it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +29,18 @@ from utils.errors import UserError
 
 CHUNK_BYTES = 256 * 2**20  # similarities in memory at the same time
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")  # in this order everywhere
+SHOWN = (*METRICS, "RSum")  # of tables
 TIE = 1e-6  # ten times the rounding error of a float32 cosine; people differ by far more
 CACHED = 2**18  # comparisons, of a byte each, that fit into a processor's cache
 COUNTED = 64  # up to this number of matches per query, counting is faster than sorting
+
+Value = TypeVar("Value", float, Tensor)
+
+
+def with_rsum(metrics: Mapping[str, Value]) -> dict[str, Value]:
+    """The values of METRICS and RSum, by the names in SHOWN."""
+    values = {name: metrics[name] for name in METRICS}
+    return {**values, "RSum": metrics["R@1"] + metrics["R@5"] + metrics["R@10"]}
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,9 @@ class Retrieval:
     gallery: int  # number of items
 
     def results(self) -> dict[str, float]:
-        """Metrics and counts by name, as in test_results.json."""
+        """Metrics, RSum and counts by name, as in test_results.json."""
         counts = {"queries": self.queries, "unmatched": self.unmatched, "gallery": self.gallery}
-        return {**self.metrics, **counts}
+        return {**with_rsum(self.metrics), **counts}
 
 
 @dataclass(frozen=True)
@@ -58,10 +71,11 @@ class Ranked:
         return summarise(self.rows_Q3, self.gallery)
 
     def percentages(self) -> Tensor:
-        """R@1, R@5, R@10, AP and INP of each query in percent, [Q, 5]; NaN without a match."""
+        """The values of SHOWN of each query in percent, [Q, 6]; NaN without a match."""
         first, ap, inp = self.rows_Q3.unbind(1)
         hits = [torch.where(first.isnan(), torch.nan, (first <= k).double()) for k in (1, 5, 10)]
-        return 100 * torch.stack([*hits, ap, inp], dim=1)
+        values = with_rsum(dict(zip(METRICS, (*hits, ap, inp), strict=True)))
+        return 100 * torch.stack(list(values.values()), dim=1)
 
 
 def rank_gallery(

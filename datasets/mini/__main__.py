@@ -11,8 +11,9 @@ from utils.errors import UserError, run_main
 from utils.files import path_option
 from utils.text import visible
 
-from .build import LAYOUTS, MARKER, VALS, render
+from .build import MARKER, VALS, render
 from .figure import draw_figure
+from .layouts import LAYOUTS, WITHOUT_VAL
 from .raw import RAW_LAYOUTS, render_raw
 
 
@@ -33,7 +34,8 @@ def main() -> None:
     # Without a default here, because the raw layouts have others.
     sizes = partial(add, type=int, default=argparse.SUPPRESS)
     sizes("--train_ids", help="identities to train on, over both sources (default: 2400; raw: 200)")
-    sizes("--val_ids", help="identities to validate on, over both sources (default: 60; raw: none)")
+    sizes("--val_ids", help="identities to validate on, over both sources (default: 60; raw, "
+          "AERI-PEDES and TAG-PEDES: none)")  # fmt: skip
     sizes("--test_ids", help="identities to test on, over both sources (default: 60)")
     add("--val", choices=VALS, default=VALS[0], help="val has its own people, or, as in "
         "TBAGPR, those of test (with its file names; --val_ids must equal --test_ids)")  # fmt: skip
@@ -52,7 +54,7 @@ def main() -> None:
         return
     options = {k: v for k, v in vars(args).items() if k not in ("out", "figure")}
     raw = args.layout in RAW_LAYOUTS
-    if raw and (args.val != VALS[0] or "val_ids" in options):
+    if (raw or args.layout in WITHOUT_VAL) and (args.val != VALS[0] or "val_ids" in options):
         raise UserError(f"--layout {args.layout} has no val split; leave --val and --val_ids out")
     if raw:
         del options["val"]

@@ -15,22 +15,21 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.pedes import CUSTOM, PEDES
-from utils.attributes import Attribute, read_attributes
+from datasets.pedes import PEDES
+from utils.attributes import read_attributes
 from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import read_file
 
 from .captions import caption
+from .layouts import FIRST_ID, LAYOUTS, SPLITS, WITHOUT_VAL, Record, class_names, json_files
 from .people import Person, sample_person
 from .view import SOURCES, View, paint, sample_view
 
 VERSION = 1  # increase it when the same parameters give other files
-SPLITS = ("train", "val", "test")
 MARKER = "mini.json"  # holds the parameters; it is written last, so it marks a complete set
 JSON_NAME = {"AG-ReID": "agtext_{}.json", "G2APS-AG": "g2aps_{}.json"}
 QUALITY = (85, 92)  # of a JPEG, lowest and highest
-LAYOUTS = ("TBAGPR", *PEDES, "custom")
 VALS = ("disjoint", "like_real")
 
 Job = TypeVar("Job")
@@ -65,9 +64,10 @@ def render(
 
     `train_ids`, `val_ids` and `test_ids` are numbers of identities in both sources together. Each
     identity has `pairs` pairs of an aerial and a ground image. Layouts of ground-only benchmarks
-    have no aerial images. `val="like_real"` copies TBAGPR's file names and the overlap of its
-    splits: G2APS-AG's val is its test; AG-ReID's val shows the people of its test in other images,
-    and one of them is in training too.
+    have no aerial images; AERI-PEDES and TAG-PEDES have no val, and `val_ids` does nothing.
+    `val="like_real"` copies TBAGPR's file names and the overlap of its splits: G2APS-AG's val is
+    its test; AG-ReID's val shows the people of its test in other images, and one of them is in
+    training too.
 
     The files depend only on these parameters, not on `workers`. `root` appears when the set is
     complete. Returns False, and changes nothing, if `root` is already a complete set of the same
@@ -85,6 +85,8 @@ def render(
         "pairs": pairs,
         "layout": layout,
     }
+    if layout in WITHOUT_VAL:
+        del parameters["val_ids"]
     for name, value, known in (("layout", layout, LAYOUTS), ("val", val, VALS)):
         if value not in known:
             raise ValueError(f"{name} {value} is none of {', '.join(known)}")
@@ -159,7 +161,7 @@ def render_people(
     for pid, (source, identity, person) in enumerate(sample_people(seed, 0, identities)):
         job = (0, source, identity, pid, person)
         for record in _render_identity(job, root, seed, pairs, "custom", real=False):
-            aerial, ground = (file.as_posix() for file in record["files"])
+            aerial, ground = record["files"]
             classes = class_names(attributes, record["labels"])
             rendered.append(Pair(pid, aerial, ground, record["captions"], *classes))
     return rendered
@@ -213,10 +215,14 @@ def _render_all(root: Path, parameters: dict[str, Any], workers: int, progress: 
     work = partial(_render_identity, root=root, seed=seed, pairs=pairs, layout=layout, real=real)
     results = list(zip(jobs, run_jobs(work, jobs, workers, progress, "person"), strict=True))
     if layout != "TBAGPR":
-        first = 1 if layout == "CUHK-PEDES" else 0  # its identities start at 1
-        entries = [(job[0], first + i, r) for i, (job, rows) in enumerate(results) for r in rows]
-        file = PEDES[layout][0] if layout in PEDES else CUSTOM
-        write_json(root / file, _entries(layout, entries))
+        first = FIRST_ID.get(layout, 0)
+        rendered = [
+            Record(SPLITS[job[0]], pid, row["files"], row["captions"], row["labels"])
+            for pid, (job, rows) in enumerate(results, first)
+            for row in rows
+        ]
+        for file, entries in json_files(layout, rendered).items():
+            write_json(root / file, entries)
         return
     for source, source_name in enumerate(SOURCES):
         folder = root / source_name
@@ -252,7 +258,7 @@ def _jobs(parameters: dict[str, Any], real: bool) -> list[tuple[int, int, int, i
     """(split, source, number in the source, pid, person) of each identity to render."""
     jobs, next_pid = [], [0, 0]
     for split, name in enumerate(SPLITS):
-        people = sample_people(parameters["seed"], split, parameters[f"{name}_ids"])
+        people = sample_people(parameters["seed"], split, parameters.get(f"{name}_ids", 0))
         for source, identity, person in people:
             jobs.append((split, source, identity, next_pid[source], person))
             next_pid[source] += 1
@@ -287,7 +293,7 @@ def _render_identity(
             for view, path in zip(views, paths, strict=True)
         ]
         for view, file in zip(views, files, strict=True):
-            if file is not None:
+            if file:
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 jpeg = io.BytesIO()  # PIL's writer loses the system's error message
                 paint(person, view).save(jpeg, "JPEG", quality=quality)
@@ -319,14 +325,14 @@ def _real_path(split: int, source: int, identity: int, pid: int, k: int, aerial:
     return [folder, f"P{person:04d}T{session:05d}A0C{camera}F{frame}.jpg"]
 
 
-def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list[str]) -> Path | None:
-    """Path of an image in the data set's folder; None if the layout has no such image."""
+def _file(layout: str, source: int, pid: int, k: int, aerial: bool, path: list[str]) -> str:
+    """Path of an image in the data set's folder; "" if the layout has no such image."""
     if layout == "TBAGPR":
-        return Path(SOURCES[source], *path)
+        return "/".join((SOURCES[source], *path))
     name = f"{'AG'[source]}{pid:04d}_{k:03d}.jpg"
-    if layout == "custom":
-        return Path("aerial" if aerial else "ground", name)
-    return None if aerial else Path("imgs", name)
+    if layout in PEDES:
+        return "" if aerial else f"imgs/{name}"
+    return f"{'aerial' if aerial else 'ground'}/{name}"
 
 
 def labels(person: Person, view: View) -> list[int]:
@@ -359,38 +365,6 @@ def _eval_json(records: list[dict[str, Any]], rng: np.random.Generator) -> dict[
 def _key(source: int, path: list[str]) -> str:
     """Key of an image in attrs.json. `path`: [folder, file]."""
     return f"{path[0]}_{path[1][:-4]}" if source == 0 else path[1]
-
-
-def _entries(layout: str, records: list[tuple[int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The JSON list of the other layouts, from (split, identity, record)."""
-    attributes = read_attributes("configs/attributes.yaml")
-    _, image_key = PEDES.get(layout, ("", "image"))
-    entries = []
-    for split, identity, record in records:
-        if layout == "ICFG-PEDES" and SPLITS[split] == "val":
-            continue  # published without val
-        aerial, ground = record["files"]
-        entry = {"split": SPLITS[split], "id": identity, "captions": record["captions"][:2]}
-        if layout == "custom":
-            classes = class_names(attributes, record["labels"])
-            entry |= {
-                "image": aerial.as_posix(),
-                "pair_image": ground.as_posix(),
-                "attributes": classes[0],
-                "pair_attributes": classes[1],
-            }
-        else:
-            entry[image_key] = ground.relative_to("imgs").as_posix()
-        entries.append(entry)
-    return entries
-
-
-def class_names(attributes: list[Attribute], labels: list[list[int]]) -> list[dict[str, str]]:
-    """For each image, the name of its class by the name of the attribute."""
-    return [
-        {a.name: a.classes[value] for a, value in zip(attributes, values, strict=True)}
-        for values in labels
-    ]
 
 
 def write_json(path: Path, content: object) -> None:

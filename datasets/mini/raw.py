@@ -43,8 +43,6 @@ from utils.errors import UserError
 
 from .build import (
     QUALITY,
-    SPLITS,
-    class_names,
     fill_folder,
     labels,
     run_jobs,
@@ -53,6 +51,7 @@ from .build import (
 )
 from .captions import caption
 from .faults import Picture, draw, jpeg, sample_pictures
+from .layouts import SPLITS, class_names
 from .people import Person, sample_person
 from .view import View, paint, sample_view
 

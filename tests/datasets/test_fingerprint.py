@@ -22,7 +22,7 @@ def test_moving_the_folder_does_not_change_it(mini_copy, tmp_path):
     assert changes(before, fingerprint(read("AGDataAttr", moved))) == {}
 
 
-@pytest.mark.parametrize("name", ["CUHK-PEDES", "custom"])
+@pytest.mark.parametrize("name", ["CUHK-PEDES", "AERI-PEDES", "TAG-PEDES", "custom"])
 def test_another_path_to_the_folder_does_not_change_it(name, rendered, tmp_path):
     (tmp_path / name).symlink_to(rendered(name))
     linked = tmp_path if name != "custom" else tmp_path / name

@@ -10,7 +10,7 @@ from datasets.records import Data, Gallery, Image, Split, TrainSample
 from tests.helpers import read
 from utils.errors import UserError
 
-NAMES = ["AGDataAttr", "AGData", "AGSGData", "AGTBPR", "G2APS", "CUHK-PEDES", "ICFG-PEDES", "custom"]  # fmt: skip
+NAMES = ["AGDataAttr", "AGData", "AGSGData", "AGTBPR", "G2APS", "CUHK-PEDES", "ICFG-PEDES", "AERI-PEDES", "TAG-PEDES", "custom"]  # fmt: skip
 
 
 def queries(data):

@@ -140,6 +140,30 @@ def test_splits_can_be_as_in_the_real_data(like_real):
 
 
 @pytest.mark.parametrize(
+    ("layout", "names"),
+    [("AERI-PEDES", ("train_caption", "test_caption")), ("TAG-PEDES", ("train_reid", "test_reid"))],
+)
+def test_layouts_with_a_file_for_train_and_one_for_test_have_no_val(layout, names, tmp_path):
+    sizes = {"train_ids": 3, "test_ids": 2, "pairs": 2, "layout": layout}
+    for folder, workers in (("one", 1), ("two", 2)):
+        render(tmp_path / folder, seed=0, workers=workers, **sizes)
+    written = files(tmp_path / "one")
+    assert written == files(tmp_path / "two")
+    made = sorted(f for f in written if f.endswith(".jpg"))
+    assert sorted(set(written) - set(made)) == sorted(["mini.json", *(f"{n}.json" for n in names)])
+    named, ids = [], []
+    for name in names:
+        for row in json.loads(written[f"{name}.json"]):
+            one = [row[key] for key in ("aerial_img", "ground_img", "file_path") if key in row]
+            named += [*one, *row.get("file_paths", []), *row.get("ground_file_paths", [])]
+            ids.append(row["pid" if layout == "AERI-PEDES" else "id"])
+    assert sorted(path.removeprefix("AERI-PEDES/") for path in named) == made
+    assert len(made) == 2 * 2 * (3 + 2)
+    assert sorted(set(ids)) == list(range(min(ids), min(ids) + 5))
+    assert min(ids) == int(layout == "AERI-PEDES") and "val_ids" not in json.loads(written["mini.json"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"val": "real"}, "val real is none of disjoint, like_real"),

@@ -140,6 +140,13 @@ def test_ids_of_a_data_set_that_names_its_people_are_kept(rendered):
     assert {file.people[0].identity for file in found.files.values()} <= known
 
 
+def test_a_gallery_of_both_views_gives_each_picture_its_own(rendered):
+    root, found = rendered("TAG-PEDES"), Found()
+    add_dataset(found, "TAG-PEDES", str(root), "test", ATTRIBUTES_FILE, None)
+    views = {path: file.people[0].view for path, file in found.files.items()}
+    assert views == {path: path.split("/")[-2] for path in views} and len(views) == 24
+
+
 def test_a_list_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"--images @.*gone.txt: not readable as a list of paths"):
         add_pictures(Found(), [f"@{tmp_path / 'gone.txt'}"], None)

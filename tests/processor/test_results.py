@@ -3,7 +3,7 @@ import json
 import torch
 
 from processor.results import check_metrics, read_results, write_results
-from utils.metrics import METRICS, Ranked
+from utils.metrics import SHOWN, Ranked
 
 
 def test_metrics_of_older_versions_are_read_under_their_current_names(tmp_path):
@@ -14,7 +14,7 @@ def test_metrics_of_older_versions_are_read_under_their_current_names(tmp_path):
     path, archive = tmp_path / "test_results.json", tmp_path / "test_queries.npz"
     current = read_results(path, archive)
     assert list(current["splits"]["test"]["galleries"]["aerial"]) == [
-        *METRICS,
+        *SHOWN,
         "queries",
         "unmatched",
         "gallery",

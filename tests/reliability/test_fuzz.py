@@ -165,6 +165,8 @@ ANNOTATIONS = {
     ],
     "CUHK-PEDES": ["reid_raw.json"],
     "RSTPReid": ["data_captions.json"],
+    "AERI-PEDES": ["train_caption.json", "test_caption.json"],
+    "TAG-PEDES": ["train_reid.json", "test_reid.json"],
     "custom": ["dataset.json"],
 }  # fmt: skip
 

@@ -35,6 +35,20 @@ def test_a_good_data_set_passes_with_its_counts(mini_root, monkeypatch, capsys):
     assert "| gender    | male" in shown and "pass" in shown and "numbered per split" in shown
 
 
+@pytest.mark.parametrize(
+    ("name", "train", "test"),
+    [
+        ("AERI-PEDES", ["8", "16", "16", "16"], ["6", "12", "12", "18"]),
+        ("TAG-PEDES", ["8", "32", "16", "16", "64"], ["6", "24", "12", "12", "48"]),
+    ],
+)
+def test_images_of_both_views_are_counted_by_view(name, train, test, rendered, monkeypatch, capsys):
+    assert check(monkeypatch, name, rendered(name)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[c.strip() for c in x.split("|")] for x in lines if x.startswith(("| train", "| test"))]
+    assert [row[2 : 2 + len(train)] for row in rows] == [train, test]
+
+
 def test_an_image_that_cannot_be_read_fails(copy, monkeypatch, capsys):
     broken = next((copy / "imgs").iterdir())
     broken.write_bytes(broken.read_bytes()[:200])

@@ -97,7 +97,7 @@ def test_the_card_has_the_runs_own_results_and_what_a_reader_must_know(trained):
     for name, values in results["galleries"].items():
         rows = [[cell.strip() for cell in line.split("|")] for line in card.splitlines()]
         (cells,) = (row[2:-1] for row in rows if row[1:2] == [name])
-        assert cells == [str(values["queries"]), str(values["gallery"]), *(f"{values[m]:.2f}" for m in ("R@1", "R@5", "R@10", "mAP", "mINP"))]  # fmt: skip
+        assert cells == [str(values["queries"]), str(values["gallery"]), *(f"{values[m]:.2f}" for m in ("R@1", "R@5", "R@10", "mAP", "mINP", "RSum"))]  # fmt: skip
     for text in ("license: other", "## Limits", "## Responsible use", "random weights", "# a_run", "8 identities"):  # fmt: skip
         assert text in card, text
 

@@ -22,7 +22,7 @@ from utils.files import lock
 
 SETS = [
     ("AGDataAttr", {}), ("AGSGData", {"views": "ag"}), ("G2APS", {}), ("CUHK-PEDES", {}),
-    ("ICFG-PEDES", {}), ("RSTPReid", {}), ("custom", {}),
+    ("ICFG-PEDES", {}), ("RSTPReid", {}), ("AERI-PEDES", {}), ("TAG-PEDES", {}), ("custom", {}),
 ]  # fmt: skip
 
 

@@ -197,6 +197,13 @@ def test_untrusted_text_changes_no_tag_of_the_page(evaluated, monkeypatch):
     assert "{{ 7 * 7 }} $\\frac \\x1b \\u202e \\ud800 &amp;" in shown and "\x1b" not in shown
 
 
+def test_results_of_older_versions_get_their_rsum(evaluated):
+    run = read_run(evaluated[0], "#ff0000")
+    galleries = [g for split in run.results["splits"].values() for g in split["galleries"].values()]
+    expected = [f"{gallery.pop('RSum'):.2f}" for gallery in galleries]
+    assert sorted(row["values"][-1] for row in tool.metrics([run])) == sorted(expected)
+
+
 def test_the_table_can_be_filtered_and_has_the_best_value_of_each_gallery_in_bold(evaluated):
     runs = [read_run(folder, "#ff0000") for folder in evaluated]
     for one, value in zip(runs, (50, 60), strict=True):
@@ -204,7 +211,7 @@ def test_the_table_can_be_filtered_and_has_the_best_value_of_each_gallery_in_bol
         gallery.update(dict.fromkeys(gallery, value), mAP=40)
     rows = [r for r in tool.metrics(runs) if r["gallery"] == "ground" and r["split"] == "test"]
     assert [row["best"] for row in rows] == [
-        [False, False, False, True, False], [True, True, True, True, True]
+        [False, False, False, True, False, False], [True] * 6
     ]  # fmt: skip
     assert not any(any(row["best"]) for row in tool.metrics(runs[:1]))
     page = Page(tool.report(runs, argparse.Namespace(**{**vars(GIVEN), "queries": 0})))

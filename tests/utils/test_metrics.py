@@ -3,7 +3,7 @@ import torch
 
 from tests.helpers import golden, noise
 from utils.errors import UserError
-from utils.metrics import query_metrics, rank_gallery, summarise
+from utils.metrics import METRICS, SHOWN, Ranked, query_metrics, rank_gallery, summarise, with_rsum
 
 
 def golden_case(case):
@@ -24,6 +24,18 @@ def test_metrics_equal_the_original(case):
     result = summarise(rows, len(gallery_pids))
     expected = [case["cmc"][i] for i in (0, 4, 9)] + [case["mAP"], case["mINP"]]
     assert list(result.metrics.values()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_rsum_is_the_sum_of_the_recalls_of_all_captions_and_of_each():
+    first = torch.tensor([1.0, 3.0, 7.0, 40.0, torch.nan]).double()
+    ranked = Ranked(torch.stack([first, 1 / first, 1 / first], 1), torch.arange(5), 50)
+    metrics = ranked.summary().metrics
+    assert [metrics[name] for name in METRICS[:3]] == [25.0, 50.0, 75.0]
+    assert list(metrics) == list(METRICS)  # what checkpoints store does not change
+    assert list(with_rsum(metrics)) == list(SHOWN)
+    assert with_rsum(metrics)["RSum"] == ranked.summary().results()["RSum"] == 150.0
+    of_each = ranked.percentages()[:, SHOWN.index("RSum")]
+    assert of_each[:4].tolist() == [300.0, 200.0, 100.0, 0.0] and of_each[4].isnan()
 
 
 def by_definition(similarity, query_pids, gallery_pids):
