@@ -92,6 +92,8 @@ class Data:
     folders: list[str] = field(
         default_factory=list
     )  # and tars in which the reader looked for images
+    # [N] bool: the training samples to which --noise_rate gave a caption of another identity.
+    noisy: np.ndarray | None = None
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
