@@ -52,7 +52,13 @@ def first_fitting(
     return size_B2, fits_BT.any(dim=1)
 
 
-def random_box(height: int, width: int, uniform_BK: Tensor, area: tuple[float, float]) -> Tensor:
+def random_box(
+    height: int,
+    width: int,
+    uniform_BK: Tensor,
+    area: tuple[float, float],
+    crop_B: Tensor | None = None,
+) -> Tensor:
     """Boxes of a random resized crop, [B, 4]: top, left, height, width.
 
     As torchvision's RandomResizedCrop at a square image: the first of TRIES boxes that fits, else
@@ -63,10 +69,13 @@ def random_box(height: int, width: int, uniform_BK: Tensor, area: tuple[float, f
         uniform_BK: uniform random numbers in [0, 1): area and shape of each box, top and left. K is
             2 * TRIES + 2.
         area: smallest and largest area, as a fraction of the image's.
+        crop_B: bool, which images to crop; the box of the others is the whole image.
     """
     shape = (3 / 4 * height / width, 4 / 3 * height / width)
     below = (height + 1, width + 1)
     size_B2, fits_B = first_fitting(uniform_BK[:, :-2], height * width, area, shape, below)
+    if crop_B is not None:
+        fits_B = fits_B & crop_B
     h_B = torch.where(fits_B, size_B2[:, 0], height)
     w_B = torch.where(fits_B, size_B2[:, 1], width)
     top_B = (uniform_BK[:, -2] * (height - h_B + 1)).floor()

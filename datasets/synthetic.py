@@ -51,9 +51,9 @@ def synthetic_batch(
     for view in ("", "pair_") if pairs else ("",):
         shape = (size, 3, *args.img_size)
         batch[f"{view}images"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        batch[f"{view}uniform"] = torch.rand((size, numbers_of(args)), generator=generator)
+        batch[f"{view}uniform"] = torch.rand((size, *numbers_of(args)), generator=generator)
         labels = torch.randint(60, (size, len(classes)), generator=generator)
         batch[f"{view}attributes"] = labels % classes
     for name, numbers in more_numbers(args, more_images).items():
-        batch[f"{name}_uniform"] = torch.rand((size, numbers), generator=generator)
+        batch[f"{name}_uniform"] = torch.rand((size, *numbers), generator=generator)
     return batch

@@ -21,9 +21,9 @@ class TrainDataset(Dataset[dict[str, Any]]):
     """Training samples by `Key`. `collate` makes a batch of them, a dict with
 
     - `images` [B, 3, H, W] uint8, and with two views `pair_images`
-    - `uniform` [B, K], random numbers in [0, 1) for the augmentation of `images`, and with two
+    - `uniform` [B, ...], random numbers in [0, 1) for the augmentation of `images`, and with two
       views `pair_uniform`
-    - `NAME_uniform` [B, K] for each further image of the first view
+    - `NAME_uniform` [B, ...] for each further image of the first view
     - `pids` [B], and `index` [B], the position of each sample in `samples`
     - `caption_ids` [B, L], augmented
     - with attributes, `attributes` [B, A], and with two views `pair_attributes`
@@ -36,23 +36,23 @@ class TrainDataset(Dataset[dict[str, Any]]):
 
     Args:
         images: the images of all samples; with two views, those of all pairs follow.
-        numbers: K, the random numbers for each image.
+        numbers: the shape of the random numbers for each image.
         augment: augmentation of captions; None for none.
         skip: if an image of a sample is broken, take the next sample of the epoch instead.
         tokens: the captions' tokens, if they are known already.
-        more_numbers: further images of the first view by name, with their K.
+        more_numbers: the same for further images of the first view, by name.
     """
 
     def __init__(
         self,
         samples: Sequence[TrainSample],
         images: ImageFiles,
-        numbers: int = UNIFORM_PLAIN,
+        numbers: tuple[int, ...] = (UNIFORM_PLAIN,),
         text_length: int = 77,
         augment: TextAugmentation | None = None,
         skip: bool = False,
         tokens: TokenizedCaptions | None = None,
-        more_numbers: Mapping[str, int] | None = None,
+        more_numbers: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.samples, self.images, self.numbers = samples, images, numbers
         self.augment = augment or TextAugmentation()

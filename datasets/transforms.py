@@ -28,8 +28,9 @@ ERASED_AREA = (0.02, 0.4)  # fraction of the image
 ERASED_SHAPE = (0.3, 3.3)  # height / width
 # How many uniform random numbers an image needs:
 UNIFORM_PLAIN = 1  # flip or not
-# Flip or not; crop's top and left; erase or not; rectangles' areas and shapes; erased top and left.
-UNIFORM_AUGMENTED = 1 + 2 + 1 + 2 * TRIES + 2
+# Erase or not; rectangles' areas and shapes; erased top and left.
+UNIFORM_ERASING = 1 + 2 * TRIES + 2
+UNIFORM_AUGMENTED = 1 + 2 + UNIFORM_ERASING  # flip or not; crop's top and left; erasing
 
 
 def load_image(path: str, size: tuple[int, int], entry: str = "") -> Tensor:
@@ -78,7 +79,9 @@ def normalise(
     return images_BCHW.float().mul_(scale).sub_(shift)
 
 
-def erased_area(height: int, width: int, uniform_BK: Tensor) -> Tensor:
+def erased_area(
+    height: int, width: int, uniform_BK: Tensor, area: tuple[float, float] = ERASED_AREA
+) -> Tensor:
     """Where random erasing (Zhong et al., 2020) erases: [B, H, W] bool.
 
     The rectangle is the first of TRIES that fits into the image (`first_fitting`). If none does,
@@ -86,11 +89,12 @@ def erased_area(height: int, width: int, uniform_BK: Tensor) -> Tensor:
 
     Args:
         uniform_BK: uniform random numbers in [0, 1): whether to erase, area and shape of each
-            rectangle, top and left. K is 1 + 2 * TRIES + 2.
+            rectangle, top and left. K is UNIFORM_ERASING.
+        area: smallest and largest area, as a fraction of the image's.
     """
     erase_B, place_B2 = uniform_BK[:, 0] < 0.5, uniform_BK[:, -2:]
     size_B2, fits_B = first_fitting(
-        uniform_BK[:, 1:-2], height * width, ERASED_AREA, ERASED_SHAPE, (height, width)
+        uniform_BK[:, 1:-2], height * width, area, ERASED_SHAPE, (height, width)
     )
     erase_B &= fits_B
     room_B2 = torch.stack([height - size_B2[:, 0], width - size_B2[:, 1]], dim=1) + 1

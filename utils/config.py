@@ -51,6 +51,10 @@ def resolve(values: dict[str, Any]) -> EasyDict:
         f"--MLM --txt_aug {args.txt_aug}: only the loss mlm uses masked captions; leave --MLM out, "
         "or add mlm to --loss_names",
     )
+    check(
+        not (args.img_pool and args.img_aug),
+        f"--img_pool {args.img_pool} takes the place of --img_aug; leave one of them out",
+    )
     if args.sampler == "identity":
         check(
             args.batch_size % args.num_instance == 0,
@@ -67,6 +71,10 @@ def resolve(values: dict[str, Any]) -> EasyDict:
             f"--{name} {args[name]} is for --val_dataset heldout and both; "
             f"--val_dataset {args.val_dataset} holds no identities out",
         )
+    check(
+        args.noise_rate > 0 or args.noise_seed == OPTIONS["noise_seed"].default,
+        f"--noise_seed {args.noise_seed} is for --noise_rate; without it no captions are exchanged",
+    )
     check(
         args.resume != "no" or not args.resume_ckpt_file,
         "--resume_ckpt_file PATH needs --resume",

@@ -82,10 +82,19 @@ GROUPS: dict[str, list[Option]] = {
             help="folder for a cache of resized images, and of dataset.jsonl (default: no cache)"),
         Option("on_bad_image", str, "fail", choices=("fail", "skip"), may_differ=True,
             help="if a training image cannot be read: fail, or skip to the epoch's next sample"),
+        Option("noise_rate", float, 0.0, ge=0, lt=1,
+            help="noisy correspondence, as in RDE's experiments: fraction of the training samples "
+                 "that exchange their captions"),
+        Option("noise_seed", int, 0, ge=0,
+            help="--noise_rate: seed that selects the samples and captions; runs with different "
+                 "--seed share them"),
     ],
     "Batches and augmentation": [
         Option("img_aug",         bool, False,
             help="pad by 10 pixels and crop randomly, erase randomly; flips are always on"),
+        Option("img_pool",        int,  0, ge=0, le=20,
+            help="augment each image this many times, at random out of TBPS-CLIP's pool "
+                 "(TBPS-CLIP: 2), instead of flips and --img_aug; 0: off"),
         Option("sampler",         str,  "random", choices=("random", "identity"),
             help="random: shuffle; identity: --num_instance samples per identity in a batch"),
         Option("num_instance",    int,  4, ge=1,

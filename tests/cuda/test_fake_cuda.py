@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from datasets.augmentation import UNIFORM_POOL, UNIFORM_SIMCLR, pool, simclr
 from datasets.synthetic import synthetic_batch
 from model.backbone import Backbone
 from model.build import build_model
@@ -60,6 +61,16 @@ def test_every_loss_in_every_precision_stays_on_the_device(names, precision, cud
     expected = torch.float64 if precision == "fp64" else torch.float32
     for name, value in losses.items():
         assert (value.device, value.dtype, value.shape) == (CUDA, expected, ()), name
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "shape"), [(pool, (2, UNIFORM_POOL)), (simclr, (UNIFORM_SIMCLR,))]
+)
+def test_the_pool_and_simclr_stay_on_the_device(augmentation, shape, cuda):
+    with cuda:
+        images = torch.empty((4, 3, 96, 32), dtype=torch.uint8, device=CUDA)
+        result = augmentation(images, torch.empty((4, *shape), device=CUDA))
+    assert (result.device, result.dtype) == (CUDA, torch.float32)
 
 
 @pytest.mark.parametrize("values", [

@@ -117,6 +117,23 @@ def test_prefetched_batches_are_those_of_a_plain_loop(mini_root):
         assert all(first[name].equal(second[name]) for name in first)
 
 
+def test_the_pool_and_simclr_give_the_images_of_the_cpu_and_never_wait_for_the_device():
+    raw = synthetic_batch(options(img_pool=2, batch_size=32), more_images=["second", "strong_1"])
+    norm = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    expected = to_device(raw, CPU, *norm)
+    raw = {name: value.to(CUDA) for name, value in raw.items()}
+    to_device(raw, CUDA, *norm)  # makes the constants of `normalise`
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = to_device(raw, CUDA, *norm)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("images", "pair_images", "second_images", "strong_1_images"):
+        # A pixel at the edge of a rotated image may be black on one device only.
+        different = (moved[name].cpu() - expected[name]).abs() > 1e-3
+        assert different.float().mean() < 1e-4, name
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "half"])
 def test_a_step_never_waits_for_the_device(precision, clip_file):
     args = options(pretrain_choice=str(clip_file), loss_names=RECIPES[0], precision=precision)

@@ -4,8 +4,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from datasets.augmentation import UNIFORM_SIMCLR, augment, more_numbers, numbers_of, simclr
-from datasets.batched import blur, grey
+from datasets.augmentation import (
+    POOL,
+    UNIFORM_POOL,
+    UNIFORM_SIMCLR,
+    augment,
+    more_numbers,
+    numbers_of,
+    pool,
+    simclr,
+)
+from datasets.batched import blur, geometry, grey, jitter, random_box, warp
+from datasets.transforms import erased_area
 from tests.helpers import options
 
 HEIGHT, WIDTH = 48, 24
@@ -20,18 +30,13 @@ def uniform(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1))
 
 
-def args_of(kind: str):
-    return options(img_aug=kind == "img_aug")
-
-
-KINDS = ["flip", "img_aug", "strong_1"]
+KINDS = ["flip", "img_aug", "img_pool", "strong_1"]
 
 
 def numbers(kind: str, count: int) -> torch.Tensor:
-    args = args_of(kind)
-    return uniform(
-        count, more_numbers(args, [kind])[kind] if "strong" in kind else numbers_of(args)
-    )
+    args = options(img_aug=kind == "img_aug", img_pool=2 if kind == "img_pool" else 0)
+    shape = more_numbers(args, [kind])[kind] if kind == "strong_1" else numbers_of(args)
+    return uniform(count, *shape)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,3 +125,107 @@ def test_simclr_changes_images_as_often_as_it_should():
     assert colourless.float().mean().item() == pytest.approx(0.2, abs=0.025)
     rough = (result - result.roll(1, -1)).abs().mean(dim=(1, 2, 3))
     assert (rough < rough.median() * 0.8).float().mean() > 0.3  # a large part is blurred
+
+
+def assert_near(images, expected):
+    torch.testing.assert_close(images, expected, rtol=0, atol=0.02)
+
+
+def pool_of(images, *draws):
+    """The pool with these draws: the name of each, and its first numbers (the others are 0.5)."""
+    numbers = torch.full((len(draws), UNIFORM_POOL), 0.5)
+    for row, (name, *values) in zip(numbers, draws, strict=True):
+        row[0] = (POOL.index(name) + 0.5) / len(POOL)
+        row[1 : 1 + len(values)] = torch.tensor(values)
+    return pool(images, numbers.expand(len(images), -1, -1))
+
+
+def test_each_of_the_pool_does_what_it_should():
+    images = pictures(2)
+    plain = images.float()
+    whole, no = torch.tensor([[0, 0, HEIGHT, WIDTH]]), torch.tensor([False])
+
+    def rotated(angle):
+        return warp(plain, [geometry(HEIGHT, WIDTH, whole, torch.tensor([angle]), no)])
+
+    assert_near(pool_of(images, ("rotation", 0.0)), rotated(-15.0))
+    assert_near(pool_of(images, ("rotation", 0.8)), rotated(9.0))
+    factors = torch.tensor([[0.9, 1.1, 1.05]])
+    assert_near(pool_of(images, ("jitter", 0.0, 1.0, 0.75)), jitter(plain, factors))
+    assert_near(pool_of(images, ("grey", 0.09)), grey(plain).expand(-1, 3, -1, -1))
+    assert_near(pool_of(images, ("grey", 0.11)), plain)
+    assert_near(pool_of(images, ("flip", 0.49)), plain.flip(-1))
+    assert_near(pool_of(images, ("flip", 0.51)), plain)
+    drawn = uniform(1, UNIFORM_POOL - 1)[0].tolist()
+    box = random_box(HEIGHT, WIDTH, torch.tensor([drawn[:22]]), (0.9, 1.0))
+    assert 0.85 * HEIGHT * WIDTH < box[0, 2] * box[0, 3] < HEIGHT * WIDTH
+    expected = warp(plain, [geometry(HEIGHT, WIDTH, box, torch.zeros(1), no)])
+    assert_near(pool_of(images, ("crop", *drawn)), expected)
+    drawn[0] = 0.3
+    erased = erased_area(HEIGHT, WIDTH, torch.tensor([drawn]), (0.1, 0.2))
+    assert 0.09 < erased.float().mean() < 0.22
+    assert_near(pool_of(images, ("erasing", *drawn)), plain * ~erased)
+    assert_near(pool_of(images, ("erasing", 0.6, *drawn[1:])), plain)
+
+
+def test_two_of_the_pool_are_both_applied_and_what_is_erased_or_outside_is_black():
+    images = pictures(2)
+    plain, brighter = images.float(), torch.tensor([[1.1, 1.0, 1.0]])
+    bright, more = jitter(plain, brighter), ("jitter", 1.0, 0.5, 0.5)
+    assert_near(pool_of(images, ("flip", 0.0), ("flip", 0.0)), plain)
+    assert_near(pool_of(images, more, ("flip", 0.0)), bright.flip(-1))
+    assert_near(pool_of(images, ("flip", 0.0), more), bright.flip(-1))
+    assert_near(pool_of(images, more, more), jitter(bright, brighter))
+    drawn = [0.3, *uniform(1, UNIFORM_POOL - 2)[0].tolist()]
+    erased = erased_area(HEIGHT, WIDTH, torch.tensor([drawn]), (0.1, 0.2)).expand(2, 3, -1, -1)
+    less = ("jitter", 0.5, 0.0, 0.5)  # contrast, which turns black into a dark grey
+    for draws in ([("erasing", *drawn), less], [less, ("erasing", *drawn)]):
+        assert (pool_of(images, *draws)[erased] == 0).all()
+    turned = pool_of(images, ("rotation", 1.0))[..., 0, 0]
+    dark = pool_of(images, less, ("rotation", 1.0))[..., 0, 0]
+    assert (turned == 0).all() and (dark > 0).all()  # in both orders colours come after it
+
+
+def test_each_of_the_pool_is_drawn_as_often_as_the_others_independently_and_also_twice():
+    drawn = numbers("img_pool", 6000)
+    assert drawn.shape == (6000, 2, UNIFORM_POOL)
+    which = (drawn[..., 0] * len(POOL)).long()
+    pairs = (which[:, 0] * len(POOL) + which[:, 1]).bincount(minlength=36) / 6000
+    torch.testing.assert_close(pairs, torch.full((36,), 1 / 36), rtol=0, atol=0.008)
+
+
+def test_images_are_changed_as_often_as_the_pools_probabilities_say():
+    """Of one draw, each of the six is chosen with 1/6. Then grey changes an image with 0.1, flip and
+    erasing with 0.5, and the crop if it finds a box."""
+    drawn = numbers("img_pool", 3000)[:, :1]
+    image = pictures(1)
+    images = image.expand(3000, -1, -1, -1)
+    result = torch.cat([pool(images[i : i + 500], drawn[i : i + 500]) for i in range(0, 3000, 500)])
+    plain = image.float()
+
+    def share(chosen):
+        return chosen.float().mean().item()
+
+    def like(expected):
+        return (result - expected).abs().amax(dim=(1, 2, 3)) < 0.1
+
+    assert share(like(plain.flip(-1))) == pytest.approx(1 / 12, abs=0.015)
+    assert share(like(grey(plain))) == pytest.approx(1 / 60, abs=0.007)
+    black = (result == 0).all(dim=1).flatten(1).float().mean(dim=1)
+    which = (drawn[:, 0, 0] * len(POOL)).long()
+    erased = (which == POOL.index("erasing")) & (black > 0.08)
+    assert share(erased) == pytest.approx(1 / 12, abs=0.015)
+    assert black[erased].max() < 0.23
+    turned = which == POOL.index("rotation")
+    assert share(black[turned] > 0) > 0.9 and black[turned].max() < 0.2
+    boxes = random_box(HEIGHT, WIDTH, drawn[:, 0, 1:23], (0.9, 1.0))
+    no_box = share((boxes[:, 2] == HEIGHT) & (boxes[:, 3] == WIDTH))
+    assert share(like(plain)) == pytest.approx((0.9 + 0.5 + 0.5 + no_box) / 6, abs=0.03)
+
+
+def test_more_than_two_and_one_of_the_pool_are_possible():
+    images = pictures(3)
+    for count in (1, 5):
+        shape = numbers_of(options(img_pool=count))
+        assert shape == (count, UNIFORM_POOL)
+        assert augment("", images, uniform(3, *shape), (0.5,) * 3, (0.2,) * 3).isfinite().all()
