@@ -190,10 +190,14 @@ def divide(context: BeforeEpoch) -> dict[str, Tensor]:
     chance_N = torch.rand(votes.shape[1], generator=generator) < 0.5
     agree_N = votes.all(dim=0) | ~votes.any(dim=0)
     clean_N = torch.where(agree_N, votes[0], chance_N)
-    context.say(
+    line = (
         f"ccd: {clean_N.float().mean():.1%} of the training pairs are taken for clean; the losses "
         f"disagree about {(~agree_N).float().mean():.1%}"
     )
+    if context.noisy_N is not None:
+        found = (~clean_N)[context.noisy_N].float().mean()
+        line += f"; {found:.1%} of the pairs that --noise_rate changed are found"
+    context.say(line)
     return {"clean": clean_N.float()}
 
 
