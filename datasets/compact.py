@@ -7,6 +7,7 @@ counts, which copy their memory into every process.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import abstractmethod
 from array import array
@@ -194,6 +195,12 @@ class TrainSamples(Rows[TrainSample]):
         samples.views, samples.attributes = columns["sizes"].tolist()
         samples.captions = Texts.of(columns, "captions")
         samples._paths, samples.entries = Texts.of(columns, "paths"), Entries.of(columns)
+        return samples
+
+    def with_captions(self, captions: Iterable[str]) -> TrainSamples:
+        """The same samples with other captions, which are not those that are stored or known."""
+        samples = copy.copy(self)
+        samples.captions, samples.stored, samples.known = Texts(captions), None, None
         return samples
 
     def renumber(self, new: Sequence[int]) -> None:

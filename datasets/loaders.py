@@ -65,7 +65,7 @@ def train_loader(
     with processes.rank_0_first():
         tokens = tokenized(data, args.text_length)
     dataset = TrainDataset(
-        data.train, files, numbers, args.text_length, of_captions, skip, tokens, more
+        data.train, files, numbers, args.text_length, of_captions, skip, tokens, more, data.noisy
     )
     sampling = (args.batch_size, args.seed, processes)
     sampler: EpochSampler

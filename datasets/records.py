@@ -95,6 +95,8 @@ class Data:
     # By path, the view of an image ("aerial", "ground") in a gallery of both. Known for all images
     # of a split, or for none.
     image_views: Mapping[str, str] = field(default_factory=dict)
+    # [N] bool: the training samples to which --noise_rate gave a caption of another identity.
+    noisy: np.ndarray | None = None
 
     @property
     def attribute_names(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from easydict import EasyDict
 
 from datasets.aerial_pedes import AERI, TAG, read_aeri_pedes, read_tag_pedes
 from datasets.heldout import HELDOUT, hold_out
+from datasets.noise import exchange_captions
 from datasets.pedes import PEDES, read_custom, read_pedes
 from datasets.reading import exists
 from datasets.records import Data
@@ -91,8 +92,8 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def read_dataset(args: EasyDict) -> Data:
-    """Read and check `--dataset_name` in `--root_dir`, with the splits that `--val_dataset` needs.
-    Raises UserError."""
+    """Read and check `--dataset_name` in `--root_dir`, with the splits that `--val_dataset` needs
+    and the noise of `--noise_rate`. Raises UserError."""
     data = _read_stored(args)
     wanted = selecting_splits(args.val_dataset)
     if HELDOUT in wanted:
@@ -102,7 +103,7 @@ def read_dataset(args: EasyDict) -> Data:
             f"--val_dataset {args.val_dataset}: {data.name} has only {', '.join(data.splits)}; "
             "--val_dataset heldout takes some identities out of training for this"
         )
-    return data
+    return _with_noise(data, args)
 
 
 def read_for_test(args: EasyDict) -> tuple[Data, list[str]]:
@@ -111,7 +112,12 @@ def read_for_test(args: EasyDict) -> tuple[Data, list[str]]:
     try:
         return read_dataset(args), []
     except UserError as error:
-        return _read_stored(args), [f"the selection split is left out: {error}"]
+        data = _with_noise(_read_stored(args), args)
+        return data, [f"the selection split is left out: {error}"]
+
+
+def _with_noise(data: Data, args: EasyDict) -> Data:
+    return exchange_captions(data, args.noise_rate, args.noise_seed) if args.noise_rate else data
 
 
 def _read_stored(args: EasyDict) -> Data:

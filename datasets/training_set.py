@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
@@ -41,6 +42,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         skip: if an image of a sample is broken, take the next sample of the epoch instead.
         tokens: the captions' tokens, if they are known already.
         more_numbers: the same for further images of the first view, by name.
+        noisy: `Data.noisy`, for the log.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class TrainDataset(Dataset[dict[str, Any]]):
         skip: bool = False,
         tokens: TokenizedCaptions | None = None,
         more_numbers: Mapping[str, tuple[int, ...]] | None = None,
+        noisy: np.ndarray | None = None,
     ) -> None:
         self.samples, self.images, self.numbers = samples, images, numbers
         self.augment = augment or TextAugmentation()
-        self.skip, self.more_numbers = skip, more_numbers or {}
+        self.skip, self.more_numbers, self.noisy = skip, more_numbers or {}, noisy
         # Once for all epochs.
         captions = (sample.caption for sample in samples)
         self.caption_ids = tokens or TokenizedCaptions(captions, text_length)

@@ -108,7 +108,8 @@ def heat(backbone: Backbone, images_BCHW: Tensor, text_D: Tensor) -> Tensor:
     layers = [visual.layer4] if resnet else [block.attn for block in visual.transformer.resblocks]
     with torch.enable_grad(), _recorded(layers) as records:
         image_BD, _ = backbone.encode_images(images_BCHW)
-        cosine_B = F.cosine_similarity(image_BD.float(), text_D.float()[None])
+        text_1D = text_D.float()[None, : image_BD.shape[1]]  # features for the ranking may follow
+        cosine_B = F.cosine_similarity(image_BD.float(), text_1D)
         outputs = [output for _, output in records]
         gradients = torch.autograd.grad(cosine_B.sum(), outputs)
     with torch.no_grad():

@@ -69,11 +69,13 @@ class SampleValues:
             return
         seed = int(np.random.SeedSequence([self.args.seed, epoch, 1]).generate_state(1)[0])
         values: dict[str, Tensor] = {}
+        noisy = self.loader.dataset.noisy
         for row in self.rows:
             assert row.before_epoch is not None
             context = BeforeEpoch(
-                epoch, self.args, seed, lambda of: self._evaluate(epoch, of, between), self.log.info
-            )
+                epoch, self.args, seed, lambda of: self._evaluate(epoch, of, between),
+                self.log.info, None if noisy is None else torch.from_numpy(noisy),
+            )  # fmt: skip
             values |= row.before_epoch(context)
         # Another machine may round differently, but all must train with the same values.
         values = self.processes.from_rank_0(values)

@@ -112,8 +112,8 @@ def _check_data(trainer: Trainer, state: dict[str, Any], path: Path) -> list[str
     if {"train", *selected} & {*changed}:
         raise UserError(
             f"{path}: the run's data has changed ({'; '.join(notes)}). Restore it, with --views, "
-            "--val_dataset, --heldout and --heldout_seed as they were, or start a new run "
-            "(--finetune takes this one's weights)"
+            "--noise_rate, --noise_seed, --val_dataset, --heldout and --heldout_seed as they were, "
+            "or start a new run (--finetune takes this one's weights)"
         )
     return [f"the data has changed, {note}" for note in notes]
 

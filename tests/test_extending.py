@@ -57,9 +57,10 @@ def test_the_page_has_an_example_of_each_with_its_rows_and_its_test():
     files = [file for file, anchor, _ in BLOCKS if not anchor]
     assert files == [
         "model/losses/triplet.py", "tests/model/test_triplet.py", "model/losses/domain.py",
-        "tests/model/test_domain.py", "datasets/rooftop.py", "tests/datasets/test_rooftop.py",
+        "tests/model/test_domain.py", "model/losses/easy.py", "tests/model/test_easy.py",
+        "datasets/rooftop.py", "tests/datasets/test_rooftop.py",
     ]  # fmt: skip
-    assert len(BLOCKS) == PAGE.count("```python") == len(files) + 8
+    assert len(BLOCKS) == PAGE.count("```python") == len(files) + 11
 
 
 def test_its_code_lints(extended):

@@ -132,7 +132,7 @@ def model_card(
     args: EasyDict, model: AEAFIRM, results: dict[str, Any] | None, epoch: int | None
 ) -> str:
     """README.md. Names that come from files are escaped."""
-    config, named = model.base_model.config, model_name(args)
+    named = model_name(args)
     start = f"CLIP weights {named}" if named else "CLIP weights of a file"
     start = "random weights" if named == "scratch" else start
     height, width = args.img_size
@@ -144,7 +144,7 @@ def model_card(
         ("losses", losses),
         ("images", f"{height}x{width} pixels, views {args.views}"),
         ("captions", f"up to {args.text_length} tokens"),
-        ("features", f"{config.embed_dim} numbers"),
+        ("features", f"{model.feature_dim} numbers"),
         ("epochs", f"{args.num_epoch}; these weights are of epoch {epoch or 'unknown'}"),
         ("batch", f"{args.batch_size}, sampler {args.sampler}"),
         ("optimizer", f"{args.optimizer}, learning rate {args.lr:g}"),

@@ -72,6 +72,10 @@ def resolve(values: dict[str, Any]) -> EasyDict:
             f"--val_dataset {args.val_dataset} holds no identities out",
         )
     check(
+        args.noise_rate > 0 or args.noise_seed == OPTIONS["noise_seed"].default,
+        f"--noise_seed {args.noise_seed} is for --noise_rate; without it no captions are exchanged",
+    )
+    check(
         args.resume != "no" or not args.resume_ckpt_file,
         "--resume_ckpt_file PATH needs --resume",
     )

@@ -82,6 +82,12 @@ GROUPS: dict[str, list[Option]] = {
             help="folder for a cache of resized images, and of dataset.jsonl (default: no cache)"),
         Option("on_bad_image", str, "fail", choices=("fail", "skip"), may_differ=True,
             help="if a training image cannot be read: fail, or skip to the epoch's next sample"),
+        Option("noise_rate", float, 0.0, ge=0, lt=1,
+            help="noisy correspondence, as in RDE's experiments: fraction of the training samples "
+                 "that exchange their captions"),
+        Option("noise_seed", int, 0, ge=0,
+            help="--noise_rate: seed that selects the samples and captions; runs with different "
+                 "--seed share them"),
     ],
     "Batches and augmentation": [
         Option("img_aug",         bool, False,

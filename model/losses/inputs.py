@@ -137,6 +137,8 @@ class BeforeEpoch:
             gives values [B] of a batch by name, calls it for batches of `--batch_size` random
             samples, in evaluation mode and without gradients, and returns the values [N] in the
             order of the samples, float32 on the CPU.
+        noisy_N: which samples `--noise_rate` gave another caption, bool; for the log alone. None
+            without that option.
         say: writes a line to the log.
     """
 
@@ -145,6 +147,7 @@ class BeforeEpoch:
     seed: int
     evaluate: Callable[[Callable[[Inputs], dict[str, Tensor]]], dict[str, Tensor]]
     say: Callable[[str], None]
+    noisy_N: Tensor | None = None
 
 
 class ModuleConfig(NamedTuple):

@@ -190,10 +190,14 @@ def divide(context: BeforeEpoch) -> dict[str, Tensor]:
     chance_N = torch.rand(votes.shape[1], generator=generator) < 0.5
     agree_N = votes.all(dim=0) | ~votes.any(dim=0)
     clean_N = torch.where(agree_N, votes[0], chance_N)
-    context.say(
+    line = (
         f"ccd: {clean_N.float().mean():.1%} of the training pairs are taken for clean; the losses "
         f"disagree about {(~agree_N).float().mean():.1%}"
     )
+    if context.noisy_N is not None:
+        found = (~clean_N)[context.noisy_N].float().mean()
+        line += f"; {found:.1%} of the pairs that --noise_rate changed are found"
+    context.say(line)
     return {"clean": clean_N.float()}
 
 
@@ -206,12 +210,11 @@ def clean_by_mixture(loss_N: Tensor, seed: int) -> Tensor:
     from sklearn.mixture import GaussianMixture  # type: ignore[import-untyped]
 
     clean_N, known_N = torch.zeros(len(loss_N), dtype=torch.bool), ~loss_N.isnan()
-    value_K = loss_N[known_N].double()
-    scaled_K1 = ((value_K - value_K.min()) / (value_K.max() - value_K.min()).clamp(min=1e-12))[
-        :, None
-    ]
-    if len(scaled_K1) < 2:
+    if known_N.sum() < 2:
         return known_N
+    scaled_K1 = loss_N[known_N, None].double()
+    scaled_K1 = scaled_K1 - scaled_K1.min()
+    scaled_K1 = scaled_K1 / scaled_K1.max().clamp(min=1e-12)
     mixture = GaussianMixture(2, tol=1e-2, reg_covar=5e-4, max_iter=10, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ten steps may not converge, as in the original

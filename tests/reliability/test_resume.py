@@ -598,6 +598,13 @@ def test_a_run_does_not_resume_with_other_held_out_people(selected_on_val, tmp_p
         run(train_entry.main, monkeypatch, *argv, "--num_epoch", 2, "--val_dataset", "heldout")
 
 
+def test_a_run_does_not_resume_with_other_noise(selected_on_val, tmp_path, monkeypatch):
+    shutil.copytree(selected_on_val, tmp_path, dirs_exist_ok=True)
+    argv = ["--resume", "--resume_ckpt_file", folder_of(tmp_path / "logs") / "last.pth"]
+    with pytest.raises(UserError, match=r"has changed \(train: .*the same counts.*--noise_rate, -"):
+        run(train_entry.main, monkeypatch, *argv, "--num_epoch", 2, "--noise_rate", 0.5)
+
+
 def test_a_split_that_does_not_select_may_change_with_a_warning(
     selected_on_val, tmp_path, monkeypatch, capsys
 ):

@@ -113,6 +113,8 @@ def test_a_bad_preset_is_refused_with_its_name_and_key(text, message, tmp_path):
         ("--val_dataset last --heldout_seed 1", "--val_dataset last holds no identities out"),
         ("--pretrain_choice scratch --vision_width 100", "multiple of 64"),
         ("--img_aug --img_pool 2", "--img_pool 2 takes the place of --img_aug; leave one"),
+        ("--noise_rate 1", "--noise_rate must be at least 0 and less than 1, got 1.0"),
+        ("--noise_seed 3", "--noise_seed 3 is for --noise_rate; without it no captions are"),
         ("--img_pool -1", "--img_pool must be at least 0 and at most 20, got -1"),
     ],
 )
