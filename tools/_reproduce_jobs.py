@@ -22,7 +22,7 @@ from easydict import EasyDict
 from processor.best import epoch_and_best
 from processor.history import HISTORY, read_history
 from processor.results import CHECKPOINTS
-from tools._reproduce_table import Table, slug
+from tools._reproduce_table import WEIGHTS, Table, slug
 from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.config import read_yaml, resolve
@@ -129,13 +129,17 @@ def make_jobs(
     jobs, left_out = [], {}
     data = hash_folder(Path(given.root_dir))
     for row in table.rows:
-        if row.get("needs") == "finetune" and not given.mllm4text:
-            left_out[row["name"]] = "needs --mllm4text, a checkpoint of MLLM4Text-ReID"
+        needed = row.get("needs", "")
+        if row.get("published_only"):
+            continue
+        if needed and not getattr(given, needed):
+            left_out[row["name"]] = f"needs --{needed}, a checkpoint of {WEIGHTS[needed]}"
             continue
         values = {**row["values"], **options, "root_dir": given.root_dir}
         weights = ""
-        if row.get("needs") == "finetune":
-            values["finetune"], weights = given.mllm4text, file_hash(Path(given.mllm4text))
+        if needed:
+            values["finetune"] = getattr(given, needed)
+            weights = file_hash(Path(values["finetune"]), f"--{needed}")
         for seed in given.seeds:
             name = f"{slug(row['name'])}-seed{seed}"
             try:
@@ -216,9 +220,9 @@ def _entries(root: Path) -> Iterator[tuple[list[bytes], bytes]]:
                 yield parts, str(status.st_size).encode()
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: Path, option: str) -> str:
     digest = hashlib.sha256()
-    _feed(digest, path, "--mllm4text")
+    _feed(digest, path, option)
     return digest.hexdigest()
 
 

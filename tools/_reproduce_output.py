@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from operator import methodcaller
@@ -12,12 +13,14 @@ from tqdm import tqdm
 from datasets.registry import read_dataset
 from processor.results import CHECKPOINTS
 from tools._reproduce_jobs import PROTOCOLS, Job, epochs_done
+from tools._reproduce_pairs import comparison
 from tools._reproduce_table import Table
 from tools.bench import measured_step
 from utils.console import say
 from utils.files import write_atomically
-from utils.metrics import SHOWN, with_rsum
+from utils.metrics import METRICS, SHOWN, with_rsum
 from utils.tables import (
+    Grey,
     as_csv,
     console,
     in_latex,
@@ -33,16 +36,24 @@ def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder
     """Print the table, then write table.md, table.tex and table.csv. Raises UserError if they
     cannot be written."""
     tables = list(tables_of(table, jobs, left_out))
+    left = 2 if any("encoder" in row for row in table.rows) else 1
     for about, titles, rows in tables:
-        say(f"{visible(table.title)}: {about}\n{console(titles, rows)}\n")
-    note = "Mean ± standard deviation over seeds, percent. One gallery: the first view's images."
+        say(f"{visible(table.title)}: {visible(about)}\n{console(titles, rows, left)}\n")
+    note = "Mean ± standard deviation over seeds, percent. One gallery: the data set's first one."
+    package = []
+    if any(row.get("published_only") for row in table.rows):
+        note += " Rows in italics are not trained here: their metrics are the published ones."
+        package = ["% needs \\usepackage{xcolor}"]
     texts = {
         "md": [
             f"# {in_markdown(table.title)}\n",
-            *(f"{about[0].upper()}{about[1:]}:\n\n{markdown(t, r)}\n" for about, t, r in tables),
+            *(
+                f"{in_markdown(about[0].upper() + about[1:])}:\n\n{markdown(t, r, left)}\n"
+                for about, t, r in tables
+            ),
             note,
         ],
-        "tex": [f"% {in_latex(about)}\n{latex(t, r)}" for about, t, r in tables],
+        "tex": [*package, *(f"% {in_latex(about)}\n{latex(t, r)}" for about, t, r in tables)],
         "csv": [as_csv(t, r) for _, t, r in tables],
     }
     for name, lines in texts.items():
@@ -54,8 +65,9 @@ def tables_of(
     table: Table, jobs: list[Job], left_out: dict[str, str]
 ) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(heading, titles, rows) of each protocol: mean and standard deviation over seeds, and the
-    published metrics."""
-    titles = ["method", "seeds", *SHOWN, "published R@1", "difference"]
+    published metrics; then, if the table asks for it, of the comparison of its rows."""
+    encoders = ["image encoder"] if any("encoder" in row for row in table.rows) else []
+    titles = ["method", *encoders, "seeds", *SHOWN, "published R@1", "difference"]
     for protocol in PROTOCOLS:
         if not any(protocol in CHECKPOINTS[job.args.val_dataset] for job in jobs):
             continue
@@ -69,9 +81,12 @@ def tables_of(
             difference = ""
             if metrics and published is not None:
                 difference = f"{statistics.mean(m['R@1'] for m in metrics) - published:+.2f}"
+            notes = ["ablation"] if row.get("ablation") else []
+            if row.get("published_only"):
+                cells = _published_cells(row["published"])
+                notes.append("published")
             failed = [j for j in jobs if j.row == row["name"] and j.error and not j.results]
             name = row["name"]
-            notes = ["ablation"] if row.get("ablation") else []
             if name in left_out:
                 notes.append(left_out[name])
             elif failed:
@@ -79,8 +94,18 @@ def tables_of(
             name += f" ({'; '.join(notes)})" if notes else ""
             seeds = ", ".join(str(j.seed) for j in jobs if j.row == row["name"] and j.results)
             of_paper = "" if published is None else f"{published:.2f}"
-            rows.append([name, seeds, *cells, of_paper, difference])
+            encoder = [row.get("encoder", "")] if encoders else []
+            line = [name, *encoder, seeds, *cells, of_paper, difference]
+            rows.append([*map(Grey, line)] if row.get("published_only") else line)
         yield heading(protocol, jobs), titles, rows
+        if table.against:
+            yield comparison(table, jobs, protocol)
+
+
+def _published_cells(published: dict[str, float]) -> list[str]:
+    """Published metrics in the order of SHOWN; empty where there is none."""
+    values = with_rsum({name: published.get(name, math.nan) for name in METRICS})
+    return ["" if math.isnan(value) else f"{value:.2f}" for value in values.values()]
 
 
 def heading(protocol: str, jobs: list[Job]) -> str:

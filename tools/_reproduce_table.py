@@ -19,10 +19,15 @@ from utils.options import OPTIONS
 from utils.text import HIDDEN
 
 TABLES = PROJECT / "configs/tables"
-TABLE_KEYS = {"title": str, "base": str, "rows": list, "options": dict}
-ROW_KEYS = {
-    "name": str, "base": str, "options": dict, "published": dict, "needs": str, "ablation": bool,
+TABLE_KEYS = {
+    "title": str, "base": str, "rows": list, "options": dict, "paired": bool, "against": str,
 }  # fmt: skip
+PUBLISHED_KEYS = {"name": str, "encoder": str, "published": dict, "published_only": bool}
+ROW_KEYS = {
+    **PUBLISHED_KEYS, "base": str, "options": dict, "needs": str, "ablation": bool,
+}  # fmt: skip
+# What a row may need: weights of another project, by the option of reproduce.py that names a file.
+WEIGHTS = {"mllm4text": "MLLM4Text-ReID", "ham": "HAM"}
 KINDS = {str: "text", list: "a list", dict: "a mapping", bool: "true or false"}
 MOST_ROWS = 500
 # reproduce.py sets these itself, so a table's values would have no effect.
@@ -31,11 +36,15 @@ NOT_IN_TABLES = ("name", "output_dir", "root_dir", "seed", "resume", "resume_ckp
 
 @dataclass
 class Table:
-    """A table file, read and checked."""
+    """A table file, read and checked.
+
+    `against` is the row that the others are compared with, "" if the table does not ask for it.
+    """
 
     name: str
     title: str
     rows: list[dict[str, Any]] = field(default_factory=list)
+    against: str = ""
 
 
 def read_table(name: str) -> Table:
@@ -51,7 +60,9 @@ def read_table(name: str) -> Table:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if not isinstance(content, dict) or not {"title", "base", "rows"} <= set(content):
-        raise UserError(f"{path}: a table needs the keys title, base, rows, and may have options")
+        raise UserError(
+            f"{path}: a table needs title, base and rows; it may have options, paired, against"
+        )
     _check_fields(content, TABLE_KEYS, str(path))
     if not 0 < len(content["rows"]) <= MOST_ROWS:
         raise UserError(f"{path}: it has {len(content['rows'])} rows; a table has 1 to {MOST_ROWS}")
@@ -71,8 +82,13 @@ def read_table(name: str) -> Table:
             alike = " already" if same == name else ", apart from case and punctuation"
             raise UserError(f"{where}: row {same} has this name{alike}")
         slugs[slug(name)] = name
-        if row.get("needs", "finetune") != "finetune":
-            raise UserError(f"{where}: needs is '{row['needs']}'; it can only be finetune")
+        if row.get("published_only"):
+            if other := [key for key in row if key not in PUBLISHED_KEYS]:
+                raise UserError(f"{where}: published_only: it is not trained; remove {other[0]}")
+            if not row.get("published"):
+                raise UserError(f"{where}: published_only: it has no published metrics; add them")
+        if row.get("needs", "ham") not in WEIGHTS:
+            raise UserError(f"{where}: needs is '{row['needs']}'; known: {', '.join(WEIGHTS)}")
         for metric, value in row.get("published", {}).items():
             if metric not in METRICS or type(value) not in (int, float) or not 0 <= value <= 100:
                 raise UserError(
@@ -90,7 +106,25 @@ def read_table(name: str) -> Table:
                 raise UserError(f"{where}: {key} is not an option of a row: this tool sets it")
             values[key] = OPTIONS[key].coerce(value, where)
         rows.append({**row, "values": values})
-    return Table(path.stem, content["title"], rows)
+    return Table(path.stem, content["title"], rows, _reference(content, rows, path))
+
+
+def _reference(content: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> str:
+    """The row that the others are compared with: that of `against`, or the first one; "" without
+    `paired`. Raises UserError."""
+    trained = [row["name"] for row in rows if not row.get("published_only")]
+    if not trained:
+        raise UserError(f"{path}: all rows are published_only; one at least must be trained")
+    if not content.get("paired"):
+        if "against" in content:
+            raise UserError(f"{path}: against is for tables with paired: true")
+        return ""
+    against = content.get("against", trained[0])
+    if against not in trained:
+        raise UserError(
+            f"{path}: against: no row '{against}' is trained.{suggest(against, trained)}"
+        )
+    return against
 
 
 def _check_fields(fields: dict[Any, Any], known: Mapping[str, type], where: str) -> None:

@@ -60,6 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="receives all jobs (default: logs/reproduce)")  # fmt: skip
     add("--mllm4text", default="", type=expand,
         help="checkpoint of MLLM4Text-ReID, for the rows that start from it")  # fmt: skip
+    add("--ham", default="", type=expand,
+        help="checkpoint of HAM, for the rows that start from it")  # fmt: skip
     add("--gpus", nargs="+", default=[], help="run one job at a time on each of these")
     add("--strict", action="store_true", default=False,
         help="train jobs again that ran with other code")  # fmt: skip

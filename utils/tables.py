@@ -21,7 +21,12 @@ LATEX = str.maketrans({
 })  # fmt: skip
 DASHES = re.compile("-(?=-)")  # LaTeX joins two hyphens to a dash
 MARKDOWN = re.compile(r"([\\`*\[\]<>|&~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+GREY = r"\textcolor{{gray}}{{{}}}"  # needs LaTeX's package xcolor
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")  # a spreadsheet does not read it as a formula
+
+
+class Grey(str):
+    """A cell that stands back: italic in Markdown, grey in LaTeX."""
 
 
 def console(head: Sequence[object], rows: Sequence[Sequence[object]], left: int = 1) -> str:
@@ -31,14 +36,14 @@ def console(head: Sequence[object], rows: Sequence[Sequence[object]], left: int 
 
 def markdown(head: Sequence[object], rows: Sequence[Sequence[object]], left: int = 1) -> str:
     """A Markdown table; the first `left` columns are aligned left."""
-    table = _table(head, rows, in_markdown, left)
+    table = _table(head, rows, in_markdown, left, "*{}*")
     table.set_style(TableStyle.MARKDOWN)
     return table.get_string()
 
 
 def latex(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A LaTeX tabular; its first column is aligned left."""
-    return _table(head, rows, in_latex).get_latex_string().replace("\r\n", "\n")
+    return _table(head, rows, in_latex, grey=GREY).get_latex_string().replace("\r\n", "\n")
 
 
 def as_csv(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
@@ -77,9 +82,13 @@ def _table(
     rows: Sequence[Sequence[object]],
     escape: Callable[[object], str],
     left: int = 1,
+    grey: str = "{}",
 ) -> PrettyTable:
+    def shown(cell: object) -> str:
+        return grey.format(escape(cell)) if isinstance(cell, Grey) and cell else escape(cell)
+
     table = PrettyTable([escape(name) for name in head], align="r")
-    table.add_rows([[escape(cell) for cell in row] for row in rows])
+    table.add_rows([[shown(cell) for cell in row] for row in rows])
     for name in table.field_names[:left]:
         table.align[name] = "l"
     return table

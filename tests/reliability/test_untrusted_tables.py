@@ -103,7 +103,9 @@ def test_an_option_that_the_tool_sets_is_refused_in_a_row(table, mini_root, tmp_
         read_table(str(table(rows=rows)))
     attempt("1", "a row with options: {seed: 7}", "ignored", error.value)
     rows = [{"name": "x", "options": {"warmup_epochs": 9}}]
-    args = argparse.Namespace(root_dir=mini_root, seeds=[1], output_dir=tmp_path, mllm4text="")
+    args = argparse.Namespace(
+        root_dir=mini_root, seeds=[1], output_dir=tmp_path, mllm4text="", ham=""
+    )
     with pytest.raises(UserError, match="small, row x: --warmup_epochs 9 must be less"):
         make_jobs(read_table(str(table(rows=rows))), args, {})
 
@@ -336,7 +338,7 @@ def test_a_cell_stays_one_cell_in_every_format(evil, attempt):
 
 def test_the_files_of_a_table_escape_the_text_of_its_rows(table, mini_root, tmp_path, monkeypatch, capsys):  # fmt: skip
     evil = r"=cmd|' /C'!A0 \input{x} <b>"
-    path = table(title=r"A \input{x} | <b>", rows=[{"name": evil, "needs": "finetune"}])
+    path = table(title=r"A \input{x} | <b>", rows=[{"name": evil, "needs": "mllm4text"}])
     argv = ["--table", path, "--root_dir", mini_root, "--output_dir", tmp_path / "out"]
     jobs = [Job(evil, 1, argparse.Namespace(val_dataset="test", heldout=0), tmp_path)]
     write_tables(read_table(str(path)), jobs, {evil: "left out"}, tmp_path / "out")

@@ -20,7 +20,7 @@ from tools import reproduce as tool
 from tools._reproduce_jobs import PROTOCOLS, Job, code_version, make_jobs
 from tools._reproduce_output import heading, tables_of
 from tools._reproduce_runner import Runner
-from tools._reproduce_table import TABLES, read_table
+from tools._reproduce_table import TABLES, WEIGHTS, read_table
 from utils.config import read_preset, resolve, write_config
 from utils.errors import UserError
 from utils.files import lock
@@ -40,9 +40,9 @@ ROWS = [
 
 @pytest.fixture
 def table(tmp_path):
-    def write(rows):
+    def write(rows, **keys):
         (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
-        content = {"title": "A table", "base": "base.yaml", "rows": rows}
+        content = {"title": "A table", "base": "base.yaml", "rows": rows, **keys}
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
         return tmp_path / "small.yaml"
 
@@ -54,7 +54,13 @@ def arguments(table, root, out, *more):
 
 
 def jobs_of(table, root, out="x", seeds=(1,), **options):
-    given = {"root_dir": str(root), "seeds": seeds, "output_dir": str(out), "mllm4text": ""}
+    given = {
+        "root_dir": str(root),
+        "seeds": seeds,
+        "output_dir": str(out),
+        "mllm4text": "",
+        "ham": "",
+    }
     jobs, _ = make_jobs(read_table(str(table)), argparse.Namespace(**given), options)
     return jobs
 
@@ -322,7 +328,7 @@ def test_memory_options_reach_the_jobs_and_are_checked_as_in_train_py(
 def test_a_dry_run_lists_jobs_with_hours_and_what_is_left_out(
     table, mini_root, tmp_path, monkeypatch, capsys
 ):
-    rows = [ROWS[0], {"name": "from MLLM4Text-ReID", "needs": "finetune"}]
+    rows = [ROWS[0], {"name": "from MLLM4Text-ReID", "needs": "mllm4text"}]
     run(tool.main, monkeypatch, *arguments(table(rows), mini_root, tmp_path / "out", "--seeds", 1, "--dry_run"))  # fmt: skip
     shown = capsys.readouterr().out
     assert "to run" in shown and "needs --mllm4text" in shown and "hours of training" in shown
@@ -345,6 +351,89 @@ def test_an_error_names_the_faulty_entry_of_a_table(table, tmp_path):
         read_table(str(table([{"name": "x", "options": {"lrr": 1}}])))
     with pytest.raises(UserError, match="a row needs a name"):
         read_table(str(table([{"nam": "x"}])))
+
+    def refused(match, row, **keys):
+        with pytest.raises(UserError, match=match):
+            read_table(str(table([row, ROWS[1]], **keys)))
+
+    refused("row SSAN: published_only: it is not trained; remove options", {**WHOLE, "options": {}})
+    refused("row SSAN: published_only: it has no published metrics", {**WHOLE, "published": {}})
+    refused("row 1: encoder must be text, got 50", {**WHOLE, "encoder": 50})
+    refused("needs is 'x'; known: mllm4text, ham", {"name": "x", "needs": "x"})
+    refused("against is for tables with paired: true", WHOLE, against="itc")
+    refused("against: no row 'SSAN' is trained", WHOLE, against="SSAN", paired=True)
+    refused("no row 'it' is trained. Did you mean 'itc'", WHOLE, against="it", paired=True)
+    with pytest.raises(UserError, match="all rows are published_only"):
+        read_table(str(table([WHOLE])))
+    assert read_table(str(table([WHOLE, ROWS[1]], paired=True))).against == "itc"
+
+
+WHOLE = {"name": "SSAN", "encoder": "ResNet-50", "published_only": True,
+         "published": {"R@1": 22.81, "R@5": 40.28, "R@10": 49.91, "mAP": 19.22}}  # fmt: skip
+
+
+def test_a_row_that_is_only_published_stands_in_grey_and_is_not_trained(
+    table, mini_root, tmp_path, monkeypatch, capsys, finish
+):
+    out, trained = tmp_path / "out", []
+    finish("one", trained=trained)
+    rows = [WHOLE, ROWS[1], {**WHOLE, "name": "R@1 alone", "published": {"R@1": 44.5}}]
+    assert reproduce(monkeypatch, table(rows), mini_root, out, "--seeds", 1) == 0
+    assert trained == ["itc"]
+    shown = capsys.readouterr().out
+    values = "22.81 | 40.28 | 49.91 | 19.22 |  | 113.00 | 22.81 | "
+    written = {n: (out / f"small/table.{n}").read_text() for n in ("md", "tex", "csv")}
+    assert re.search(r"SSAN \(published\) +\| ResNet-50 +\| +\| +22.81 ", shown)
+    line = next(x for x in written["csv"].splitlines() if "SSAN" in x)
+    assert line == f"SSAN (published),ResNet-50,,{values.replace(' | ', ',')}"
+    assert "*SSAN (published)*" in written["md"] and "Rows in italics" in written["md"]
+    assert r"\textcolor{gray}{22.81}" in written["tex"] and r"\usepackage{xcolor}" in written["tex"]
+    assert not re.search(r"\*\*|textcolor\{gray\}\{\}", written["md"] + written["tex"])
+    assert ",44.50,,,,,,44.50," in written["csv"]  # RSum needs all three recalls
+    finish("one")
+    assert reproduce(monkeypatch, table(ROWS[1:]), mini_root, tmp_path / "plain", "--seeds", 1) == 0
+    plain = "".join(p.read_text() for p in (tmp_path / "plain/small").glob("table.*"))
+    assert not re.search("gray|xcolor|italics|encoder", plain)
+
+
+def test_a_row_with_other_weights_needs_their_option(table, mini_root, tmp_path):
+    rows = [{**ROWS[1], "name": n, "needs": n} for n in WEIGHTS] + ROWS[1:]
+    (tmp_path / "ham.pth").write_bytes(b"weights")
+    given = argparse.Namespace(root_dir=str(mini_root), seeds=[1], output_dir="x", mllm4text="",
+                               ham=str(tmp_path / "ham.pth"))  # fmt: skip
+    (ham, itc), left_out = make_jobs(read_table(str(table(rows))), given, {})
+    assert ham.args.finetune == given.ham and itc.args.finetune == ""
+    assert left_out == {"mllm4text": "needs --mllm4text, a checkpoint of MLLM4Text-ReID"}
+    (tmp_path / "ham.pth").write_bytes(b"other")
+    (other, _), _ = make_jobs(read_table(str(table(rows))), given, {})
+    assert other.folder != ham.folder
+    given.ham += "x"
+    with pytest.raises(UserError, match=r"ham.pthx: No such file or directory \(--ham\)"):
+        make_jobs(read_table(str(table(rows))), given, {})
+
+
+def test_the_documents_name_every_table_and_the_rows_of_the_fields():
+    page = (ROOT / "docs/tables.md").read_text()
+    assert {path.stem for path in TABLES.glob("*.yaml")} == {
+        *re.findall(r"^\| `(\w+)` \|", page, re.M)
+    }
+    rows = [
+        f"| {r['name']} | `{r['values']['loss_names']}` |" for r in read_table("mini_field").rows
+    ]
+    assert "\n".join(rows) in (ROOT / "docs/field.md").read_text()
+
+
+def test_the_tables_have_the_published_figures_of_the_papers():
+    main = {row["name"]: row["published"]["R@1"] for row in read_table("main").rows}
+    assert [*main.values()][:16] == [
+        22.81, 25.25, 25.87, 28.22, 21.06, 39.63, 39.88, 38.84, 34.41, 37.31, 40.81, 44.75, 43.59,
+        45.38, 46.56, 48.375,
+    ]  # fmt: skip
+    aeri = {r["name"]: r.get("published", {}).get("R@1") for r in read_table("aeri").rows}
+    named = ("IRRA", "RDE", "AEA-FIRM", "AEA-FIRM from HAM", "MLLM4Text-ReID", "CFAN")
+    assert [aeri[n] for n in named] == [35.14, 38.56, 37.94, 44.42, 42.47, 47.16]
+    tag = [row["published"]["R@1"] for row in read_table("tag").rows]
+    assert tag == [59.61, 60.28, 61.58, 51.83, 62.64]
 
 
 def test_a_job_that_another_process_runs_is_not_run_again(
