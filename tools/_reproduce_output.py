@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,8 +42,8 @@ def write_tables(table: Table, jobs: list[Job], left_out: dict[str, str], folder
         say(f"{visible(table.title)}: {visible(about)}\n{console(titles, rows, left)}\n")
     note = "Mean ± standard deviation over seeds, percent. One gallery: the data set's first one."
     package = []
-    if any(row.get("published_only") for row in table.rows):
-        note += " Rows in italics are not trained here: their metrics are the published ones."
+    if any(isinstance(cell, Grey) for _, _, rows in tables for row in rows for cell in row):
+        note += " Rows in italics were not trained: their metrics are the published ones."
         package = ["% needs \\usepackage{xcolor}"]
     texts = {
         "md": [
@@ -65,7 +66,10 @@ def tables_of(
     table: Table, jobs: list[Job], left_out: dict[str, str]
 ) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(heading, titles, rows) of each protocol: mean and standard deviation over seeds, and the
-    published metrics; then, if the table asks for it, of the comparison of its rows."""
+    published metrics; then, if the table asks for it, of the comparison of its rows.
+
+    Rows that are only published, or left out, have their published metrics in grey.
+    """
     encoders = ["image encoder"] if any("encoder" in row for row in table.rows) else []
     titles = ["method", *encoders, "seeds", *SHOWN, "published R@1", "difference"]
     for protocol in PROTOCOLS:
@@ -73,39 +77,49 @@ def tables_of(
             continue
         rows = []
         for row in table.rows:
-            metrics = [j.results[protocol] for j in jobs if j.row == row["name"] and j.results
-                       and protocol in j.results]  # fmt: skip
-            values = [with_rsum(m) for m in metrics]
-            cells = [mean_and_deviation([v[name] for v in values]) for name in SHOWN]
-            published = row.get("published", {}).get("R@1")
-            difference = ""
-            if metrics and published is not None:
-                difference = f"{statistics.mean(m['R@1'] for m in metrics) - published:+.2f}"
-            notes = ["ablation"] if row.get("ablation") else []
-            if row.get("published_only"):
-                cells = _published_cells(row["published"])
-                notes.append("published")
-            failed = [j for j in jobs if j.row == row["name"] and j.error and not j.results]
             name = row["name"]
-            if name in left_out:
-                notes.append(left_out[name])
-            elif failed:
-                notes.append(f"{len(failed)} failed")
-            name += f" ({'; '.join(notes)})" if notes else ""
-            seeds = ", ".join(str(j.seed) for j in jobs if j.row == row["name"] and j.results)
-            of_paper = "" if published is None else f"{published:.2f}"
-            encoder = [row.get("encoder", "")] if encoders else []
-            line = [name, *encoder, seeds, *cells, of_paper, difference]
-            rows.append([*map(Grey, line)] if row.get("published_only") else line)
+            of_row = [job for job in jobs if job.row == name]
+            metrics = [j.results[protocol] for j in of_row if j.results and protocol in j.results]
+            published = row.get("published", {})
+            grey = bool(published) and (name in left_out or bool(row.get("published_only")))
+            failed = [job for job in of_row if job.error and not job.results]
+            notes = [
+                *(["ablation"] if row.get("ablation") else []),
+                *(["published"] if grey else []),
+                *([left_out[name]] if name in left_out else []),
+                *([f"{len(failed)} failed"] if failed else []),
+            ]
+            line = [
+                f"{name} ({'; '.join(notes)})" if notes else name,
+                *([row.get("encoder", "")] if encoders else []),
+                ", ".join(str(job.seed) for job in of_row if job.results),
+                *(_published_cells(published) if grey else _measured_cells(metrics)),
+                f"{published['R@1']:.2f}" if "R@1" in published else "",
+                _difference(metrics, published),
+            ]
+            rows.append([*map(Grey, line)] if grey else line)
         yield heading(protocol, jobs), titles, rows
         if table.against:
             yield comparison(table, jobs, protocol)
+
+
+def _measured_cells(metrics: list[dict[str, Any]]) -> list[str]:
+    """Mean and standard deviation over seeds, in the order of SHOWN; empty without seeds."""
+    values = [with_rsum(of_seed) for of_seed in metrics]
+    return [mean_and_deviation([v[name] for v in values]) for name in SHOWN]
 
 
 def _published_cells(published: dict[str, float]) -> list[str]:
     """Published metrics in the order of SHOWN; empty where there is none."""
     values = with_rsum({name: published.get(name, math.nan) for name in METRICS})
     return ["" if math.isnan(value) else f"{value:.2f}" for value in values.values()]
+
+
+def _difference(metrics: list[dict[str, Any]], published: dict[str, float]) -> str:
+    """The mean R@1 over seeds minus the published one; empty if either is missing."""
+    if not metrics or "R@1" not in published:
+        return ""
+    return f"{statistics.mean(m['R@1'] for m in metrics) - published['R@1']:+.2f}"
 
 
 def heading(protocol: str, jobs: list[Job]) -> str:

@@ -378,6 +378,7 @@ def test_a_row_that_is_only_published_stands_in_grey_and_is_not_trained(
     out, trained = tmp_path / "out", []
     finish("one", trained=trained)
     rows = [WHOLE, ROWS[1], {**WHOLE, "name": "R@1 alone", "published": {"R@1": 44.5}}]
+    rows += [{"name": "HAM", "needs": "ham", "published": {"R@1": 47.81}}]
     assert reproduce(monkeypatch, table(rows), mini_root, out, "--seeds", 1) == 0
     assert trained == ["itc"]
     shown = capsys.readouterr().out
@@ -388,6 +389,7 @@ def test_a_row_that_is_only_published_stands_in_grey_and_is_not_trained(
     assert line == f"SSAN (published),ResNet-50,,{values.replace(' | ', ',')}"
     assert "*SSAN (published)*" in written["md"] and "Rows in italics" in written["md"]
     assert r"\textcolor{gray}{22.81}" in written["tex"] and r"\usepackage{xcolor}" in written["tex"]
+    assert re.search(r"\*HAM \(published; needs --ham, a .*\* \| +\| +\| +\*47.81", written["md"])
     assert not re.search(r"\*\*|textcolor\{gray\}\{\}", written["md"] + written["tex"])
     assert ",44.50,,,,,,44.50," in written["csv"]  # RSum needs all three recalls
     finish("one")
