@@ -26,9 +26,9 @@ from processor.summary import compare_data, compare_metrics, protocol_of, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
-from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable, path_option
+from utils.machine import allow_open_files
 from utils.run_log import setup_logger
 from utils.text import Multiline, visible
 

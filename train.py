@@ -33,9 +33,10 @@ from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import changed_options, parse_options
 from utils.config import write_config
-from utils.devices import allow_open_files, choose_precision
+from utils.devices import choose_precision
 from utils.errors import run_main
 from utils.interrupt import exit_on_signals
+from utils.machine import allow_open_files
 from utils.run_log import setup_logger
 from utils.runs import CONFIG, open_run
 from utils.text import Multiline

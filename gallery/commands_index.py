@@ -30,9 +30,9 @@ from gallery.store import (
 )
 from processor.failures import explain_failures
 from utils import distributed
-from utils.devices import allow_open_files
 from utils.errors import StoppedBySignal, UserError
 from utils.files import expand, path_option, write_atomically
+from utils.machine import allow_open_files
 from utils.options import OPTIONS
 from utils.run_log import setup_logger
 from utils.text import visible

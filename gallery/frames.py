@@ -25,10 +25,10 @@ from datasets.shards import open_image
 from datasets.transforms import convert_image, load_image
 from gallery.ingest import Box, Person
 from gallery.records import id_of
-from utils.devices import cores
 from utils.errors import UserError
 from utils.files import open_file
 from utils.interrupt import init_worker_signals
+from utils.machine import cores
 
 EXIF, TAKEN = 0x8769, 36867  # tags: where EXIF's own tags are, and DateTimeOriginal in them
 AHEAD = 2  # batches that each process prepares ahead

@@ -38,8 +38,8 @@ from gallery.query import GENERIC, Hit, combine, find_hits, sureness
 from gallery.records import column_of
 from gallery.sheet import sheet
 from gallery.store import MANIFEST, Gallery
-from utils.devices import cores
 from utils.errors import UserError
+from utils.machine import cores
 
 MAX_SENTENCE = 300  # characters
 MAX_PAGE, MAX_HITS = 96, 960  # hits on a page, and on all pages of a question

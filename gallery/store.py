@@ -33,10 +33,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gallery.records import VERSION, schema_with
-from utils.devices import cores
 from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import expand, lock, read_file, write_atomically
+from utils.machine import cores
 
 ROWS = 8192  # most people in a part
 MANIFEST, NEXT, PARTS = "manifest.json", "manifest.next.json", "parts"
