@@ -9,7 +9,7 @@
     python search.py delete --gallery galleries/campus --identity 17
 
 `index` makes a gallery of people, or brings one up to date. `python search.py COMMAND --help` lists
-the options of a command.
+the options of a command. With an encoder in ONNX (`--onnx FOLDER`) they need no torch.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ COMMANDS: dict[str, Callable[[], ModuleType]] = {
 
 
 def main() -> None:
+    try:
+        _main()
+    except ModuleNotFoundError as error:  # also of what only some options need
+        raise UserError(
+            f"{error.name} is not installed: pip install -r requirements-search.txt"
+        ) from None
+
+
+def _main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
@@ -79,12 +88,7 @@ def main() -> None:
         if words[:1] not in ([name], []):
             commands.add_parser(name)  # so that an unknown command is told the known ones
             continue
-        try:
-            command = load()
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"{error.name} is not installed: pip install -r requirements-search.txt"
-            ) from None
+        command = load()
         what = (command.__doc__ or "").split("\n")[0]
         one = commands.add_parser(name, description=what, help=what, allow_abbrev=False)
         command.add_options(one)

@@ -5,6 +5,7 @@
         --gallery galleries/campus --where "view = 'aerial' and frame_time >= 12.5"
     python search.py find --like crop.jpg --gallery galleries/campus --json
     python search.py find --like 8127364519 --other_view --gallery galleries/campus
+    python search.py find "a man in red" --gallery galleries/campus --onnx exported
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -23,8 +25,10 @@ import numpy as np
 from gallery import where
 from gallery.index import INDEX, open_index
 from gallery.milvus import MAX_HITS, PREFIX, Milvus
+from gallery.onnx import OnnxEncoder
 from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
 from gallery.rerank import RERANKED, rerank
+from gallery.store import Gallery, check_encoder
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option
@@ -33,7 +37,6 @@ from utils.text import visible
 
 if TYPE_CHECKING:
     from gallery.encode import Encoder
-    from gallery.store import Gallery
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gallery", required=True, type=path_option, metavar="FOLDER", help="the gallery")
     add("--encoder", type=path_option, metavar="PATH",
         help="where the gallery's encoder is now, if it was moved")  # fmt: skip
+    add("--onnx", type=path_option, metavar="FOLDER",
+        help="ask with the encoder in ONNX (tools/export.py --onnx), without torch (default: the "
+        "folder with which the gallery was made, if it was made so)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for train.py")
     group = parser.add_argument_group("Query")
     add = group.add_argument
@@ -80,9 +86,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the hits. Raises UserError."""
     _check(args)
-    # Not above: this module is loaded for --help too, and these take seconds.
-    from gallery.store import Gallery
-
     gallery = Gallery.open(args.gallery)
     if not len(gallery.items):
         raise UserError(f"--gallery {args.gallery}: nobody is in it yet")
@@ -91,9 +94,9 @@ def run(args: argparse.Namespace) -> None:
     needs_model = args.sentences or args.minus or any(p.row is None for p in pictures)
     encoder = None
     if needs_model:
-        from gallery.encode import load_encoder
-
-        encoder = load_encoder(gallery.manifest, run=args.encoder, device=args.device)
+        encoder = encoder_of(gallery.manifest, args.encoder, args.onnx, args.device)
+        if args.heat and isinstance(encoder, OnnxEncoder):
+            raise UserError("--heat: heat maps need torch and the run: give --encoder, not --onnx")
     query_D, generic_GD = _query(args, gallery, encoder, pictures)
     search = _search(args.store, gallery, part)
     hits = find_hits(
@@ -111,14 +114,34 @@ def run(args: argparse.Namespace) -> None:
         _write_sheet(args, gallery, encoder, hits)
 
 
+def encoder_of(
+    manifest: Mapping[str, Any], run: Path | None, onnx: Path | None, device: str
+) -> Encoder | OnnxEncoder:
+    """The encoder that asks a gallery: where `run` or `onnx` say, or else where the manifest does.
+    Raises UserError, also if it is not the one that made the gallery."""
+    about = manifest["encoder"]
+    folder = onnx or (None if run else about.get("onnx"))
+    if not folder:
+        from gallery.encode import load_encoder  # not above: it needs torch
+
+        return load_encoder(manifest, run=run, device=device)
+    encoder = OnnxEncoder(folder, device)
+    check_encoder(encoder.about, about, str(folder))
+    return encoder
+
+
 def _write_sheet(
-    args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, hits: list[Hit]
+    args: argparse.Namespace,
+    gallery: Gallery,
+    encoder: Encoder | OnnxEncoder | None,
+    hits: list[Hit],
 ) -> None:
-    from gallery.heatmap import heat_maps
     from gallery.sheet import sheet
 
     heat = None
-    if args.heat and encoder:
+    if args.heat and encoder and not isinstance(encoder, OnnxEncoder):
+        from gallery.heatmap import heat_maps
+
         (text_D,) = encoder.encode_text(args.sentences[:1])
         heat = partial(heat_maps, encoder.run.model, text_D=text_D.to(encoder.run.device))
     query = " + ".join(args.sentences) or f"more like {', '.join(args.like)}"
@@ -138,6 +161,8 @@ def _check(args: argparse.Namespace) -> None:
     parts = [*args.sentences, *args.minus, *args.like]
     if not args.sentences and not args.like:
         raise UserError("nobody is looked for: give a sentence, or --like with a picture or an id")
+    if args.onnx and args.encoder:
+        raise UserError("--onnx and --encoder: two encoders; give one of them")
     if args.top < 1:
         raise UserError(f"--top {args.top}: at least 1")
     if args.weight and len(args.weight) != len(parts):
@@ -196,21 +221,24 @@ def _filter(
 
 
 def _query(
-    args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, pictures: list[_Picture]
+    args: argparse.Namespace,
+    gallery: Gallery,
+    encoder: Encoder | OnnxEncoder | None,
+    pictures: list[_Picture],
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
     sentences = [*args.sentences, *args.minus]
     features, generic_GD = [], None
     if encoder and sentences:
         only_text = [] if pictures else list(GENERIC)
-        text_QD = encoder.encode_text([*sentences, *only_text]).numpy()
+        text_QD = np.asarray(encoder.encode_text([*sentences, *only_text]))
         features += list(text_QD[: len(sentences)])
         generic_GD = text_QD[len(sentences) :] if only_text else None
     for picture in pictures:
         if picture.row is not None:
             features.append(gallery.features[picture.row].astype(np.float32))
         elif encoder:
-            features.append(encoder.encode_image([picture.path]).numpy()[0])
+            features.append(np.asarray(encoder.encode_image([picture.path]))[0])
     signs = [1] * len(args.sentences) + [-1] * len(args.minus) + [1] * len(pictures)
     weights = args.weight or [0.5 if sign < 0 else 1.0 for sign in signs]
     signed = [sign * weight for sign, weight in zip(signs, weights, strict=True)]

@@ -198,7 +198,7 @@ class Handlers:
 
     def warm(self, question: Question | None, identifier: int | None, number: int = 0) -> Any:
         """The heat map of the person who is open, for one of the question's words."""
-        if identifier is None or question is None or not question.sentence:
+        if identifier is None or question is None or not self.service.words(question):
             return gr.skip()
         words, picture, heat, reason = self.service.words(question), "", "", ""
         try:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +28,10 @@ import pyarrow.compute as pc
 
 from datasets.thumbnails import cropped, thumbnail
 from gallery import where
-from gallery.encode import Encoder, load_encoder
-from gallery.find import as_json
-from gallery.heatmap import about, heat_maps, overlay, phrases
+from gallery.find import as_json, encoder_of
 from gallery.index import INDEX, Approximate, Exact, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
+from gallery.onnx import OnnxEncoder
 from gallery.pictures import box_of, picture_of, whole_picture
 from gallery.query import GENERIC, Hit, combine, find_hits, sureness
 from gallery.records import column_of
@@ -40,6 +39,9 @@ from gallery.sheet import sheet
 from gallery.store import MANIFEST, Gallery
 from utils.errors import UserError
 from utils.machine import cores
+
+if TYPE_CHECKING:
+    from gallery.encode import Encoder
 
 MAX_SENTENCE = 300  # characters
 MAX_PAGE, MAX_HITS = 96, 960  # hits on a page, and on all pages of a question
@@ -113,13 +115,13 @@ class Person:
 class Snapshot:
     """A gallery of one moment."""
 
-    def __init__(self, gallery: Gallery, encoder: Encoder, signature: object) -> None:
+    def __init__(self, gallery: Gallery, encoder: Encoder | OnnxEncoder, signature: object) -> None:
         self.gallery, self.encoder, self.signature = gallery, encoder, signature
         self.index: Exact | Approximate = open_index(
             gallery.items, gallery.features, gallery.folder / INDEX
         )
         self.root = gallery.manifest["root"]
-        self.generic_GD = encoder.encode_text(GENERIC).numpy()
+        self.generic_GD = np.asarray(encoder.encode_text(GENERIC))
         self._ids = gallery.items["id"].to_numpy()
         # Without a reference to self: features are large, and a cycle would keep them for a while.
         self.card = lru_cache(CACHED)(partial(_card, gallery.items, self.root))
@@ -152,21 +154,25 @@ class Service:
     """See the module.
 
     Args:
-        run: where the gallery's encoder is now, if it was moved.
+        run, onnx: where the gallery's encoder is, see `find.encoder_of`.
 
     Raises UserError if the gallery or its encoder cannot be read.
     """
 
     def __init__(
-        self, folder: str | Path, run: str | Path | None = None, device: str = "auto"
+        self,
+        folder: str | Path,
+        run: Path | None = None,
+        device: str = "auto",
+        onnx: Path | None = None,
     ) -> None:
-        self.folder, self._run, self._device = Path(folder), run, device
+        self.folder, self._place = Path(folder), (run, onnx, device)
         self._lock = threading.Lock()
         # One at a time: heat maps record what the model's layers get, whoever calls them.
         self._model = threading.Lock()
         self._readers = ThreadPoolExecutor(cores())
         self._snapshot: Snapshot | None = None
-        self._encoder: Encoder | None = None
+        self._encoder: Encoder | OnnxEncoder | None = None
         self._made_with: object = None  # what the manifest says of the encoder
         self.now()
 
@@ -182,9 +188,7 @@ class Service:
                 about = gallery.manifest["encoder"]
                 with self._model:
                     if self._encoder is None or self._made_with != about:
-                        self._encoder = load_encoder(
-                            gallery.manifest, run=self._run, device=self._device
-                        )
+                        self._encoder = encoder_of(gallery.manifest, *self._place)
                         self._made_with = about
                     self._snapshot = Snapshot(gallery, self._encoder, signature)
             return self._snapshot
@@ -248,14 +252,21 @@ class Service:
         return Person(item, picture, whole, percent, attributes, "")
 
     def words(self, question: Question) -> list[str]:
-        """What heat maps can be asked for: the whole sentence, and the things that it names."""
-        return [question.sentence, *phrases(question.sentence)] if question.sentence else []
+        """What heat maps can be asked for: the whole sentence, and the things that it names. An
+        encoder in ONNX has none."""
+        if not question.sentence or isinstance(self.now().encoder, OnnxEncoder):
+            return []
+        from gallery.heatmap import phrases  # not above: it needs torch
+
+        return [question.sentence, *phrases(question.sentence)]
 
     def heat(self, question: Question, identifier: int, number: int) -> str:
         """The heat map over a person as a data URL, for one of `words`. Raises UserError."""
         now, words = self.now(), self.words(question)
-        if not 0 <= number < len(words):
+        if isinstance(now.encoder, OnnxEncoder) or not 0 <= number < len(words):
             raise UserError("no such words: choose one of those that are shown")
+        from gallery.heatmap import about, heat_maps, overlay
+
         sentence = words[0] if number == 0 else about(words[0], words[number])
         person = picture_of(now.item(now.row(identifier)), now.root)
         person.thumbnail(CROP)
@@ -290,7 +301,7 @@ class Service:
             return now.gallery.features[now.row(question.like)].astype(np.float32), None
         sentences = [text for text in (question.sentence, question.minus) if text]
         with self._model:
-            text_QD = now.encoder.encode_text(sentences).numpy()
+            text_QD = np.asarray(now.encoder.encode_text(sentences))
         return combine(text_QD, [1.0, MINUS][: len(sentences)]), now.generic_GD
 
 

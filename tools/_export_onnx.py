@@ -7,7 +7,7 @@
                         attribute's probabilities
     text.onnx           ids [B, L] int64 (0 after the end token) -> features [B, D] of unit length
     the tokenizer's file of merges
-    encoder.json        what a program needs to know; it is written last
+    encoder.json        what a program needs to know, and of which weights it is; it is written last
 
 B is any number of images or captions, and L any number of tokens up to `text_length`. Mean and std
 are in the graph, so images are bytes: they are a quarter of the size, and nothing can be forgotten.
@@ -99,7 +99,7 @@ def export_onnx(
 
     Args:
         attributes: those of FIRM's head, in its order.
-        about: more entries of encoder.json.
+        about: more entries of encoder.json, such as `sha256`; `gallery.onnx.TYPES` has all.
     """
     import_onnxruntime()
     try:
@@ -131,7 +131,7 @@ def export_onnx(
             os.replace(Path(unfinished, file), folder / file)
     content = {
         "version": VERSION,
-        "image_size": list(backbone.image_size),
+        "img_size": list(backbone.image_size),
         "mean": list(backbone.config.image_mean),  # for information: in the graph already
         "std": list(backbone.config.image_std),
         "text_length": text_length,

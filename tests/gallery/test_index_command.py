@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PILImage
 
 import search
-from gallery import commands_index, indexing
+from gallery import engine_torch, indexing
 from gallery.index import INDEX
 from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
 from tests.gallery.test_frames import make_video, picture
@@ -49,13 +49,13 @@ def index(folder, tmp_path, monkeypatch):
 def read_files(monkeypatch):
     """The paths of the files that are read to be encoded, by run."""
     runs = []
-    loader = commands_index.chunk_loader
+    loader = engine_torch.chunk_loader
 
     def counted(jobs, *rest):
         runs.append(sorted(job.path for job in jobs))
         return loader(jobs, *rest)
 
-    monkeypatch.setattr(commands_index, "chunk_loader", counted)
+    monkeypatch.setattr(engine_torch, "chunk_loader", counted)
     return runs
 
 
