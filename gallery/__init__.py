@@ -10,7 +10,9 @@
     indexing   what a run has to encode; parts of the gallery as they become ready
     store      the gallery's folder: what is kept, and how a second run changes it
     where      the grammar of filters
-    index      nearest features: FAISS here, or Milvus elsewhere
+    index      nearest features, by FAISS
+    milvus     the same in a collection of Milvus
+    copies     copies of a gallery in Milvus, and how they are made equal to it
     query      sentences and pictures to hits
     pictures   the picture of a hit: a file or a frame, and the box in it
     heatmap    why this one: where in a picture a sentence is seen

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from gallery.copies import Copy, stores
 from gallery.frames import import_av
 from gallery.indexing import Plan, Report, apply_plan, encode_parts, make_plan
 from gallery.ingest import VIEWS, Found, add_boxes, add_dataset, add_pictures, add_videos
+from gallery.milvus import FORM, STORE_HELP, MilvusError, check_installed, store_option
 from gallery.store import (
     IDENTITY,
     MANIFEST,
@@ -27,6 +29,7 @@ from gallery.store import (
     read_manifest,
     writing,
 )
+from utils.console import process_rank
 from utils.errors import StoppedBySignal, UserError
 from utils.files import expand, path_option, write_atomically
 from utils.options import OPTIONS
@@ -48,6 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gallery", required=True, type=path_option, metavar="FOLDER",
         help="the gallery, which is made if it does not exist")  # fmt: skip
+    add("--store", type=store_option, metavar=FORM,
+        help="then make the copy of the gallery there equal to it; without an encoder and anything "
+        f"to index, do this alone. {STORE_HELP}")  # fmt: skip
     group = parser.add_argument_group("What to index")
     add = group.add_argument
     add("--images", nargs="+", default=[], metavar="PATH",
@@ -103,9 +109,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Index. Raises UserError, and StoppedBySignal after a signal."""
     _check(args)
+    log = setup_logger(rank=process_rank())
+    if _only_copies(args):
+        if process_rank() == 0:
+            read_manifest(args.gallery)  # before a folder is made
+            with writing(args.gallery):
+                _update_copy(args, Store(args.gallery, read_manifest(args.gallery)), log)
+        return
     engine = _engine(args)
     processes = engine.processes
-    log = setup_logger(rank=processes.rank)
     with ExitStack() as stack:
         if processes.is_rank_0:
             stack.enter_context(writing(args.gallery))
@@ -139,6 +151,8 @@ def run(args: argparse.Namespace) -> None:
             reports = encode_parts(results, store, replaced, processes, bar)
         if processes.is_rank_0:
             _finish(args, store, plan, reports, log)
+            if not any(report.stopped for report in reports):
+                _update_copy(args, store, log)
     if stopped := [report.stopped for report in reports if report.stopped]:
         raise StoppedBySignal(
             f"{stopped[0]}: stopped; what is encoded is kept: give the same command to go on"
@@ -147,6 +161,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together."""
+    if args.store:
+        check_installed()
+    if _only_copies(args):
+        return
     if sum(map(bool, (args.config_file, args.pretrain_choice, args.onnx))) != 1:
         raise UserError("give the encoder: one of --config_file, --pretrain_choice and --onnx")
     if not (args.images or args.videos or args.dataset_name or args.boxes):
@@ -170,6 +188,29 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--root {args.root}: no such folder")
     if args.videos:
         import_av()
+
+
+def _only_copies(args: argparse.Namespace) -> bool:
+    """Whether nothing is to be indexed, but an existing gallery to be copied."""
+    sources = (args.images, args.videos, args.dataset_name, args.boxes)
+    how = (args.config_file, args.pretrain_choice, args.onnx, args.detect, args.view, args.root)
+    return bool(args.store) and not any((*sources, *how, args.reencode, args.repair))
+
+
+def _update_copy(args: argparse.Namespace, store: Store, log: Any) -> None:
+    """Make the copy of --store equal to the gallery, and name those that may be behind."""
+    if args.store:
+        try:
+            count = Copy(args.gallery, args.store, new=True).update(store)
+        except MilvusError as error:
+            raise UserError(
+                f"{error}; {args.gallery} is up to date, its copy is not: search.py index "
+                f"--gallery {args.gallery} --store {args.store} goes on"
+            ) from None
+        log.info(f"{args.store}: {count} people put; it is equal to {args.gallery}")
+    for other in stores(args.gallery):
+        if other != args.store:
+            log.info(f"{other}: not brought up to date; --store {other} does so")
 
 
 def _manifest_if_any(folder: Path, name: str) -> dict[str, Any] | None:

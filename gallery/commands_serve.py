@@ -15,6 +15,7 @@ import os
 import socket
 from pathlib import Path
 
+from gallery.milvus import FORM, STORE_HELP, store_option
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option, read_file
@@ -33,6 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--onnx", type=path_option, metavar="FOLDER",
         help="the encoder in ONNX, as for find: without torch, and without heat maps")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for train.py")
+    add("--store", type=store_option, metavar=FORM,
+        help=f"search the gallery's copy there, made by index --store. {STORE_HELP}")  # fmt: skip
     add("--host", default=LOOPBACK, metavar="ADDRESS",
         help="address to listen at, such as 0.0.0.0 for all of this machine's; other than the "
         f"default's it needs a password (default: {LOOPBACK}, this machine alone)")  # fmt: skip
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from gallery.page import serve
     from gallery.service import Service
 
-    service = Service(args.gallery, args.run, args.device, args.onnx)
+    service = Service(args.gallery, args.run, args.device, args.store, args.onnx)
     host = f"[{args.host}]" if ":" in args.host else args.host
     say(f"{args.gallery}: {len(service.now())} people; http://{host}:{args.port} (Ctrl-C ends it)")
     if not is_loopback(args.host):

@@ -24,7 +24,7 @@ import numpy as np
 
 from gallery import where
 from gallery.index import INDEX, open_index
-from gallery.milvus import MAX_HITS, PREFIX, Milvus
+from gallery.milvus import FORM, STORE_HELP, store_option
 from gallery.onnx import OnnxEncoder
 from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
 from gallery.rerank import RERANKED, rerank
@@ -78,9 +78,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="also write the hits with their pictures, into a .png or .html")  # fmt: skip
     add("--heat", action="store_true",
         help="--sheet: also show where in each picture the first sentence is seen")  # fmt: skip
-    add("--store", default="", metavar="milvus:URI",
-        help="search there: a server of Milvus or a file of Milvus Lite, to which the gallery's "
-        "features were put")  # fmt: skip
+    add("--store", type=store_option, metavar=FORM,
+        help=f"search the gallery's copy there, made by index --store. {STORE_HELP}")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -115,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def encoder_of(
-    manifest: Mapping[str, Any], run: Path | None, onnx: Path | None, device: str
+    manifest: Mapping[str, Any], run: str | Path | None, onnx: str | Path | None, device: str
 ) -> Encoder | OnnxEncoder:
     """The encoder that asks a gallery: where `run` or `onnx` say, or else where the manifest does.
     Raises UserError, also if it is not the one that made the gallery."""
@@ -179,8 +178,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--sheet {args.sheet}: give a name that ends in .png or .html")
     if args.heat and not (args.sheet and args.sentences):
         raise UserError("--heat: needs --sheet and a sentence")
-    if args.store and not args.store.startswith(PREFIX):
-        raise UserError(f"--store {args.store}: not of the form {PREFIX}URI")
 
 
 def _cosine(text: str) -> float | None:
@@ -245,27 +242,15 @@ def _query(
     return combine(np.stack(features), signed), generic_GD
 
 
-def _search(store: str, gallery: Gallery, part: where.Filter | None) -> Search:
-    """The search of `find_hits`, with a filter: in the gallery itself, or in Milvus."""
-    if not store:
-        mask = None if part is None else where.to_mask(part, gallery.items)
-        index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
-        return lambda queries_QD, k: index.search(queries_QD, k, mask)
-    milvus, ids_N = Milvus(store.removeprefix(PREFIX)), gallery.items["id"].to_numpy()
-    order_N = np.argsort(ids_N)
+def _search(store: str | None, gallery: Gallery, part: where.Filter | None) -> Search:
+    """The search of `find_hits`, with a filter: in the gallery itself, or in its copy."""
+    if store:
+        from gallery.copies import CopyIndex
 
-    def search(queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores_QK, ids_QK = milvus.search(queries_QD, min(k, MAX_HITS), part)
-        at_QK = np.searchsorted(ids_N, ids_QK, sorter=order_N).clip(max=len(ids_N) - 1)
-        rows_QK = order_N[at_QK]
-        if (unknown := ids_QK[(ids_N[rows_QK] != ids_QK) & (ids_QK >= 0)]).size:
-            raise UserError(
-                f"--store {store}: has an item {unknown[0]} that {gallery.folder} lacks; put the "
-                "gallery there again"
-            )
-        return scores_QK, np.where(ids_QK < 0, -1, rows_QK)
-
-    return search
+        return partial(CopyIndex(gallery, store).search, where=part)
+    mask = None if part is None else where.to_mask(part, gallery.items)
+    index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
+    return partial(index.search, mask=mask)
 
 
 def _lines(

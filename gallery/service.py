@@ -28,12 +28,13 @@ import pyarrow.compute as pc
 
 from datasets.thumbnails import cropped, thumbnail
 from gallery import where
+from gallery.copies import CopyIndex
 from gallery.find import as_json, encoder_of
-from gallery.index import INDEX, Approximate, Exact, open_index
+from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.onnx import OnnxEncoder
 from gallery.pictures import box_of, picture_of, whole_picture
-from gallery.query import GENERIC, Hit, combine, find_hits, sureness
+from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
 from gallery.records import column_of
 from gallery.sheet import sheet
 from gallery.store import MANIFEST, Gallery
@@ -113,13 +114,25 @@ class Person:
 
 
 class Snapshot:
-    """A gallery of one moment."""
+    """A gallery of one moment.
 
-    def __init__(self, gallery: Gallery, encoder: Encoder | OnnxEncoder, signature: object) -> None:
+    Args:
+        store: address of a copy to search in.
+    """
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        encoder: Encoder | OnnxEncoder,
+        signature: object,
+        store: str | None = None,
+    ) -> None:
         self.gallery, self.encoder, self.signature = gallery, encoder, signature
-        self.index: Exact | Approximate = open_index(
-            gallery.items, gallery.features, gallery.folder / INDEX
-        )
+        if store:
+            self._copy: CopyIndex | None = CopyIndex(gallery, store)
+        else:
+            self._copy = None
+            self._index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
         self.root = gallery.manifest["root"]
         self.generic_GD = np.asarray(encoder.encode_text(GENERIC))
         self._ids = gallery.items["id"].to_numpy()
@@ -128,6 +141,12 @@ class Snapshot:
 
     def __len__(self) -> int:
         return len(self.gallery.items)
+
+    def search(self, part: where.Filter | None, mask: np.ndarray | None) -> Search:
+        """The search of `find_hits`, with a filter, which is given as a mask too."""
+        if self._copy:
+            return partial(self._copy.search, where=part)
+        return partial(self._index.search, mask=mask)
 
     def row(self, identifier: int) -> int:
         """The row of an item. Raises UserError if it is not, or no longer, in the gallery."""
@@ -155,18 +174,16 @@ class Service:
 
     Args:
         run, onnx: where the gallery's encoder is, see `find.encoder_of`.
+        store: address of a copy of the gallery, to search there.
 
     Raises UserError if the gallery or its encoder cannot be read.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        run: Path | None = None,
-        device: str = "auto",
-        onnx: Path | None = None,
-    ) -> None:
-        self.folder, self._place = Path(folder), (run, onnx, device)
+        self, folder: str | Path, run: str | Path | None = None, device: str = "auto",
+        store: str | None = None, onnx: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self._place, self._store = Path(folder), (run, onnx, device), store
         self._lock = threading.Lock()
         # One at a time: heat maps record what the model's layers get, whoever calls them.
         self._model = threading.Lock()
@@ -190,7 +207,7 @@ class Service:
                     if self._encoder is None or self._made_with != about:
                         self._encoder = encoder_of(gallery.manifest, *self._place)
                         self._made_with = about
-                    self._snapshot = Snapshot(gallery, self._encoder, signature)
+                    self._snapshot = Snapshot(gallery, self._encoder, signature, self._store)
             return self._snapshot
 
     def answer(self, question: Question, page: int = 0) -> Answer:
@@ -204,8 +221,7 @@ class Service:
         hits = []
         if len(now) and (mask is None or mask.any()):
             hits = find_hits(
-                lambda queries_QD, k: now.index.search(queries_QD, k, mask),
-                now.gallery.items, now.gallery.features, query_D, last + 1,
+                now.search(part, mask), now.gallery.items, now.gallery.features, query_D, last + 1,
                 COLLAPSE if question.collapse else None,
             )  # fmt: skip
         sure = ""

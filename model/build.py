@@ -14,6 +14,7 @@ import open_clip
 import torch
 from easydict import EasyDict
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.aeafirm import AEAFIRM
 from model.backbone import Backbone, load_backbone
@@ -192,7 +193,8 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
         raise UserError(
             f"{where}: no weights named {PREFIX}*; use a checkpoint of this project or of IRRA"
         )
-    model = build_model(args, names, num_classes=0, weights=clip)
+    with _NoInitialValues():  # type: ignore[no-untyped-call]
+        model = build_model(args, names, num_classes=0, weights=clip)
     check_input(model.base_model, checkpoint, where)
     expected = model.state_dict()
     for name, value in expected.items():
@@ -209,6 +211,18 @@ def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: st
     if "assumed" in checkpoint:
         model.base_model.notes.append(checkpoint["assumed"])
     return model
+
+
+class _NoInitialValues(TorchDispatchMode):
+    """Leaves weights as they were allocated, for a model that then gets every one of a checkpoint:
+    150 million random numbers take a second."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def check_input(backbone: Backbone, checkpoint: dict[str, Any], where: str) -> None:
