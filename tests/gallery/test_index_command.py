@@ -13,6 +13,7 @@ import search
 from gallery import commands_index, indexing
 from gallery.index import INDEX
 from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
+from tests.gallery.made import path_of
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run
 from tests.reliability.runs import train_small_run
@@ -230,7 +231,7 @@ def test_pictures_that_have_moved_are_found_by_their_new_root(index, photos, tmp
     shutil.move(photos, tmp_path / "elsewhere")
     second = index("--images", tmp_path / "elsewhere", "--root", tmp_path / "elsewhere")
     assert read_files[1] == [] and by_path(first) == by_path(second)
-    assert second.path_of(0).startswith(str(tmp_path / "elsewhere"))
+    assert path_of(second, 0).startswith(str(tmp_path / "elsewhere"))
 
 
 def test_info_counts_by_source_and_view(index, photos, monkeypatch, tmp_path, capsys):

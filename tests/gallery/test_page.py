@@ -16,6 +16,7 @@ from gallery import commands_serve, page
 from gallery.service import MAX_HITS, MAX_SENTENCE, Question, Service
 from gallery.store import Gallery
 from tests.gallery.conftest import NASTY, serving
+from tests.gallery.made import path_of
 from tests.helpers import run
 from tools import askers
 from utils.errors import UserError
@@ -244,7 +245,7 @@ def served(service):
 def test_the_server_gives_out_no_file_and_no_api(served, service, tmp_path):
     secret = tmp_path / "secret.jpg"
     PILImage.new("RGB", (9, 9)).save(secret)
-    shown = service.now().gallery.path_of(0)
+    shown = path_of(service.now().gallery, 0)
     paths = [
         f"/gradio_api/{file}{path}"
         for file in ("file=", "file/", "proxy=", "stream/")
