@@ -235,6 +235,15 @@ def test_a_port_in_use_is_said(tmp_path, monkeypatch):
             run(search.main, monkeypatch, "serve", "--gallery", tmp_path, "--port", port)
 
 
+def test_connections_send_the_end_of_an_answer_at_once():
+    with (
+        commands_serve.listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.fixture(scope="module")
 def served(service):
     """Addresses of the page without and with a password."""
