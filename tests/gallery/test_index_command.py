@@ -283,9 +283,10 @@ def test_deleted_people_are_gone_from_the_disk_and_stay_out(
 
 def test_a_gallery_that_another_process_writes_is_refused(index, photos, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from gallery.store import writing\n"
-        "with writing(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from utils.files import lock\n"
+        "lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
+    (tmp_path / "gallery").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "gallery")]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE

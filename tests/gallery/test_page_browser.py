@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from gallery import page as gallery_page
 from gallery.service import Service
 from tests.gallery.conftest import serving
 
@@ -28,8 +29,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def address(searched):
-    with serving(Service(searched, device="cpu")) as url:
+def service(searched):
+    return Service(searched, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def address(service):
+    with serving(service) as url:
         yield url
 
 
@@ -225,8 +231,9 @@ def test_a_changed_gallery_leaves_the_page_up(visit, searched_copy, monkeypatch)
         page.get_by_text("0 people").wait_for()
 
 
-def test_a_password_is_asked_for(visit, searched):
-    with serving(Service(searched, device="cpu"), "a long password", ()) as url:
+def test_a_password_is_asked_for(visit, service, monkeypatch):
+    monkeypatch.setattr(gallery_page, "WRONG_SECONDS", 0)
+    with serving(service, "a long password", ()) as url:
         page = visit(url)
         for password in ("wrong", "a long password"):
             page.get_by_label("username").fill("me")
