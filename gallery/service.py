@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.pictures import box_of, picture_of, whole_picture
 from gallery.query import GENERIC, Hit, combine, find_hits, sureness
 from gallery.records import column_of
+from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
 from gallery.store import MANIFEST, Gallery
 from utils.devices import cores
@@ -58,6 +59,7 @@ class Question:
     Attributes:
         choices: columns, and the value that each must have.
         where: a filter of `gallery.where`.
+        sent: a picture; the hits are like it.
         like: the id of an item; the hits are like it, and others than it.
         other_view: with `like`, hits of other views alone.
         count: hits on a page.
@@ -68,6 +70,7 @@ class Question:
     minus: str = ""
     choices: tuple[tuple[str, str], ...] = ()
     where: str = ""
+    sent: Sent | None = None
     like: int | None = None
     other_view: bool = False
     count: int = 24
@@ -222,6 +225,13 @@ class Service:
 
         return list(self._readers.map(card, hits))
 
+    def take(self, address: object) -> Sent:
+        """A picture to ask with, of a data URL. Raises UserError, for a visitor to read."""
+        encoder, image = self.now().encoder, decoded(address)
+        with self._model:
+            (feature_D,) = np.asarray(encoder.encode_image([image]))
+        return Sent(feature_D, encoder.about["sha256"], thumbnail(image, CARD)[1])
+
     def person(self, identifier: int) -> Person:
         """An item and its pictures. Raises UserError if it is not in the gallery."""
         now = self.now()
@@ -272,7 +282,8 @@ class Service:
         """
         answer, root = self.answer(question, page), self.now().root
         if kind == "json":
-            asked = {k: v for k, v in asdict(question).items() if v not in ("", (), None, False)}
+            asked = asdict(replace(question, sent=None)) | {"picture": question.sent is not None}
+            asked = {k: v for k, v in asked.items() if v not in ("", (), None, False)}
             content = {"question": asked, "hits": [as_json(hit) for hit in answer.hits]}
             data = json.dumps(content, indent=1).encode()
         else:
@@ -288,23 +299,34 @@ class Service:
         """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
         if question.like is not None:
             return now.gallery.features[now.row(question.like)].astype(np.float32), None
-        sentences = [text for text in (question.sentence, question.minus) if text]
-        with self._model:
-            text_QD = now.encoder.encode_text(sentences).numpy()
-        return combine(text_QD, [1.0, MINUS][: len(sentences)]), now.generic_GD
+        parts, sent = [(question.sentence, 1.0), (question.minus, MINUS)], question.sent
+        sentences = [text for text, _ in parts if text]
+        weights = [weight for text, weight in parts if text]
+        features: list[np.ndarray] = []
+        if sentences:
+            with self._model:
+                features = list(now.encoder.encode_text(sentences).numpy())
+        if sent is None:
+            return combine(np.stack(features), weights), now.generic_GD
+        if sent.encoder != now.encoder.about["sha256"]:
+            raise UserError("The gallery has another encoder now: choose the picture again.")
+        return combine(np.stack([*features, sent.feature_D]), [*weights, 1.0]), None
 
 
 def title(question: Question) -> str:
     """What was asked, in words."""
     if question.like is not None:
         return f"more like {question.like}" + (", in other views" if question.other_view else "")
-    return question.sentence + (f", without {question.minus}" if question.minus else "")
+    wanted = [question.sentence] * bool(question.sentence) + ["like your picture"] * bool(
+        question.sent
+    )
+    return ", ".join(wanted) + (f", without {question.minus}" if question.minus else "")
 
 
 def _check(question: Question, page: int) -> None:
     """Raise UserError for what a page may not ask."""
-    if question.like is None and not question.sentence:
-        raise UserError("Say who is looked for.")
+    if question.like is None and question.sent is None and not question.sentence:
+        raise UserError("Say who is looked for, or add a picture.")
     for text in (question.sentence, question.minus):
         if len(text) > MAX_SENTENCE:
             raise UserError(
