@@ -23,7 +23,7 @@ import numpy as np
 from gallery import where
 from gallery.index import INDEX, open_index
 from gallery.milvus import MAX_HITS, PREFIX, Milvus
-from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
+from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
 from gallery.rerank import RERANKED, rerank
 from utils.console import say
 from utils.errors import UserError
@@ -94,21 +94,21 @@ def run(args: argparse.Namespace) -> None:
         from gallery.encode import load_encoder
 
         encoder = load_encoder(gallery.manifest, run=args.encoder, device=args.device)
-    query_D, generic_GD = _query(args, gallery, encoder, pictures)
+    query_D = _query(args, gallery, encoder, pictures)
     search = _search(args.store, gallery, part)
     hits = find_hits(
         search,
         gallery.items,
         gallery.features,
         query_D,
-        args.top,
+        max(args.top, LOOKED),
         args.collapse,
         rerank if args.rerank else None,
     )
-    for line in _lines(args, gallery, part, query_D, generic_GD, hits):
+    for line in _lines(args, gallery, part, query_D, hits):
         say(line)
     if args.sheet and hits:
-        _write_sheet(args, gallery, encoder, hits)
+        _write_sheet(args, gallery, encoder, hits[: args.top])
 
 
 def _write_sheet(
@@ -197,15 +197,11 @@ def _filter(
 
 def _query(
     args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, pictures: list[_Picture]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
-    sentences = [*args.sentences, *args.minus]
-    features, generic_GD = [], None
+) -> np.ndarray:
+    """The query's feature [D]."""
+    sentences, features = [*args.sentences, *args.minus], []
     if encoder and sentences:
-        only_text = [] if pictures else list(GENERIC)
-        text_QD = encoder.encode_text([*sentences, *only_text]).numpy()
-        features += list(text_QD[: len(sentences)])
-        generic_GD = text_QD[len(sentences) :] if only_text else None
+        features += list(encoder.encode_text(sentences).numpy())
     for picture in pictures:
         if picture.row is not None:
             features.append(gallery.features[picture.row].astype(np.float32))
@@ -214,7 +210,7 @@ def _query(
     signs = [1] * len(args.sentences) + [-1] * len(args.minus) + [1] * len(pictures)
     weights = args.weight or [0.5 if sign < 0 else 1.0 for sign in signs]
     signed = [sign * weight for sign, weight in zip(signs, weights, strict=True)]
-    return combine(np.stack(features), signed), generic_GD
+    return combine(np.stack(features), signed)
 
 
 def _search(store: str, gallery: Gallery, part: where.Filter | None) -> Search:
@@ -245,21 +241,21 @@ def _lines(
     gallery: Gallery,
     part: where.Filter | None,
     query_D: np.ndarray,
-    generic_GD: np.ndarray | None,
     hits: list[Hit],
 ) -> list[str]:
-    """What is printed: hits as a table or as JSON, and how much the first stands out."""
+    """What is printed: --top hits as a table or as JSON, and how much the first stands out."""
+    shown = hits[: args.top]
     if args.json:
-        return [json.dumps(as_json(hit)) for hit in hits]
+        return [json.dumps(as_json(hit)) for hit in shown]
     if not hits:
         return ["no hits: the filter keeps nobody"]
     head = ["rank", "score", "id", "path", "box", "time", "view", "source"]
-    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in hits]
+    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in shown]
     if args.collapse is not None:
         head.append("pictures")
-        rows = [[*row, hit.count] for row, hit in zip(rows, hits, strict=True)]
+        rows = [[*row, hit.count] for row, hit in zip(rows, shown, strict=True)]
     mask = None if part is None else where.to_mask(part, gallery.items)
-    sure = sureness(gallery.features, query_D, hits[0], mask, generic_GD)
+    sure = sureness(gallery.features, query_D, hits, mask)
     return [console(head, rows, left=4), str(sure)]
 
 

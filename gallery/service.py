@@ -34,7 +34,7 @@ from gallery.heatmap import about, heat_maps, overlay, phrases
 from gallery.index import INDEX, Approximate, Exact, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.pictures import box_of, picture_of, whole_picture
-from gallery.query import GENERIC, Hit, combine, find_hits, sureness
+from gallery.query import LOOKED, Hit, combine, find_hits, sureness
 from gallery.records import column_of
 from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
@@ -122,7 +122,6 @@ class Snapshot:
             gallery.items, gallery.features, gallery.folder / INDEX
         )
         self.root = gallery.manifest["root"]
-        self.generic_GD = encoder.encode_text(GENERIC).numpy()
         self._ids = gallery.items["id"].to_numpy()
         # Without a reference to self: features are large, and a cycle would keep them for a while.
         self.card = lru_cache(CACHED)(partial(_card, gallery.items, self.root))
@@ -197,19 +196,20 @@ class Service:
         now = self.now()
         _check(question, page)
         part = _filter(question, now)
-        query_D, generic_GD = self._query(question, now)
+        query_D = self._query(question, now)
         mask = None if part is None else where.to_mask(part, now.gallery.items)
         first, last = page * question.count, min((page + 1) * question.count, MAX_HITS)
         hits = []
         if len(now) and (mask is None or mask.any()):
             hits = find_hits(
                 lambda queries_QD, k: now.index.search(queries_QD, k, mask),
-                now.gallery.items, now.gallery.features, query_D, last + 1,
+                now.gallery.items, now.gallery.features, query_D,
+                max(last + 1, LOOKED),
                 COLLAPSE if question.collapse else None,
             )  # fmt: skip
         sure = ""
         if hits and page == 0:
-            sure = str(sureness(now.gallery.features, query_D, hits[0], mask, generic_GD))
+            sure = str(sureness(now.gallery.features, query_D, hits, mask))
         more = len(hits) > last and last < MAX_HITS
         return Answer(hits[first:last], page, more, sure)
 
@@ -295,10 +295,10 @@ class Service:
         address = f"data:{media};base64,{base64.b64encode(data).decode()}"
         return f"hits-{page + 1}.{kind}", address, len(data)
 
-    def _query(self, question: Question, now: Snapshot) -> tuple[np.ndarray, np.ndarray | None]:
-        """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
+    def _query(self, question: Question, now: Snapshot) -> np.ndarray:
+        """The query's feature [D]."""
         if question.like is not None:
-            return now.gallery.features[now.row(question.like)].astype(np.float32), None
+            return now.gallery.features[now.row(question.like)].astype(np.float32)
         parts, sent = [(question.sentence, 1.0), (question.minus, MINUS)], question.sent
         sentences = [text for text, _ in parts if text]
         weights = [weight for text, weight in parts if text]
@@ -307,10 +307,10 @@ class Service:
             with self._model:
                 features = list(now.encoder.encode_text(sentences).numpy())
         if sent is None:
-            return combine(np.stack(features), weights), now.generic_GD
+            return combine(np.stack(features), weights)
         if sent.encoder != now.encoder.about["sha256"]:
             raise UserError("The gallery has another encoder now: choose the picture again.")
-        return combine(np.stack([*features, sent.feature_D]), [*weights, 1.0]), None
+        return combine(np.stack([*features, sent.feature_D]), [*weights, 1.0])
 
 
 def title(question: Question) -> str:
