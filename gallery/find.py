@@ -26,7 +26,7 @@ from gallery import where
 from gallery.index import INDEX, open_index
 from gallery.milvus import FORM, STORE_HELP, store_option
 from gallery.onnx import OnnxEncoder
-from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
+from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
 from gallery.rerank import RERANKED, rerank
 from gallery.store import Gallery, check_encoder
 from utils.console import say
@@ -96,21 +96,21 @@ def run(args: argparse.Namespace) -> None:
         encoder = encoder_of(gallery.manifest, args.encoder, args.onnx, args.device)
         if args.heat and isinstance(encoder, OnnxEncoder):
             raise UserError("--heat: heat maps need torch and the run: give --encoder, not --onnx")
-    query_D, generic_GD = _query(args, gallery, encoder, pictures)
+    query_D = _query(args, gallery, encoder, pictures)
     search = _search(args.store, gallery, part)
     hits = find_hits(
         search,
         gallery.items,
         gallery.features,
         query_D,
-        args.top,
+        max(args.top, LOOKED),
         args.collapse,
         rerank if args.rerank else None,
     )
-    for line in _lines(args, gallery, part, query_D, generic_GD, hits):
+    for line in _lines(args, gallery, part, query_D, hits):
         say(line)
     if args.sheet and hits:
-        _write_sheet(args, gallery, encoder, hits)
+        _write_sheet(args, gallery, encoder, hits[: args.top])
 
 
 def encoder_of(
@@ -222,15 +222,11 @@ def _query(
     gallery: Gallery,
     encoder: Encoder | OnnxEncoder | None,
     pictures: list[_Picture],
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
-    sentences = [*args.sentences, *args.minus]
-    features, generic_GD = [], None
+) -> np.ndarray:
+    """The query's feature [D]."""
+    sentences, features = [*args.sentences, *args.minus], []
     if encoder and sentences:
-        only_text = [] if pictures else list(GENERIC)
-        text_QD = np.asarray(encoder.encode_text([*sentences, *only_text]))
-        features += list(text_QD[: len(sentences)])
-        generic_GD = text_QD[len(sentences) :] if only_text else None
+        features += list(np.asarray(encoder.encode_text(sentences)))
     for picture in pictures:
         if picture.row is not None:
             features.append(gallery.features[picture.row].astype(np.float32))
@@ -239,7 +235,7 @@ def _query(
     signs = [1] * len(args.sentences) + [-1] * len(args.minus) + [1] * len(pictures)
     weights = args.weight or [0.5 if sign < 0 else 1.0 for sign in signs]
     signed = [sign * weight for sign, weight in zip(signs, weights, strict=True)]
-    return combine(np.stack(features), signed), generic_GD
+    return combine(np.stack(features), signed)
 
 
 def _search(store: str | None, gallery: Gallery, part: where.Filter | None) -> Search:
@@ -258,21 +254,21 @@ def _lines(
     gallery: Gallery,
     part: where.Filter | None,
     query_D: np.ndarray,
-    generic_GD: np.ndarray | None,
     hits: list[Hit],
 ) -> list[str]:
-    """What is printed: hits as a table or as JSON, and how much the first stands out."""
+    """What is printed: --top hits as a table or as JSON, and how much the first stands out."""
+    shown = hits[: args.top]
     if args.json:
-        return [json.dumps(as_json(hit)) for hit in hits]
+        return [json.dumps(as_json(hit)) for hit in shown]
     if not hits:
         return ["no hits: the filter keeps nobody"]
     head = ["rank", "score", "id", "path", "box", "time", "view", "source"]
-    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in hits]
+    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in shown]
     if args.collapse is not None:
         head.append("pictures")
-        rows = [[*row, hit.count] for row, hit in zip(rows, hits, strict=True)]
+        rows = [[*row, hit.count] for row, hit in zip(rows, shown, strict=True)]
     mask = None if part is None else where.to_mask(part, gallery.items)
-    sure = sureness(gallery.features, query_D, hits[0], mask, generic_GD)
+    sure = sureness(gallery.features, query_D, hits, mask)
     return [console(head, rows, left=4), str(sure)]
 
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,9 @@ from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.onnx import OnnxEncoder
 from gallery.pictures import box_of, picture_of, whole_picture
-from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
+from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
 from gallery.records import column_of
+from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
 from gallery.store import MANIFEST, Gallery
 from utils.errors import UserError
@@ -61,6 +62,7 @@ class Question:
     Attributes:
         choices: columns, and the value that each must have.
         where: a filter of `gallery.where`.
+        sent: a picture; the hits are like it.
         like: the id of an item; the hits are like it, and others than it.
         other_view: with `like`, hits of other views alone.
         count: hits on a page.
@@ -71,6 +73,7 @@ class Question:
     minus: str = ""
     choices: tuple[tuple[str, str], ...] = ()
     where: str = ""
+    sent: Sent | None = None
     like: int | None = None
     other_view: bool = False
     count: int = 24
@@ -134,7 +137,6 @@ class Snapshot:
             self._copy = None
             self._index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
         self.root = gallery.manifest["root"]
-        self.generic_GD = np.asarray(encoder.encode_text(GENERIC))
         self._ids = gallery.items["id"].to_numpy()
         # Without a reference to self: features are large, and a cycle would keep them for a while.
         self.card = lru_cache(CACHED)(partial(_card, gallery.items, self.root))
@@ -215,18 +217,19 @@ class Service:
         now = self.now()
         _check(question, page)
         part = _filter(question, now)
-        query_D, generic_GD = self._query(question, now)
+        query_D = self._query(question, now)
         mask = None if part is None else where.to_mask(part, now.gallery.items)
         first, last = page * question.count, min((page + 1) * question.count, MAX_HITS)
         hits = []
         if len(now) and (mask is None or mask.any()):
             hits = find_hits(
-                now.search(part, mask), now.gallery.items, now.gallery.features, query_D, last + 1,
+                now.search(part, mask), now.gallery.items, now.gallery.features, query_D,
+                max(last + 1, LOOKED),
                 COLLAPSE if question.collapse else None,
             )  # fmt: skip
         sure = ""
         if hits and page == 0:
-            sure = str(sureness(now.gallery.features, query_D, hits[0], mask, generic_GD))
+            sure = str(sureness(now.gallery.features, query_D, hits, mask))
         more = len(hits) > last and last < MAX_HITS
         return Answer(hits[first:last], page, more, sure)
 
@@ -241,6 +244,13 @@ class Service:
                 return ""
 
         return list(self._readers.map(card, hits))
+
+    def take(self, address: object) -> Sent:
+        """A picture to ask with, of a data URL. Raises UserError, for a visitor to read."""
+        encoder, image = self.now().encoder, decoded(address)
+        with self._model:
+            (feature_D,) = np.asarray(encoder.encode_image([image]))
+        return Sent(feature_D, encoder.about["sha256"], thumbnail(image, CARD)[1])
 
     def person(self, identifier: int) -> Person:
         """An item and its pictures. Raises UserError if it is not in the gallery."""
@@ -299,7 +309,8 @@ class Service:
         """
         answer, root = self.answer(question, page), self.now().root
         if kind == "json":
-            asked = {k: v for k, v in asdict(question).items() if v not in ("", (), None, False)}
+            asked = asdict(replace(question, sent=None)) | {"picture": question.sent is not None}
+            asked = {k: v for k, v in asked.items() if v not in ("", (), None, False)}
             content = {"question": asked, "hits": [as_json(hit) for hit in answer.hits]}
             data = json.dumps(content, indent=1).encode()
         else:
@@ -311,27 +322,38 @@ class Service:
         address = f"data:{media};base64,{base64.b64encode(data).decode()}"
         return f"hits-{page + 1}.{kind}", address, len(data)
 
-    def _query(self, question: Question, now: Snapshot) -> tuple[np.ndarray, np.ndarray | None]:
-        """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
+    def _query(self, question: Question, now: Snapshot) -> np.ndarray:
+        """The query's feature [D]."""
         if question.like is not None:
-            return now.gallery.features[now.row(question.like)].astype(np.float32), None
-        sentences = [text for text in (question.sentence, question.minus) if text]
-        with self._model:
-            text_QD = np.asarray(now.encoder.encode_text(sentences))
-        return combine(text_QD, [1.0, MINUS][: len(sentences)]), now.generic_GD
+            return now.gallery.features[now.row(question.like)].astype(np.float32)
+        parts, sent = [(question.sentence, 1.0), (question.minus, MINUS)], question.sent
+        sentences = [text for text, _ in parts if text]
+        weights = [weight for text, weight in parts if text]
+        features: list[np.ndarray] = []
+        if sentences:
+            with self._model:
+                features = list(np.asarray(now.encoder.encode_text(sentences)))
+        if sent is None:
+            return combine(np.stack(features), weights)
+        if sent.encoder != now.encoder.about["sha256"]:
+            raise UserError("The gallery has another encoder now: choose the picture again.")
+        return combine(np.stack([*features, sent.feature_D]), [*weights, 1.0])
 
 
 def title(question: Question) -> str:
     """What was asked, in words."""
     if question.like is not None:
         return f"more like {question.like}" + (", in other views" if question.other_view else "")
-    return question.sentence + (f", without {question.minus}" if question.minus else "")
+    wanted = [question.sentence] * bool(question.sentence) + ["like your picture"] * bool(
+        question.sent
+    )
+    return ", ".join(wanted) + (f", without {question.minus}" if question.minus else "")
 
 
 def _check(question: Question, page: int) -> None:
     """Raise UserError for what a page may not ask."""
-    if question.like is None and not question.sentence:
-        raise UserError("Say who is looked for.")
+    if question.like is None and question.sent is None and not question.sentence:
+        raise UserError("Say who is looked for, or add a picture.")
     for text in (question.sentence, question.minus):
         if len(text) > MAX_SENTENCE:
             raise UserError(

@@ -103,10 +103,6 @@ class Gallery:
                     raise
         raise UserError(f"{folder}: changes faster than it can be read; try again later")
 
-    def path_of(self, row: int) -> str:
-        """The path of the file of a row. A relative one begins at the manifest's `root`."""
-        return os.path.join(self.manifest["root"], self.items["path"][row].as_py())
-
 
 class Store:
     """A gallery's folder, for the one process that writes it; see `writing`."""

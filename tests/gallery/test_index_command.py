@@ -16,6 +16,7 @@ from gallery import engine_torch, indexing
 from gallery.copies import Copy
 from gallery.index import INDEX
 from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
+from tests.gallery.made import path_of
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run
 from tests.reliability.runs import train_small_run
@@ -272,7 +273,7 @@ def test_pictures_that_have_moved_are_found_by_their_new_root(index, photos, tmp
     shutil.move(photos, tmp_path / "elsewhere")
     second = index("--images", tmp_path / "elsewhere", "--root", tmp_path / "elsewhere")
     assert read_files[1] == [] and by_path(first) == by_path(second)
-    assert second.path_of(0).startswith(str(tmp_path / "elsewhere"))
+    assert path_of(second, 0).startswith(str(tmp_path / "elsewhere"))
 
 
 def test_info_counts_by_source_and_view(index, photos, monkeypatch, tmp_path, capsys):
@@ -324,9 +325,10 @@ def test_deleted_people_are_gone_from_the_disk_and_stay_out(
 
 def test_a_gallery_that_another_process_writes_is_refused(index, photos, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from gallery.store import writing\n"
-        "with writing(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from utils.files import lock\n"
+        "lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
+    (tmp_path / "gallery").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "gallery")]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
