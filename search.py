@@ -19,55 +19,17 @@ import utils  # noqa: F401  before torch is loaded
 # isort: split
 
 import sys
-from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
 
 from utils.command_line import Parser
 from utils.errors import UserError, run_main
 from utils.interrupt import exit_on_signals
 
-
-def _index() -> ModuleType:
-    from gallery import commands_index
-
-    return commands_index
-
-
-def _find() -> ModuleType:
-    from gallery import find
-
-    return find
-
-
-def _serve() -> ModuleType:
-    from gallery import commands_serve
-
-    return commands_serve
-
-
-def _compress() -> ModuleType:
-    from gallery import commands_compress
-
-    return commands_compress
-
-
-def _info() -> ModuleType:
-    from gallery import commands_info
-
-    return commands_info
-
-
-def _delete() -> ModuleType:
-    from gallery import commands_delete
-
-    return commands_delete
-
-
 # A command's module has `add_options` and `run`, and its docstring's first line says what it does.
 # It is imported for this command alone, because the libraries of some take seconds.
-COMMANDS: dict[str, Callable[[], ModuleType]] = {
-    "index": _index, "find": _find, "serve": _serve, "compress": _compress, "info": _info,
-    "delete": _delete,
+COMMANDS = {
+    "index": "commands_index", "find": "find", "serve": "commands_serve",
+    "compress": "commands_compress", "info": "commands_info", "delete": "commands_delete",
 }  # fmt: skip
 
 
@@ -84,11 +46,11 @@ def _main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    for name, load in COMMANDS.items():
+    for name, module in COMMANDS.items():
         if words[:1] not in ([name], []):
             commands.add_parser(name)  # so that an unknown command is told the known ones
             continue
-        command = load()
+        command = import_module(f"gallery.{module}")
         what = (command.__doc__ or "").split("\n")[0]
         one = commands.add_parser(name, description=what, help=what, allow_abbrev=False)
         command.add_options(one)
