@@ -117,7 +117,11 @@ def main() -> None:
         model = build_evaluation_model(full, checkpoint, str(path)).eval()
         known = read_attributes(args.attributes_file) if model.sentences else []
         columns = model.sentences.columns.tolist() if model.sentences else []
-        about = {"epoch": epoch, "sha256": file_hash(path), "pretrain_choice": model_name(args)}
+        about = {
+            "name": path.absolute().parent.name, "checkpoint": path.name, "epoch": epoch,
+            "sha256": file_hash(path), "pretrain_choice": model_name(args),
+            "stride_size": args.stride_size,
+        }  # fmt: skip
         attributes = [known[column] for column in columns]
         line = export_onnx(model, Path(args.onnx), args.text_length, attributes, about)
         say(visible(line))
