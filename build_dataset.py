@@ -18,10 +18,10 @@ import argparse
 import re
 from functools import partial
 
-from utils.devices import cores
 from utils.errors import UserError, run_main
 from utils.files import path_option
 from utils.interrupt import exit_on_signals
+from utils.machine import cores
 
 
 def main() -> None:

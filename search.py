@@ -9,7 +9,7 @@
     python search.py delete --gallery galleries/campus --identity 17
 
 `index` makes a gallery of people, or brings one up to date. `python search.py COMMAND --help` lists
-the options of a command.
+the options of a command. With an encoder in ONNX (`--onnx FOLDER`) they need no torch.
 """
 
 from __future__ import annotations
@@ -19,72 +19,38 @@ import utils  # noqa: F401  before torch is loaded
 # isort: split
 
 import sys
-from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
 
 from utils.command_line import Parser
 from utils.errors import UserError, run_main
 from utils.interrupt import exit_on_signals
 
-
-def _index() -> ModuleType:
-    from gallery import commands_index
-
-    return commands_index
-
-
-def _find() -> ModuleType:
-    from gallery import find
-
-    return find
-
-
-def _serve() -> ModuleType:
-    from gallery import commands_serve
-
-    return commands_serve
-
-
-def _compress() -> ModuleType:
-    from gallery import commands_compress
-
-    return commands_compress
-
-
-def _info() -> ModuleType:
-    from gallery import commands_info
-
-    return commands_info
-
-
-def _delete() -> ModuleType:
-    from gallery import commands_delete
-
-    return commands_delete
-
-
 # A command's module has `add_options` and `run`, and its docstring's first line says what it does.
 # It is imported for this command alone, because the libraries of some take seconds.
-COMMANDS: dict[str, Callable[[], ModuleType]] = {
-    "index": _index, "find": _find, "serve": _serve, "compress": _compress, "info": _info,
-    "delete": _delete,
+COMMANDS = {
+    "index": "commands_index", "find": "find", "serve": "commands_serve",
+    "compress": "commands_compress", "info": "commands_info", "delete": "commands_delete",
 }  # fmt: skip
 
 
 def main() -> None:
+    try:
+        _main()
+    except ModuleNotFoundError as error:  # also of what only some options need
+        raise UserError(
+            f"{error.name} is not installed: pip install -r requirements-search.txt"
+        ) from None
+
+
+def _main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    for name, load in COMMANDS.items():
+    for name, module in COMMANDS.items():
         if words[:1] not in ([name], []):
             commands.add_parser(name)  # so that an unknown command is told the known ones
             continue
-        try:
-            command = load()
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"{error.name} is not installed: pip install -r requirements-search.txt"
-            ) from None
+        command = import_module(f"gallery.{module}")
         what = (command.__doc__ or "").split("\n")[0]
         one = commands.add_parser(name, description=what, help=what, allow_abbrev=False)
         command.add_options(one)

@@ -18,19 +18,17 @@ from typing import Any
 
 from gallery.rerank import RERANKED, rank_reranked
 from processor.best import epoch_and_best
-from processor.failures import explain_failures
+from processor.evaluation import evaluate_split
 from processor.inference import Run
-from processor.result_tables import attribute_table, gallery_table, interval_table
-from processor.results import intervals, per_query, write_results
-from processor.summary import compare_data, compare_metrics, protocol_of, warn
+from processor.results import write_results
+from processor.summary import compare_data, protocol_of, warn
 from utils import distributed
 from utils.checkpoint import load_checkpoint
 from utils.command_line import parse_test_options
-from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable, path_option
+from utils.machine import allow_open_files
 from utils.run_log import setup_logger
-from utils.text import Multiline, visible
 
 
 def main() -> None:
@@ -59,38 +57,10 @@ def main() -> None:
     results |= {"protocol": protocol.results(), "data": data_entry}
     # Evaluate the selecting split too, to compare its metrics with those of training.
     for name in [n for n in dict.fromkeys((protocol.chosen_on, "test")) if n in data.splits]:
-        evaluator = run.evaluator(name, processes)
-        with explain_failures(args, device, evaluator.files, "evaluation"):
-            if args.features:
-                features = evaluator.encode_into(args.features, run.model, path)
-            else:
-                features = evaluator.encode(run.model)
-            galleries = evaluator.galleries(features)
-        metrics = {k: ranked.summary() for k, ranked in galleries.items()}
-        results["splits"][name] = {"galleries": {k: r.results() for k, r in metrics.items()}}
-        queries |= per_query(name, galleries)
-        if args.rerank:
-            again = evaluator.galleries(features, rank_reranked)
-            reranked = {k: ranked.summary() for k, ranked in again.items()}
-            results["splits"][name]["reranked"] = {k: r.results() for k, r in reranked.items()}
-            metrics = {
-                f"{k}{suffix}": rows[k]
-                for k in metrics
-                for suffix, rows in (("", metrics), (", re-ranked", reranked))
-            }
-        heading = visible(f"{name} split, which {protocol.role(name)}")
-        log.info(Multiline(f"\n{heading}\n{gallery_table(metrics)}"))
-        if args.bootstrap:
-            bounds = {k: intervals(r, args.bootstrap, args.seed) for k, r in galleries.items()}
-            results["splits"][name]["intervals"] = bounds
-            heading = f"95 % confidence intervals, {args.bootstrap} bootstrap samples of identities"
-            log.info(Multiline(f"\n{heading}\n{interval_table(bounds)}"))
-        if best.get("split") == name:
-            log.info(compare_metrics(best, next(iter(metrics.values()))))
-        if data.attribute_names and hasattr(run.model, "atr_matching_head"):
-            accuracy = evaluator.attribute_accuracy(run.model, features)
-            results["splits"][name]["attribute_accuracy"] = accuracy
-            log.info(Multiline(f"\nFIRM's accuracy per attribute, %\n{attribute_table(accuracy)}"))
+        results["splits"][name], arrays = evaluate_split(
+            name, run, path, best, protocol, processes, log, rank_reranked if args.rerank else None
+        )
+        queries |= arrays
     distributed.finish()
     if processes.is_rank_0:
         log.info(write_results(path, results, queries))

@@ -12,16 +12,13 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
-import torch
-from easydict import EasyDict
-
 from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
 from model.build import build_training_model, check_batch_norm, load_fitting
 from model.losses.registry import check_losses, more_images, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
-from processor.memory import memory_note
+from processor.memory import memory_notes
 from processor.result_tables import best_table
 from processor.resume import read_state, resume
 from processor.step import TrainStep
@@ -33,9 +30,10 @@ from utils.attributes import check_labels, read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.command_line import changed_options, parse_options
 from utils.config import write_config
-from utils.devices import allow_open_files, choose_precision
+from utils.devices import choose_precision
 from utils.errors import run_main
 from utils.interrupt import exit_on_signals
+from utils.machine import allow_open_files
 from utils.run_log import setup_logger
 from utils.runs import CONFIG, open_run
 from utils.text import Multiline
@@ -74,12 +72,7 @@ def main() -> None:
     log = setup_logger(run_dir / "train_log.txt", processes.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, loader, evaluators, args, device, processes)
-    if device.type == "cuda" and processes.is_rank_0:
-        free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device)  # by the model
-        shard = EasyDict(args, batch_size=-(-args.batch_size // processes.size))
-        log.info(memory_note(model, shard, data.has_pairs, free, total))
-    for note in notes:
+    for note in (*memory_notes(model, args, data.has_pairs, device, processes), *notes):
         log.info(note)
     optimizer = build_optimizer(model.named_parameters(), args)
     train_step = TrainStep(model, optimizer, args)

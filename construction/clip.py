@@ -32,9 +32,10 @@ from utils.attributes import Attribute
 from utils.checkpoint import load_checkpoint
 from utils.command_line import options_of_run
 from utils.config import resolve
-from utils.devices import at_least_float32, choose_device, cores
+from utils.devices import at_least_float32, choose_device
 from utils.errors import UserError
 from utils.files import expand
+from utils.machine import cores
 from utils.runs import CONFIG
 
 BATCH = 64  # pictures that are encoded at once

@@ -6,6 +6,7 @@ What encodes images without torch (gallery/onnx.py) reads them with the same cod
 from __future__ import annotations
 
 import errno
+import io
 import re
 from typing import BinaryIO
 
@@ -68,7 +69,11 @@ def upright(image: PILImage.Image) -> PILImage.Image:
 
 
 def read_image(
-    path: str, entry: str = "", at_least: tuple[int, int] | None = None
+    path: str,
+    entry: str = "",
+    at_least: tuple[int, int] | None = None,
+    content: bytes | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> PILImage.Image:
     """Decode an image to RGB and turn it upright, as its EXIF data says. Raises BrokenImage naming
     the file (and entry) if it cannot be read.
@@ -76,15 +81,18 @@ def read_image(
     Args:
         at_least: height and width; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at
             least at this size. This takes a fraction of the time.
+        content: of the file, if it is in memory; `path` is then its name in messages.
+        max_pixels: an image with more is refused.
     """
-    advice = "Replace the file" + (", or remove its entry from the JSON" if entry else "")
+    advice = "Replace the file" if content is None else "Choose another one"
+    advice += ", or remove its entry from the JSON" if entry else ""
     try:
         # Not opened by PIL: it would wait forever on a pipe, and it memory-maps some files, where
         # a truncation by another program would kill the process (SIGBUS).
-        with open_image(path, MAX_BYTES) as file:
+        with open_image(path, MAX_BYTES) if content is None else io.BytesIO(content) as file:
             scans = _scans(file)
             with PILImage.open(file, formats=FORMATS) as image:
-                _refuse_bomb(*image.size, scans)  # before it is decoded
+                _refuse_bomb(*image.size, scans, max_pixels)  # before it is decoded
                 if at_least is not None:
                     image.draft("RGB", at_least if _orientation(image) >= 5 else at_least[::-1])
                 image.load()  # also turns a TIFF upright and removes its orientation
@@ -157,10 +165,10 @@ def _scans(file: BinaryIO) -> int:
     return scans
 
 
-def _refuse_bomb(width: int, height: int, scans: int) -> None:
+def _refuse_bomb(width: int, height: int, scans: int, max_pixels: int) -> None:
     """Raise ValueError for an image that would take too much memory or time to decode."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} is over the limit of {MAX_PIXELS} pixels")
+    if width * height > max_pixels:
+        raise ValueError(f"{width}x{height} is over the limit of {max_pixels} pixels")
     if max(width, height) > MAX_SIDE:
         raise ValueError(f"{width}x{height}: a side is over the limit of {MAX_SIDE} pixels")
     if scans > min(MAX_SCANS, MAX_SCANNED // max(1, width * height)):

@@ -24,10 +24,10 @@ from datasets.samplers import EpochSampler, IdentitySampler, RandomSampler, eval
 from datasets.stored import tokenized
 from datasets.text import augmentation_of, tokenize, trim
 from datasets.training_set import TrainDataset
-from utils.devices import cores
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError
 from utils.interrupt import init_worker_signals
+from utils.machine import cores
 
 
 class TrainLoader(DataLoader[dict[str, Any]]):

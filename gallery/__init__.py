@@ -2,18 +2,21 @@
 
     records    what is known of a person in a picture: one row of a table
     ingest     folders, boxes, data sets and videos to files with the people in them
-    frames     files to people as bytes, by loader processes
+    frames     files to people as bytes
     detect     the people in a frame, by a detector
     encode     people to features and attributes, by a run or by vanilla weights
+    onnx       the same without torch, by what tools/export.py --onnx wrote
+    engine_*   reading and encoding side by side, with torch and without
     indexing   what a run has to encode; parts of the gallery as they become ready
     store      the gallery's folder: what is kept, and how a second run changes it
     where      the grammar of filters
-    index      nearest features: FAISS here, or Milvus elsewhere
+    index      nearest features, by FAISS
+    milvus     the same in a collection of Milvus
+    copies     copies of a gallery in Milvus, and how they are made equal to it
     query      sentences and pictures to hits
     pictures   the picture of a hit: a file or a frame, and the box in it
     heatmap    why this one: where in a picture a sentence is seen
     sheet      hits as a picture or a page
-    onnx       an encoder without torch, as tools/export.py --onnx writes it
     page       the search page
     commands_* the commands of search.py
 

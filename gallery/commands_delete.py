@@ -1,4 +1,9 @@
-"""Remove people from a gallery: their rows and features are then gone from the disk."""
+"""Remove people from a gallery: their rows and features are then gone from the disk.
+
+Its copies are named with --store, and people leave them first: after a kill they are still in the
+gallery, and the same command finds them again. Without --store a gallery with copies is refused:
+nobody stays in a forgotten one, and no password goes to an address that the user did not name.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gallery import where
+from gallery.copies import Copy, delete_copy, stores
 from gallery.index import INDEX, remove_index
 from gallery.indexing import stored_path
+from gallery.milvus import FORM, STORE_HELP, store_option
 from gallery.store import MANIFEST, NEXT, Part, Store, below, read_manifest, writing
 from utils.console import say
 from utils.errors import UserError
@@ -29,35 +36,54 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="everyone in these pictures, videos and folders")  # fmt: skip
     which.add_argument("--where", metavar="FILTER", help="everyone for whom this holds, as in find")
     which.add_argument("--id", nargs="+", type=int, metavar="INT", help="the rows with these ids")
+    which.add_argument("--copy", type=store_option, metavar=FORM,
+        help="nobody, but the gallery's whole copy there, which is then forgotten")  # fmt: skip
+    add("--store", nargs="+", default=[], type=store_option, metavar=FORM,
+        help=f"the copies of the gallery, which people leave too. {STORE_HELP}")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Delete. Raises UserError, also if nobody is found."""
     read_manifest(args.gallery)  # before a folder is made
     with writing(args.gallery) as folder:
+        if args.copy:
+            found = delete_copy(folder, args.copy)
+            say(visible(f"{args.copy}: {'deleted' if found else 'there was no copy'}; forgotten"))
+            return
+        if others := [address for address in stores(folder) if address not in args.store]:
+            raise UserError(
+                f"--gallery {folder}: has copies, which people shall leave too: give --store "
+                f"{' '.join([*args.store, *others])}; delete --copy forgets one that is not used"
+            )
         store = Store(folder, read_manifest(folder), MANIFEST)
         if (folder / NEXT).exists():
             raise UserError(
                 f"{folder}: index --reencode has not finished, and would bring people back; "
                 "finish it first"
             )
+        copies = [Copy(folder, address) for address in args.store]
         store.clean()
-        deleted, indexed = 0, False
         parts: list[Part | None] = []
+        ids: list[int] = []
         for part in store.parts:
             items = store.read(part, "items")
             chosen = _chosen(items, args, store.manifest["root"])
-            deleted += int(chosen.sum())
+            ids += items["id"].filter(pa.array(chosen)).to_pylist()
             parts.append(store.rewritten(part, ~chosen, items) if chosen.any() else part)
-        if not deleted:
+        for copy in copies:
+            if count := copy.drop(store, ids):
+                say(visible(f"{copy.address}: {count} people left it who were in it alone"))
+        if not ids:
             raise UserError(f"--gallery {folder}: has nobody of these; nothing is deleted")
         # First, because it has the features too, in short codes.
         indexed = remove_index(folder / INDEX)
         store.commit([part for part in parts if part is not None])
         total = sum(part["rows"] for part in store.parts)
-    say(visible(f"{folder}: {deleted} people deleted, {total} are left"))
-    if indexed:
-        say(visible(f"{folder}: its index is deleted too; make it anew: search.py compress"))
+        say(visible(f"{folder}: {len(ids)} people deleted, {total} are left"))
+        if indexed:
+            say(visible(f"{folder}: its index is deleted too; make it anew: search.py compress"))
+        for copy in copies:
+            copy.update(store)
 
 
 def _chosen(items: pa.Table, args: argparse.Namespace, root: str) -> np.ndarray:

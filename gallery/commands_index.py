@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from gallery.detect import detected, load_detector
-from gallery.encode import IDENTITY, Encoder, run_encoder, weights_encoder
-from gallery.frames import chunk_loader, import_av
+from gallery.copies import Copy, stores
+from gallery.frames import import_av
 from gallery.indexing import Plan, Report, apply_plan, encode_parts, make_plan
 from gallery.ingest import VIEWS, Found, add_boxes, add_dataset, add_pictures, add_videos
+from gallery.milvus import FORM, STORE_HELP, MilvusError, check_installed, store_option
 from gallery.store import (
+    IDENTITY,
     MANIFEST,
     NEXT,
     Store,
@@ -28,14 +29,18 @@ from gallery.store import (
     read_manifest,
     writing,
 )
-from processor.failures import explain_failures
-from utils import distributed
-from utils.devices import allow_open_files
+from utils.console import process_rank
 from utils.errors import StoppedBySignal, UserError
 from utils.files import expand, path_option, write_atomically
 from utils.options import OPTIONS
 from utils.run_log import setup_logger
 from utils.text import visible
+
+if TYPE_CHECKING:
+    from gallery.encode import Encoder
+    from gallery.engine_onnx import OnnxEngine
+    from gallery.engine_torch import TorchEngine
+    from gallery.onnx import OnnxEncoder
 
 BROKEN = "broken.json"  # in the gallery: what could not be read
 SHOWN = 5  # broken files in the log
@@ -46,6 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gallery", required=True, type=path_option, metavar="FOLDER",
         help="the gallery, which is made if it does not exist")  # fmt: skip
+    add("--store", type=store_option, metavar=FORM,
+        help="then make the copy of the gallery there equal to it; without an encoder and anything "
+        f"to index, do this alone. {STORE_HELP}")  # fmt: skip
     group = parser.add_argument_group("What to index")
     add = group.add_argument
     add("--images", nargs="+", default=[], metavar="PATH",
@@ -77,6 +85,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="checkpoint next to --config_file (default: best.pth)")  # fmt: skip
     add("--pretrain_choice", default="", metavar="NAME|FILE",
         help="vanilla weights in place of a run, as train.py takes them")  # fmt: skip
+    add("--onnx", type=path_option, metavar="FOLDER",
+        help="a run's encoders in ONNX (tools/export.py --onnx) in place of the run: this needs no "
+        "torch")  # fmt: skip
     add("--img_size", nargs=2, type=int, metavar="INT",
         help="--pretrain_choice: height and width of images (default: 384 128)")  # fmt: skip
     add("--attributes_file", type=expand, metavar="FILE", help=OPTIONS["attributes_file"].help)
@@ -98,9 +109,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Index. Raises UserError, and StoppedBySignal after a signal."""
     _check(args)
-    allow_open_files(args.num_workers)
-    processes, device = distributed.start(args.device)
-    log = setup_logger(rank=processes.rank)
+    log = setup_logger(rank=process_rank())
+    if _only_copies(args):
+        if process_rank() == 0:
+            read_manifest(args.gallery)  # before a folder is made
+            with writing(args.gallery):
+                _update_copy(args, Store(args.gallery, read_manifest(args.gallery)), log)
+        return
+    engine = _engine(args)
+    processes = engine.processes
     with ExitStack() as stack:
         if processes.is_rank_0:
             stack.enter_context(writing(args.gallery))
@@ -108,9 +125,9 @@ def run(args: argparse.Namespace) -> None:
         name = NEXT if args.reencode else MANIFEST
         there = _manifest_if_any(args.gallery, name) if processes.is_rank_0 else None
         manifest = processes.from_rank_0(there)
-        encoder = _encoder(args, device.type, manifest)
-        for note in encoder.run.notes:
-            log.info(note)
+        # The precision of the gallery, if none is given.
+        known = manifest["encoder"]["precision"] if manifest and not args.reencode else None
+        encoder = engine.load(known, log)
         if manifest and (changes := _differences(encoder, manifest)):
             if not args.reencode:
                 raise UserError(
@@ -119,30 +136,23 @@ def run(args: argparse.Namespace) -> None:
                     "--gallery, or --reencode"
                 )
             manifest = None  # an unfinished gallery of a third encoder
-        detector = load_detector(args.detect, device, args.min_score) if args.detect else None
         plan, store = Plan(), None
         replaced: dict[str, set[str]] = {}
         if processes.is_rank_0:
             store, plan, replaced = _planned(args, encoder, manifest, name, log)
         jobs, manifest = processes.from_rank_0((plan.jobs, store.manifest if store else None))
         store = store or Store(args.gallery, manifest, name)
-        size = (encoder.about["img_size"][0], encoder.about["img_size"][1])
         mine = jobs[processes.rank :: processes.size]
-        chunks: Any = chunk_loader(
-            mine, size, args.test_batch_size, args.every, detector is not None,
-            args.num_workers, device, processes.local_size,
-        )  # fmt: skip
-        if detector is not None:
-            chunks = detected(chunks, detector, size, args.test_batch_size)
         bar = tqdm(
             total=len(mine), unit="file", desc="index", leave=False,
             disable=None if processes.is_rank_0 else True,
         )  # fmt: skip
-        with bar, explain_failures(encoder.run.args, device, [], "evaluation"):
-            reports = encode_parts(chunks, encoder, store, replaced, processes, bar)
-        distributed.finish()
+        with bar, engine.results(mine) as results:
+            reports = encode_parts(results, store, replaced, processes, bar)
         if processes.is_rank_0:
             _finish(args, store, plan, reports, log)
+            if not any(report.stopped for report in reports):
+                _update_copy(args, store, log)
     if stopped := [report.stopped for report in reports if report.stopped]:
         raise StoppedBySignal(
             f"{stopped[0]}: stopped; what is encoded is kept: give the same command to go on"
@@ -151,14 +161,24 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together."""
-    if bool(args.config_file) == bool(args.pretrain_choice):
-        raise UserError("give the encoder: either --config_file or --pretrain_choice")
+    if args.store:
+        check_installed()
+    if _only_copies(args):
+        return
+    if sum(map(bool, (args.config_file, args.pretrain_choice, args.onnx))) != 1:
+        raise UserError("give the encoder: one of --config_file, --pretrain_choice and --onnx")
     if not (args.images or args.videos or args.dataset_name or args.boxes):
         raise UserError("give --images, --videos, --boxes or --dataset_name: what to index")
     if args.detect and (args.boxes or args.dataset_name):
         raise UserError("--detect: the people of --boxes and of a data set are known already")
     if args.img_size and not args.pretrain_choice:
         raise UserError("--img_size: a run has its own; only with --pretrain_choice")
+    if args.checkpoint != "best.pth" and not args.config_file:
+        raise UserError(f"--checkpoint {args.checkpoint}: one of a run; only with --config_file")
+    if args.onnx and args.detect:
+        raise UserError("--detect: detectors need torch; with --onnx give --boxes instead")
+    if args.onnx and args.precision:
+        raise UserError("--precision: an export has float32 alone; leave it out with --onnx")
     if not 0 < args.every <= 1e6:
         raise UserError(f"--every {args.every}: must be a positive number of seconds")
     for name, least in (("test_batch_size", 1), ("num_workers", 0)):
@@ -170,29 +190,48 @@ def _check(args: argparse.Namespace) -> None:
         import_av()
 
 
+def _only_copies(args: argparse.Namespace) -> bool:
+    """Whether nothing is to be indexed, but an existing gallery to be copied."""
+    sources = (args.images, args.videos, args.dataset_name, args.boxes)
+    how = (args.config_file, args.pretrain_choice, args.onnx, args.detect, args.view, args.root)
+    return bool(args.store) and not any((*sources, *how, args.reencode, args.repair))
+
+
+def _update_copy(args: argparse.Namespace, store: Store, log: Any) -> None:
+    """Make the copy of --store equal to the gallery, and name those that may be behind."""
+    if args.store:
+        try:
+            count = Copy(args.gallery, args.store, new=True).update(store)
+        except MilvusError as error:
+            raise UserError(
+                f"{error}; {args.gallery} is up to date, its copy is not: search.py index "
+                f"--gallery {args.gallery} --store {args.store} goes on"
+            ) from None
+        log.info(f"{args.store}: {count} people put; it is equal to {args.gallery}")
+    for other in stores(args.gallery):
+        if other != args.store:
+            log.info(f"{other}: not brought up to date; --store {other} does so")
+
+
 def _manifest_if_any(folder: Path, name: str) -> dict[str, Any] | None:
     return read_manifest(folder, name) if os.path.lexists(folder / name) else None
 
 
-def _encoder(args: argparse.Namespace, device: str, manifest: Mapping[str, Any] | None) -> Encoder:
-    """The encoder of the options, in the precision of the gallery if none is given."""
-    known = manifest["encoder"]["precision"] if manifest and not args.reencode else None
-    options = {
-        "device": device, "precision": args.precision or known,
-        "batch_size": args.test_batch_size, "num_workers": 0,
-    }  # fmt: skip
-    if args.pretrain_choice:
-        return weights_encoder(args.pretrain_choice, args.img_size, **options)
-    attributes_file = args.attributes_file or None
-    return run_encoder(
-        args.config_file, args.checkpoint, attributes_file=attributes_file, **options
-    )
+def _engine(args: argparse.Namespace) -> TorchEngine | OnnxEngine:
+    """What reads and encodes; torch is imported only if it is needed."""
+    if args.onnx:
+        from gallery.engine_onnx import OnnxEngine
+
+        return OnnxEngine(args)
+    from gallery.engine_torch import TorchEngine
+
+    return TorchEngine(args)
 
 
-def _differences(encoder: Encoder, manifest: Mapping[str, Any]) -> list[str]:
+def _differences(encoder: Encoder | OnnxEncoder, manifest: Mapping[str, Any]) -> list[str]:
     """How the encoder differs from that of a gallery."""
     old, new = manifest["encoder"], encoder.about
-    different = [name for name in IDENTITY if old.get(name) != new[name]]
+    different = [name for name in (*IDENTITY, "precision") if old.get(name) != new[name]]
     shown = {"sha256": ("weights of", "name")}
     texts = []
     for name in different:
@@ -217,7 +256,7 @@ def _found(args: argparse.Namespace) -> Found:
 
 def _planned(
     args: argparse.Namespace,
-    encoder: Encoder,
+    encoder: Encoder | OnnxEncoder,
     manifest: dict[str, Any] | None,
     name: str,
     log: Any,
@@ -239,7 +278,11 @@ def _planned(
         lists = {n: list(classes) for n, classes in attributes.items()}
         root = os.path.abspath(args.root or manifest["root"])
         store.commit(
-            store.parts, attributes=lists, root=root, encoder=encoder.about, libraries=libraries()
+            store.parts,
+            attributes=lists,
+            root=root,
+            encoder=encoder.about,
+            libraries=libraries(encoder.about),
         )
     if args.repair:
         damaged = damaged_parts(args.gallery, store.parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from gallery.copies import stores
 from gallery.store import Gallery, size_on_disk
 from utils.console import say
 from utils.files import path_option
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
         f"encoder: {encoder['kind']} {encoder['name']}, {height}x{width}, {encoder['precision']}, "
         f"{encoder['embed_dim']} numbers, SHA-256 {encoder['sha256'][:16]}",
         f"attributes: {', '.join(manifest['attributes']) or 'none'}",
+        f"copies: {', '.join(stores(args.gallery)) or 'none'}",
         "written with " + ", ".join(f"{n} {v}" for n, v in manifest["libraries"].items()),
     ]
     say("\n".join(map(visible, lines)))

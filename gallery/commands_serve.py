@@ -15,6 +15,7 @@ import os
 import socket
 from pathlib import Path
 
+from gallery.milvus import FORM, STORE_HELP, store_option
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option, read_file
@@ -30,7 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gallery", required=True, type=path_option, metavar="FOLDER", help="the gallery")
     add("--run", type=path_option, metavar="FOLDER",
         help="where the gallery's encoder is now, if it was moved")  # fmt: skip
+    add("--onnx", type=path_option, metavar="FOLDER",
+        help="the encoder in ONNX, as for find: without torch, and without heat maps")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for train.py")
+    add("--store", type=store_option, metavar=FORM,
+        help=f"search the gallery's copy there, made by index --store. {STORE_HELP}")  # fmt: skip
     add("--host", default=LOOPBACK, metavar="ADDRESS",
         help="address to listen at, such as 0.0.0.0 for all of this machine's; other than the "
         f"default's it needs a password (default: {LOOPBACK}, this machine alone)")  # fmt: skip
@@ -46,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     """Serve until a signal. Raises UserError."""
     if args.max_requests < 1:
         raise UserError(f"--max_requests {args.max_requests}: at least 1")
+    if args.onnx and args.run:
+        raise UserError("--onnx and --run: two encoders; give one of them")
     password = read_password(args.password_file)
     if not is_loopback(args.host) and not password:
         raise UserError(
@@ -56,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from gallery.page import serve
     from gallery.service import Service
 
-    service = Service(args.gallery, args.run, args.device)
+    service = Service(args.gallery, args.run, args.device, args.store, args.onnx)
     host = f"[{args.host}]" if ":" in args.host else args.host
     say(f"{args.gallery}: {len(service.now())} people; http://{host}:{args.port} (Ctrl-C ends it)")
     if not is_loopback(args.host):
@@ -92,7 +99,10 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises UserError, for example if the port is in use."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        listening = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host {host} --port {port}: {reason}; choose another") from None
+    # For its connections too: without it, the end of a short answer comes 40 ms later.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening

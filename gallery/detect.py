@@ -12,9 +12,9 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from datasets.transforms import convert_image
 from gallery.frames import Chunk
 from gallery.ingest import Box
+from gallery.pictures import as_bytes
 from gallery.records import id_of
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, suggest
@@ -109,7 +109,7 @@ def detected(
                 place = {"left": left, "top": top, "width": width, "height": height}
                 number = id_of(row["path"], row["frame_time"], (left, top, width, height))
                 ready.rows.append({**row, **place, "id": number})
-                ready.images.append(convert_image(crop, size))
+                ready.images.append(as_bytes(crop, size))
         ready.done += chunk.done
         ready.broken += chunk.broken
     if ready.rows or ready.done or ready.broken:

@@ -9,15 +9,19 @@ Shapes: G images, Q captions, B batch size, D width of the features, A attribute
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gallery.frames import Chunk
+from gallery.records import SURE, Guesses
+from gallery.store import check_encoder
 from model.weights import find_weights, parse_choice
 from processor.evaluator import encode_images
 from processor.feature_files import file_hash
@@ -26,11 +30,6 @@ from utils.attributes import read_attributes
 from utils.devices import autocast
 from utils.errors import UserError
 from utils.files import expand
-
-Guesses = dict[str, tuple[list[str], list[float]]]  # by attribute: class and score of each image
-SURE = 1.0  # the score of a label; that of a guess is lower
-# What an encoder is known by in a manifest; with another value, features cannot be compared.
-IDENTITY = ("sha256", "img_size", "stride_size", "precision")
 
 
 class Encoded(NamedTuple):
@@ -55,7 +54,7 @@ class Encoder:
         self.about = about | {
             "pretrain_choice": args.pretrain_choice, "img_size": list(args.img_size),
             "stride_size": args.stride_size, "text_length": args.text_length,
-            "embed_dim": run.model.base_model.config.embed_dim, "precision": args.precision,
+            "embed_dim": run.model.feature_dim, "precision": args.precision,
         }  # fmt: skip
         self.attributes: dict[str, tuple[str, ...]] = {}
         self._sentences: Tensor | None = None
@@ -107,7 +106,7 @@ class Encoder:
             return empty.long(), empty
         if self._sentences is None:
             self._sentences = model.encode_text(model.sentences.ids)  # as in the evaluation
-        logits_GS2 = model.atr_matching_head(self._sentences, feature_GD)
+        logits_GS2 = model.match_sentences(feature_GD, self._sentences)
         match_GS = F.log_softmax(logits_GS2, dim=-1)[..., 1]
         best = [s.softmax(dim=1).max(dim=1) for s in model.sentences.class_scores(match_GS)]
         scores = torch.stack([b.values.float() for b in best], dim=1)
@@ -143,6 +142,11 @@ def load_encoder(
     about = source["encoder"]
     precision = precision or about["precision"]
     place = os.fspath(run) if run else about["folder"]
+    if not place and about.get("onnx"):
+        raise UserError(
+            f"the gallery was made with {about['onnx']}, an export of {about['name']}: give the "
+            "folder of that run"
+        )
     if about["kind"] == "run":
         made = run_encoder(
             place, about["checkpoint"], precision=precision, attributes_file=attributes_file,
@@ -152,12 +156,7 @@ def load_encoder(
         choice = os.fspath(run) if run else about["pretrain_choice"]
         size = about["img_size"]
         made = weights_encoder(choice, size, precision=precision, sha256=about["sha256"], **options)
-    for name in IDENTITY[:-1]:
-        if made.about[name] != about[name]:
-            raise UserError(
-                f"{place}: its {name} is {made.about[name]}, but the gallery was made with "
-                f"{about[name]}; give the encoder that made the gallery"
-            )
+    check_encoder(made.about, about, place)
     return made
 
 
@@ -192,29 +191,32 @@ def weights_encoder(
 
 
 def encoded(
-    batches: Iterator[Any], encoder: Encoder
-) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
-    """For each chunk (gallery/frames.py): the chunk, and features, classes and scores on the CPU.
+    chunks: Iterable[Chunk], encoder: Encoder
+) -> Iterator[tuple[Chunk, np.ndarray, Guesses]]:
+    """For each chunk: the chunk, its features [B, D] float16, and what is guessed of its people.
 
     One chunk ahead: while the GPU encodes a chunk, the CPU uses the features of the one before.
     """
     streams, ahead = torch.get_device_module(encoder.device), None
-    for chunk in batches:
-        found = encoder.encode_bytes(chunk.images) if len(chunk.images) else _nothing(encoder)
+    for chunk in chunks:
+        images = torch.as_tensor(chunk.images)
+        found = encoder.encode_bytes(images) if len(images) else _nothing(encoder)
         on_cpu = [part.to("cpu", non_blocking=True) for part in found]
         copied = streams.current_stream().record_event()  # None on a CPU
         if ahead is not None:
-            yield _arrived(*ahead)
+            yield _arrived(encoder, *ahead)
         ahead = chunk, on_cpu, copied
     if ahead is not None:
-        yield _arrived(*ahead)
+        yield _arrived(encoder, *ahead)
 
 
-def _arrived(chunk: Any, parts: list[Tensor], copied: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
+def _arrived(
+    encoder: Encoder, chunk: Chunk, parts: list[Tensor], copied: Any
+) -> tuple[Chunk, np.ndarray, Guesses]:
     if copied is not None:
         copied.synchronize()
     features, classes, scores = parts
-    return chunk, features, classes, scores
+    return chunk, features.numpy(), encoder.named(classes, scores)
 
 
 def _nothing(encoder: Encoder) -> Encoded:

@@ -5,6 +5,7 @@
         --gallery galleries/campus --where "view = 'aerial' and frame_time >= 12.5"
     python search.py find --like crop.jpg --gallery galleries/campus --json
     python search.py find --like 8127364519 --other_view --gallery galleries/campus
+    python search.py find "a man in red" --gallery galleries/campus --onnx exported
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -22,9 +24,11 @@ import numpy as np
 
 from gallery import where
 from gallery.index import INDEX, open_index
-from gallery.milvus import MAX_HITS, PREFIX, Milvus
-from gallery.query import GENERIC, Hit, Search, combine, find_hits, sureness
+from gallery.milvus import FORM, STORE_HELP, store_option
+from gallery.onnx import OnnxEncoder
+from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
 from gallery.rerank import RERANKED, rerank
+from gallery.store import Gallery, check_encoder
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option
@@ -33,7 +37,6 @@ from utils.text import visible
 
 if TYPE_CHECKING:
     from gallery.encode import Encoder
-    from gallery.store import Gallery
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gallery", required=True, type=path_option, metavar="FOLDER", help="the gallery")
     add("--encoder", type=path_option, metavar="PATH",
         help="where the gallery's encoder is now, if it was moved")  # fmt: skip
+    add("--onnx", type=path_option, metavar="FOLDER",
+        help="ask with the encoder in ONNX (tools/export.py --onnx), without torch (default: the "
+        "folder with which the gallery was made, if it was made so)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for train.py")
     group = parser.add_argument_group("Query")
     add = group.add_argument
@@ -72,17 +78,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="also write the hits with their pictures, into a .png or .html")  # fmt: skip
     add("--heat", action="store_true",
         help="--sheet: also show where in each picture the first sentence is seen")  # fmt: skip
-    add("--store", default="", metavar="milvus:URI",
-        help="search there: a server of Milvus or a file of Milvus Lite, to which the gallery's "
-        "features were put")  # fmt: skip
+    add("--store", type=store_option, metavar=FORM,
+        help=f"search the gallery's copy there, made by index --store. {STORE_HELP}")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the hits. Raises UserError."""
     _check(args)
-    # Not above: this module is loaded for --help too, and these take seconds.
-    from gallery.store import Gallery
-
     gallery = Gallery.open(args.gallery)
     if not len(gallery.items):
         raise UserError(f"--gallery {args.gallery}: nobody is in it yet")
@@ -91,34 +93,54 @@ def run(args: argparse.Namespace) -> None:
     needs_model = args.sentences or args.minus or any(p.row is None for p in pictures)
     encoder = None
     if needs_model:
-        from gallery.encode import load_encoder
-
-        encoder = load_encoder(gallery.manifest, run=args.encoder, device=args.device)
-    query_D, generic_GD = _query(args, gallery, encoder, pictures)
+        encoder = encoder_of(gallery.manifest, args.encoder, args.onnx, args.device)
+        if args.heat and isinstance(encoder, OnnxEncoder):
+            raise UserError("--heat: heat maps need torch and the run: give --encoder, not --onnx")
+    query_D = _query(args, gallery, encoder, pictures)
     search = _search(args.store, gallery, part)
     hits = find_hits(
         search,
         gallery.items,
         gallery.features,
         query_D,
-        args.top,
+        max(args.top, LOOKED),
         args.collapse,
         rerank if args.rerank else None,
     )
-    for line in _lines(args, gallery, part, query_D, generic_GD, hits):
+    for line in _lines(args, gallery, part, query_D, hits):
         say(line)
     if args.sheet and hits:
-        _write_sheet(args, gallery, encoder, hits)
+        _write_sheet(args, gallery, encoder, hits[: args.top])
+
+
+def encoder_of(
+    manifest: Mapping[str, Any], run: str | Path | None, onnx: str | Path | None, device: str
+) -> Encoder | OnnxEncoder:
+    """The encoder that asks a gallery: where `run` or `onnx` say, or else where the manifest does.
+    Raises UserError, also if it is not the one that made the gallery."""
+    about = manifest["encoder"]
+    folder = onnx or (None if run else about.get("onnx"))
+    if not folder:
+        from gallery.encode import load_encoder  # not above: it needs torch
+
+        return load_encoder(manifest, run=run, device=device)
+    encoder = OnnxEncoder(folder, device)
+    check_encoder(encoder.about, about, str(folder))
+    return encoder
 
 
 def _write_sheet(
-    args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, hits: list[Hit]
+    args: argparse.Namespace,
+    gallery: Gallery,
+    encoder: Encoder | OnnxEncoder | None,
+    hits: list[Hit],
 ) -> None:
-    from gallery.heatmap import heat_maps
     from gallery.sheet import sheet
 
     heat = None
-    if args.heat and encoder:
+    if args.heat and encoder and not isinstance(encoder, OnnxEncoder):
+        from gallery.heatmap import heat_maps
+
         (text_D,) = encoder.encode_text(args.sentences[:1])
         heat = partial(heat_maps, encoder.run.model, text_D=text_D.to(encoder.run.device))
     query = " + ".join(args.sentences) or f"more like {', '.join(args.like)}"
@@ -138,6 +160,8 @@ def _check(args: argparse.Namespace) -> None:
     parts = [*args.sentences, *args.minus, *args.like]
     if not args.sentences and not args.like:
         raise UserError("nobody is looked for: give a sentence, or --like with a picture or an id")
+    if args.onnx and args.encoder:
+        raise UserError("--onnx and --encoder: two encoders; give one of them")
     if args.top < 1:
         raise UserError(f"--top {args.top}: at least 1")
     if args.weight and len(args.weight) != len(parts):
@@ -154,8 +178,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--sheet {args.sheet}: give a name that ends in .png or .html")
     if args.heat and not (args.sheet and args.sentences):
         raise UserError("--heat: needs --sheet and a sentence")
-    if args.store and not args.store.startswith(PREFIX):
-        raise UserError(f"--store {args.store}: not of the form {PREFIX}URI")
 
 
 def _cosine(text: str) -> float | None:
@@ -196,48 +218,35 @@ def _filter(
 
 
 def _query(
-    args: argparse.Namespace, gallery: Gallery, encoder: Encoder | None, pictures: list[_Picture]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
-    sentences = [*args.sentences, *args.minus]
-    features, generic_GD = [], None
+    args: argparse.Namespace,
+    gallery: Gallery,
+    encoder: Encoder | OnnxEncoder | None,
+    pictures: list[_Picture],
+) -> np.ndarray:
+    """The query's feature [D]."""
+    sentences, features = [*args.sentences, *args.minus], []
     if encoder and sentences:
-        only_text = [] if pictures else list(GENERIC)
-        text_QD = encoder.encode_text([*sentences, *only_text]).numpy()
-        features += list(text_QD[: len(sentences)])
-        generic_GD = text_QD[len(sentences) :] if only_text else None
+        features += list(np.asarray(encoder.encode_text(sentences)))
     for picture in pictures:
         if picture.row is not None:
             features.append(gallery.features[picture.row].astype(np.float32))
         elif encoder:
-            features.append(encoder.encode_image([picture.path]).numpy()[0])
+            features.append(np.asarray(encoder.encode_image([picture.path]))[0])
     signs = [1] * len(args.sentences) + [-1] * len(args.minus) + [1] * len(pictures)
     weights = args.weight or [0.5 if sign < 0 else 1.0 for sign in signs]
     signed = [sign * weight for sign, weight in zip(signs, weights, strict=True)]
-    return combine(np.stack(features), signed), generic_GD
+    return combine(np.stack(features), signed)
 
 
-def _search(store: str, gallery: Gallery, part: where.Filter | None) -> Search:
-    """The search of `find_hits`, with a filter: in the gallery itself, or in Milvus."""
-    if not store:
-        mask = None if part is None else where.to_mask(part, gallery.items)
-        index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
-        return lambda queries_QD, k: index.search(queries_QD, k, mask)
-    milvus, ids_N = Milvus(store.removeprefix(PREFIX)), gallery.items["id"].to_numpy()
-    order_N = np.argsort(ids_N)
+def _search(store: str | None, gallery: Gallery, part: where.Filter | None) -> Search:
+    """The search of `find_hits`, with a filter: in the gallery itself, or in its copy."""
+    if store:
+        from gallery.copies import CopyIndex
 
-    def search(queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores_QK, ids_QK = milvus.search(queries_QD, min(k, MAX_HITS), part)
-        at_QK = np.searchsorted(ids_N, ids_QK, sorter=order_N).clip(max=len(ids_N) - 1)
-        rows_QK = order_N[at_QK]
-        if (unknown := ids_QK[(ids_N[rows_QK] != ids_QK) & (ids_QK >= 0)]).size:
-            raise UserError(
-                f"--store {store}: has an item {unknown[0]} that {gallery.folder} lacks; put the "
-                "gallery there again"
-            )
-        return scores_QK, np.where(ids_QK < 0, -1, rows_QK)
-
-    return search
+        return partial(CopyIndex(gallery, store).search, where=part)
+    mask = None if part is None else where.to_mask(part, gallery.items)
+    index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
+    return partial(index.search, mask=mask)
 
 
 def _lines(
@@ -245,21 +254,21 @@ def _lines(
     gallery: Gallery,
     part: where.Filter | None,
     query_D: np.ndarray,
-    generic_GD: np.ndarray | None,
     hits: list[Hit],
 ) -> list[str]:
-    """What is printed: hits as a table or as JSON, and how much the first stands out."""
+    """What is printed: --top hits as a table or as JSON, and how much the first stands out."""
+    shown = hits[: args.top]
     if args.json:
-        return [json.dumps(as_json(hit)) for hit in hits]
+        return [json.dumps(as_json(hit)) for hit in shown]
     if not hits:
         return ["no hits: the filter keeps nobody"]
     head = ["rank", "score", "id", "path", "box", "time", "view", "source"]
-    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in hits]
+    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in shown]
     if args.collapse is not None:
         head.append("pictures")
-        rows = [[*row, hit.count] for row, hit in zip(rows, hits, strict=True)]
+        rows = [[*row, hit.count] for row, hit in zip(rows, shown, strict=True)]
     mask = None if part is None else where.to_mask(part, gallery.items)
-    sure = sureness(gallery.features, query_D, hits[0], mask, generic_GD)
+    sure = sureness(gallery.features, query_D, hits, mask)
     return [console(head, rows, left=4), str(sure)]
 
 

@@ -1,4 +1,4 @@
-"""Frames: files to people as resized bytes, by loader processes, a bounded number ahead.
+"""Frames: files to people as resized bytes.
 
 Pictures are read as in the evaluation (datasets/transforms.py). Boxes are cut out of the upright
 picture. A video gives one frame for each step of `every` seconds, upright as its metadata says.
@@ -6,33 +6,24 @@ picture. A video gives one frame for each step of `every` seconds, upright as it
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image as PILImage
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datasets.images import FORMATS, MAX_BYTES, MAX_PIXELS, read_image
 from datasets.shards import open_image
-from datasets.transforms import convert_image, load_image
 from gallery.ingest import Box, Person
+from gallery.pictures import as_bytes
 from gallery.records import id_of
-from utils.devices import cores
 from utils.errors import UserError
 from utils.files import open_file
-from utils.interrupt import init_worker_signals
 
 EXIF, TAKEN = 0x8769, 36867  # tags: where EXIF's own tags are, and DateTimeOriginal in them
-AHEAD = 2  # batches that each process prepares ahead
-FRAMES = 8  # of full size, that wait for the detector together
 
 Row = dict[str, Any]  # a row of the table of items, with `labels` in place of attributes
 
@@ -71,50 +62,26 @@ class Chunk:
     broken: list[tuple[str, str]] = field(default_factory=list)
 
     def stacked(self, size: tuple[int, int]) -> Chunk:
-        """The same with one tensor of images."""
-        images = torch.stack(self.images) if self.images else torch.zeros(0, 3, *size)
+        """The same with one array of images."""
+        images = np.stack(self.images) if self.images else np.zeros((0, 3, *size), np.uint8)
         return Chunk(self.rows, images, self.done, self.broken)
 
     def pin_memory(self) -> Chunk:
         """For the DataLoader: the same in memory that a GPU copies from at once."""
-        if isinstance(self.images, Tensor):
+        if hasattr(self.images, "pin_memory"):
             self.images = self.images.pin_memory()
         return self
 
 
-def chunk_loader(
-    jobs: Sequence[Job],
-    size: tuple[int, int],
-    batch_size: int,
-    every: float,
-    frames: bool,
-    num_workers: int,
-    device: torch.device,
-    local_size: int = 1,
-) -> DataLoader[Chunk]:
-    """Chunks of at most `batch_size` people.
+class Reader:
+    """Reads chunks of the people in files.
 
     Args:
         size: height and width of the images.
+        count: people in a chunk, at most.
         every: seconds between frames of a video.
         frames: give frames of full size, for a detector.
-        local_size: processes of this machine that share its cores.
     """
-    workers = min(num_workers, cores() // local_size, len(jobs))
-    return DataLoader(
-        Reader(jobs, size, FRAMES if frames else batch_size, every, frames),
-        batch_size=None,
-        collate_fn=_same,
-        num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=functools.partial(init_worker_signals, os.getpid()),
-        generator=torch.Generator(),  # the default would advance the global generator
-    )
-
-
-class Reader(IterableDataset[Chunk]):
-    """Chunks of the people in files, see `chunk_loader`. Each process reads every n-th file."""
 
     def __init__(
         self, jobs: Sequence[Job], size: tuple[int, int], count: int, every: float, frames: bool
@@ -122,9 +89,8 @@ class Reader(IterableDataset[Chunk]):
         self.jobs, self.size, self.count, self.every = jobs, size, count, every
         self.frames = frames
 
-    def __iter__(self) -> Iterator[Chunk]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+    def chunks(self, first: int = 0, step: int = 1) -> Iterator[Chunk]:
+        """The chunks of every `step`-th file, from the file `first`."""
         chunk = Chunk()
         for job in self.jobs[first::step]:
             problems: list[str] = []
@@ -155,13 +121,13 @@ class Reader(IterableDataset[Chunk]):
             for time, frame in video_frames(job.file, self.every):
                 row = row_of(job, digest, job.people[0], frame_time=time)
                 if not self.frames:
-                    yield row, convert_image(PILImage.fromarray(frame), self.size)
+                    yield row, as_bytes(PILImage.fromarray(frame), self.size)
                 else:
                     yield row, frame
             return
         whole = [person for person in job.people if person.box is None]
         if whole and not self.frames:
-            image = load_image(job.file, self.size)
+            image = as_bytes(job.file, self.size)
             taken = taken_at(job.file)
             for person in whole:
                 yield row_of(job, digest, person, taken=taken), image
@@ -179,7 +145,7 @@ class Reader(IterableDataset[Chunk]):
                     size = f"{picture.width}x{picture.height}"
                     problems.append(f"the box {person.box} is outside of the picture ({size})")
                 else:
-                    crop = convert_image(picture.crop(area), self.size)
+                    crop = as_bytes(picture.crop(area), self.size)
                     yield row_of(job, digest, person, taken=taken), crop
 
 
@@ -277,7 +243,3 @@ def import_av() -> Any:
     except ModuleNotFoundError:
         raise UserError("--videos needs PyAV: pip install -r requirements-search.txt") from None
     return av
-
-
-def _same(chunk: Any) -> Any:
-    return chunk

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,18 +22,21 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from datasets.shards import image_status, split_member
-from gallery.encode import SURE, Encoder, Guesses, encoded
 from gallery.frames import Chunk, Done, Job, digest_of
 from gallery.ingest import File, Found
-from gallery.records import SCHEMA, column_of, id_of, schema_with
+from gallery.records import SCHEMA, SURE, Guesses, column_of, id_of, schema_with
 from gallery.store import FILES, ROWS, Part, Store, below, write_part
-from utils.distributed import Processes
 from utils.errors import UserError
 from utils.interrupt import StopRequest
+
+if TYPE_CHECKING:
+    from utils.distributed import Processes
 
 SECONDS = 60.0  # after which a part is committed that is not full
 THREADS = 16  # that ask the file system for sizes and times
 FILE_COLUMNS = ("size", "mtime_ns", "digest", "request", "facts")
+
+Result = tuple[Chunk, np.ndarray, Guesses]  # with the features [n, D] float16 of its people
 
 
 @dataclass
@@ -142,26 +145,40 @@ def apply_plan(plan: Plan, store: Store) -> dict[str, set[str]]:
     return replaced
 
 
+class Alone:
+    """The only process: `utils.distributed.Processes` for encoders without torch."""
+
+    rank, size, is_rank_0 = 0, 1, True
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def from_rank_0(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+
 def encode_parts(
-    chunks: Iterable[Chunk],
-    encoder: Encoder,
+    results: Iterable[Result],
     store: Store,
     replaced: dict[str, set[str]],
-    processes: Processes,
+    processes: Processes | Alone,
     bar: tqdm,
     seconds: float = SECONDS,
 ) -> list[Report]:
-    """Encode chunks, and commit parts as they become ready. All processes call it. Returns the
-    reports of all processes; one with `stopped` ends it early.
+    """Take encoded chunks, and commit parts as they become ready. All processes call it. Returns
+    the reports of all processes; one with `stopped` ends it early.
 
     Args:
+        results: encoded while they are taken.
         store: of rank 0 only is written.
         replaced: from `apply_plan`, on rank 0.
     """
     reports: list[Report] = []
-    results = encoded(iter(chunks), encoder)
     with StopRequest() as stop:
-        for report in _filled(results, encoder, store, stop, bar, seconds):
+        for report in _filled(results, store, stop, bar, seconds):
             together = processes.all_gather_objects(report)
             if processes.is_rank_0:
                 _commit(store, together, replaced)
@@ -199,8 +216,7 @@ class _Waiting:
 
 
 def _filled(
-    results: Iterator[Any],
-    encoder: Encoder,
+    results: Iterable[Result],
     store: Store,
     stop: StopRequest,
     bar: tqdm,
@@ -209,10 +225,11 @@ def _filled(
     """Write parts one after the other, each in a thread while the next one is encoded; after the
     last, reports without one, as other processes may have more to do."""
     columns = {name: column_of(name) for name in store.attributes()}
-    width, waiting, began = encoder.about["embed_dim"], _Waiting(), time.monotonic()
+    width = store.manifest["encoder"]["embed_dim"]
+    waiting, began = _Waiting(), time.monotonic()
     writing: Future[Report] | None = None
     with ThreadPoolExecutor(1) as thread:
-        for chunk, feature_BD, class_BA, score_BA in results:
+        for chunk, feature_BD, guesses in results:
             full = bool(waiting.rows) and len(waiting.rows) + len(chunk.rows) > ROWS
             late = time.monotonic() - began > seconds
             if writing is not None and (writing.done() or full or late):
@@ -221,8 +238,8 @@ def _filled(
             if full or late:
                 writing = thread.submit(waiting.write, store, width, False, "")
                 waiting, began = _Waiting(), time.monotonic()
-            _add_attributes(chunk, encoder.named(class_BA, score_BA), columns)
-            waiting.add(chunk, feature_BD.numpy())
+            _add_attributes(chunk, guesses, columns)
+            waiting.add(chunk, feature_BD)
             bar.update(len(chunk.done))
             if stop.name:
                 break

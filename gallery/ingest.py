@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.records import Image
-from datasets.registry import read_dataset
 from utils.attributes import check_labels, read_attributes
 from utils.config import resolve
 from utils.documents import read_json_file
@@ -132,6 +131,8 @@ def add_dataset(
 
     Raises UserError, also if the data set has no such split.
     """
+    from datasets.registry import read_dataset  # not above: it needs torch
+
     options = {"dataset_name": name, "root_dir": root, "attributes_file": attributes_file}
     data = read_dataset(resolve(options))
     classes = []

@@ -8,28 +8,27 @@ Features are those of the run to about 1e-4. Shapes: Q captions, G images, D wid
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
-from datasets.images import load_resized, resized, upright
-from gallery.pictures import Picture
+from gallery.pictures import Picture, as_bytes
 from utils.bpe import MERGES
 from utils.documents import read_json_file
 from utils.errors import UserError
 from utils.tokenizer import END, START, limited
 
-VERSION = 1  # of the folder; increase it when old code cannot read it
+VERSION = 2  # of the folder; increase it when old code cannot read it
 IMAGE, TEXT, ABOUT = "image.onnx", "text.onnx", "encoder.json"
 BATCH = 64  # images or captions at a time
-# What encoder.json must have.
+# What encoder.json must say of the encoder, and the manifest of a gallery has.
 TYPES: Mapping[str, type] = {
-    "version": int, "image_size": list, "text_length": int, "embed_dim": int, "attributes": dict,
+    "name": str, "checkpoint": str, "sha256": str, "pretrain_choice": str, "img_size": list,
+    "text_length": int, "embed_dim": int,
 }  # fmt: skip
 
 
@@ -37,24 +36,30 @@ class OnnxEncoder:
     """Both encoders of a run.
 
     Attributes:
-        about: the content of encoder.json.
+        about: what a manifest says of it, see `gallery.encode.Encoder`; `onnx` is the folder.
         attributes: the classes of each attribute of FIRM's head; {} without that head.
 
     Args:
         folder: what `tools/export.py --onnx` wrote.
+        device: "cpu", "cuda", or "auto": what ONNX Runtime has.
 
-    Raises UserError if a file is missing or corrupted, or ONNX Runtime is not installed.
+    Raises UserError if a file is missing or corrupted, or ONNX Runtime or the device is missing.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, device: str = "auto") -> None:
         runtime, self.folder = import_onnxruntime(), Path(folder)
-        self.about = _read_about(self.folder)
-        self.attributes = {n: tuple(c) for n, c in self.about["attributes"].items()}
-        height, width = self.about["image_size"]
-        self.image_size = height, width
+        content = _read_about(self.folder)
+        self.attributes = {n: tuple(c) for n, c in content["attributes"].items()}
+        # Like the run's, but without its folder, which an export does not know.
+        self.about: dict[str, Any] = {name: content[name] for name in TYPES} | {
+            "kind": "run", "folder": "", "stride_size": content.get("stride_size"),
+            "precision": "fp32", "onnx": str(self.folder.absolute()),
+        }  # fmt: skip
+        height, width = content["img_size"]
+        self.size = height, width
+        providers = _providers(runtime, device)
         self._sessions = {}
         for name in (IMAGE, TEXT):
-            providers = runtime.get_available_providers()
             try:
                 session = runtime.InferenceSession(self.folder / name, providers=providers)
             except Exception as error:  # it raises many kinds of its own
@@ -87,7 +92,7 @@ class OnnxEncoder:
         features = [self._no_features()]
         with ThreadPoolExecutor() as threads:  # PIL decodes without Python's lock
             for start in range(0, len(pictures), BATCH):
-                read = threads.map(self._bytes, pictures[start : start + BATCH])
+                read = threads.map(as_bytes, pictures[start : start + BATCH], repeat(self.size))
                 features.append(self.encode_bytes(np.stack(list(read)))[0])
         return np.concatenate(features)
 
@@ -98,14 +103,6 @@ class OnnxEncoder:
         ends = np.cumsum([len(classes) for classes in self.attributes.values()])[:-1]
         parts = np.split(scores[0], ends, axis=1) if scores else []
         return feature_BD, dict(zip(self.attributes, parts, strict=True))
-
-    def _bytes(self, picture: Picture) -> np.ndarray:
-        """A picture as bytes [3, H, W]."""
-        if isinstance(picture, PILImage.Image):
-            image = resized(upright(picture), self.image_size)
-        else:
-            image = load_resized(os.fspath(picture), self.image_size)
-        return np.asarray(image).transpose(2, 0, 1)
 
     def _ids(self, captions: Sequence[str]) -> np.ndarray:
         """Token ids [B, L] int64, padded with 0 to the longest caption."""
@@ -131,6 +128,17 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def _providers(runtime: Any, device: str) -> list[str]:
+    """What ONNX Runtime shall compute with, the best first. Raises UserError."""
+    known = runtime.get_available_providers()
+    if device == "cuda" and "CUDAExecutionProvider" not in known:
+        raise UserError(
+            "--device cuda: this ONNX Runtime has no CUDA: install onnxruntime-gpu, or give "
+            "--device cpu or auto"
+        )
+    return ["CPUExecutionProvider"] if device == "cpu" else known
+
+
 def _read_about(folder: Path) -> dict[str, Any]:
     path = folder / ABOUT
     if not path.is_file():
@@ -138,17 +146,19 @@ def _read_about(folder: Path) -> dict[str, Any]:
     about = read_json_file(path)
     if not isinstance(about, dict):
         raise UserError(f"{path}: expected an object; export the run again")
+    if about.get("version") != VERSION:
+        found = about.get("version")
+        raise UserError(
+            f"{path}: version {found}, but this code reads {VERSION}; export the run again"
+        )
     for name, kind in TYPES.items():
         if type(about.get(name)) is not kind:
             raise UserError(f"{path}: {name} is {about.get(name)!r}; export the run again")
-    size, classes = about["image_size"], about["attributes"].values()
-    if about["version"] != VERSION:
-        raise UserError(
-            f"{path}: version {about['version']}, but this code reads {VERSION}; export the run "
-            "again"
-        )
+    size, attributes = about["img_size"], about.get("attributes")
     if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        raise UserError(f"{path}: image_size is {size!r}; export the run again")
-    if not all(isinstance(names, list) for names in classes):
+        raise UserError(f"{path}: img_size is {size!r}; export the run again")
+    if not isinstance(attributes, dict) or not all(
+        isinstance(names, list) for names in attributes.values()
+    ):
         raise UserError(f"{path}: attributes are not lists of classes; export the run again")
     return about

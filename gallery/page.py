@@ -1,7 +1,8 @@
 """The search page, in Gradio, and its server.
 
-Pictures are in the page as data URLs, and so are files to save: the server gives out no file, and
-`Guard` refuses every address of Gradio that the page does not need, such as uploads.
+Pictures are in the page as data URLs, and so are files to save, and the picture that a visitor
+sends: the server gives out no file and takes none, and `Guard` refuses every address of Gradio that
+the page does not need, such as uploads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from gallery import sent as sent_pictures
 from gallery.query import Hit
+from gallery.sent import Sent
 from gallery.service import MAX_PAGE, Person, Question, Service, title
 from utils.errors import UserError
 from utils.files import PROJECT
@@ -34,6 +37,7 @@ from utils.pages import render
 from utils.text import visible
 
 TEMPLATES = Path(__file__).parent / "templates"
+SENT = TEMPLATES / "sent.js"
 DOCUMENT = PROJECT / "docs/search.md"
 EXAMPLES = (
     "a woman in a yellow dress with a black bag",
@@ -43,12 +47,13 @@ EXAMPLES = (
 SESSIONS = 200  # visitors whose question is remembered, 0.3 MB each; the oldest is forgotten first
 AT_ONCE = 4  # requests that are answered at once; the others wait
 WRONG_SECONDS = 1.0  # for which a wrong password keeps all others waiting that are wrong
-MAX_BODY = 2**16  # bytes of a request
+MAX_BODY, MAX_QUESTION = 2**16, 2**16 + 4 * sent_pictures.MAX_BYTES // 3  # bytes of a request
 # What a browser may ask for. Gradio's other addresses (files, uploads, proxies, an API) are closed.
 OPEN = re.compile(
     r"/|/config/?|/login/?|/logout/?|/theme\.css|/favicon\.ico|/(?:assets|static)/[\w./-]+"
     r"|/gradio_api/(?:queue/(?:join|data)|heartbeat/\w+|startup-events|cancel)/?"
 )
+QUESTION = "/gradio_api/queue/join"  # has the visitor's picture
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; font-src 'self' data:; "
     # Gradio puts styles and scripts into the page, and makes functions of text.
@@ -120,7 +125,7 @@ watch('value', () => {
 });
 """
 SAVE = "watch('value', () => element.querySelector('a')?.click());"
-START = "Describe a person in a sentence, or choose an example."
+START = "Describe a person in a sentence, choose an example, or add a picture."
 NOBODY = "Nobody is in this gallery yet."
 FILTER = "view = 'aerial' and not source = 'G2APS'"
 FILTER_INFO = "and, or, not, =, !=, <, <=, in, like, is null; text in single quotes"
@@ -143,27 +148,49 @@ class Handlers:
         text: str,
         count: float,
         collapse: bool,
+        sent: Sent | None,
         *chosen: str | None,
     ) -> list[Any]:
         """A new question: its first page."""
         pairs = zip(self.columns, chosen, strict=True)
         question = Question(
             one_line(sentence), one_line(minus), tuple((c, v) for c, v in pairs if v),
-            whole(text).strip(), count=int(count), collapse=bool(collapse),
+            whole(text).strip(), sent, count=int(count), collapse=bool(collapse),
         )  # fmt: skip
         return self.answer(question, 0)
 
+    def send(self, event: gr.EventData, *fields: Any) -> list[Any]:
+        """Take the picture that a visitor has sent, or drop the last one, and ask again.
+
+        Args:
+            fields: as `ask` has them.
+        """
+        sentence, minus, text, count, collapse, _, *chosen = fields
+        address, sent = _data(event).get("picture"), None
+        try:
+            sent = None if address is None else self.service.take(address)
+        except UserError as error:
+            return [None, sent_html(None), *self.nothing(problem(error))]
+        if sent is None and not sentence:
+            return [None, sent_html(None), *self.nothing("", START)]
+        asked = self.ask(sentence, minus, text, count, collapse, sent, *chosen)
+        return [sent, sent_html(sent), *asked]
+
+    def nothing(self, status: str, note: str = "") -> list[Any]:
+        """No question, and no hits."""
+        bar = [gr.Row(visible=False), gr.skip(), gr.skip()]
+        hits = _html("hits", hits=[], note=note)
+        return [None, 0, status, hits, *bar, "", gr.Column(visible=False), "", "", ""]
+
     def answer(self, question: Question | None, page: int) -> list[Any]:
         """A page of a question."""
-        closed = [gr.Column(visible=False), "", "", ""]
         try:
             if question is None:
                 raise UserError("Ask first.")
             found = self.service.answer(question, page)
             cards = self.service.cards(found.hits)
         except UserError as error:
-            hidden = [gr.Row(visible=False), gr.skip(), gr.skip()]
-            return [None, 0, problem(error), "", *hidden, "", *closed]
+            return self.nothing(problem(error))
         note = "The filters keep nobody." if len(self.service.now()) else NOBODY
         bar = [
             gr.Row(visible=bool(found.hits)), gr.Button(interactive=page > 0),
@@ -171,7 +198,7 @@ class Handlers:
         ]  # fmt: skip
         status = _html("status", title=title(question), hits=found.hits, sure=found.sure)
         cards_html = _html("hits", hits=list(zip(found.hits, cards, strict=True)), note=note)
-        return [question, page, status, cards_html, *bar, "", *closed]
+        return [question, page, status, cards_html, *bar, "", gr.Column(visible=False), "", "", ""]
 
     def back(self, question: Question | None, page: int) -> list[Any]:
         return self.answer(question, max(0, page - 1))
@@ -198,7 +225,7 @@ class Handlers:
 
     def warm(self, question: Question | None, identifier: int | None, number: int = 0) -> Any:
         """The heat map of the person who is open, for one of the question's words."""
-        if identifier is None or question is None or not question.sentence:
+        if identifier is None or question is None or not self.service.words(question):
             return gr.skip()
         words, picture, heat, reason = self.service.words(question), "", "", ""
         try:
@@ -264,11 +291,14 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
     html = partial(gr.HTML, apply_default_css=False)
     line = partial(gr.Textbox, lines=1, max_lines=1)
     with gr.Blocks(title="Find a person", analytics_enabled=False, fill_width=True) as page:
-        asked, number, shown = gr.State(None), gr.State(0), gr.State(None)
+        asked, number, shown, sent = gr.State(None), gr.State(0), gr.State(None), gr.State(None)
         header = html(do.header(), elem_id="title")
         with gr.Row(elem_id="ask"):
             sentence = line(
                 label="Who is looked for?", placeholder=EXAMPLES[0], scale=5, autofocus=True
+            )
+            picture = html(
+                sent_html(None), js_on_load=SENT.read_text(), elem_id="sent", scale=0, min_width=110
             )
             go = gr.Button("Search", variant="primary", scale=0, min_width=110)
         examples = html(_html("examples", examples=EXAMPLES), js_on_load=CHOOSE)
@@ -309,7 +339,7 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
 
         answered = [asked, number, status, hits, bar, back, forth, saved, panel, head, heat]
         answered.append(person)
-        fields = [sentence, minus, expert, count, collapse, *choices]
+        fields = [sentence, minus, expert, count, collapse, sent, *choices]
         turn, opened = [asked, number], [asked, shown]
         how: dict[str, Any] = {
             "api_visibility": "private", "show_progress": "minimal",
@@ -318,6 +348,7 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
         enter = [sentence.submit, minus.submit, expert.submit, go.click]
         gr.on(enter, do.ask, fields, answered, **how)
         examples.select(example, None, sentence, **how).success(do.ask, fields, answered, **how)
+        picture.select(do.send, fields, [sent, picture, *answered], **how)
         back.click(do.back, turn, answered, **how)
         forth.click(do.forth, turn, answered, **how)
         look = hits.select(do.look, asked, [shown, panel, head, heat, person], **how)
@@ -356,6 +387,12 @@ def number_of(event: gr.EventData, name: str) -> int:
 def problem(error: UserError) -> str:
     """A message for the visitor."""
     return _html("problem", text=f"{error}")
+
+
+def sent_html(sent: Sent | None) -> str:
+    """The picture that the hits are like, or what chooses one."""
+    limits = {"most": sent_pictures.MAX_BYTES, "side": sent_pictures.SIDE}
+    return _html("sent", small=sent.small if sent else "", **limits)
 
 
 def about_text() -> str:
@@ -437,12 +474,13 @@ class Guard:
         }
         length = given.get("content-length", "" if "transfer-encoding" in given else "0")
         name = re.sub(r":\d+$", "", given.get("host", ""))
+        most = MAX_QUESTION if scope["path"] == QUESTION else MAX_BODY
         status = 0
         if self.names and name not in self.names:
             status = 421
         elif ".." in scope["path"] or not OPEN.fullmatch(scope["path"]):
             status = 404
-        elif not length.isdecimal() or int(length) > MAX_BODY:
+        elif not length.isdecimal() or int(length) > most:
             status = 413
 
         async def start(message: MutableMapping[str, Any]) -> None:

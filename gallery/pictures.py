@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from datasets.images import MAX_PIXELS, BrokenImage, read_image, upright
+from datasets.images import MAX_PIXELS, BrokenImage, load_resized, read_image, resized, upright
 from datasets.thumbnails import cropped
 from utils.errors import UserError
 from utils.files import open_file
@@ -25,6 +25,16 @@ def opened(picture: Picture) -> PILImage.Image:
     if isinstance(picture, PILImage.Image):
         return upright(picture)
     return read_image(os.fspath(picture))
+
+
+def as_bytes(picture: Picture, size: tuple[int, int]) -> np.ndarray:
+    """A picture as the encoders take it: upright, resized to height and width, [3, H, W] uint8.
+    Raises BrokenImage."""
+    if isinstance(picture, PILImage.Image):
+        image = resized(upright(picture), size)
+    else:
+        image = load_resized(os.fspath(picture), size)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def whole_picture(item: Mapping[str, Any], root: str | Path) -> PILImage.Image:

@@ -15,7 +15,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,9 @@ from gallery.rerank import RERANKED
 from utils.errors import UserError
 
 SECONDS = 2.0  # between pictures of a scene that may show one person as if once
-SAMPLE = 10_000  # items whose scores say how high scores are in a gallery
-STANDS_OUT = 1.0  # standard deviations beyond what chance gives
-# What fits most people. A hit that fits these as well as the query was found by chance.
-GENERIC = (
-    "a person", "a pedestrian", "a man", "a woman", "a person is walking", "a person is standing",
-    "a person seen from above", "a person seen from behind", "a person on a street",
-    "a person in dark clothes", "a person in light clothes", "a person with a bag",
-    "a person with short hair", "a person with long hair", "a young person", "an old person",
-)  # fmt: skip
+SAMPLE = 10_000  # items that tell the median score
+NEAR = 0.2  # of the way from the first score to the median: what fits about as well as the first
+LOOKED = 64  # hits that are looked at for that, at least
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # [Q, D], k: scores, rows
 Rerank = Callable[[np.ndarray, np.ndarray], np.ndarray]  # [D], [K, D]: positions, best first
@@ -62,31 +55,27 @@ class Hit:
 
 @dataclass(frozen=True)
 class Sureness:
-    """How much the first hit stands out. A hint: it compares scores, and knows nothing of whether
-    the person is in the gallery at all.
+    """How many fit the query about as well as the first hit. A hint: it compares scores, and knows
+    nothing of whether the person is in the gallery at all. docs/search.md says how often the first
+    hit was right where that was measured.
 
     Attributes:
-        z: how far the first hit's score lies above the mean of the gallery's scores for this query,
-            in their standard deviations.
-        chance: the z to expect of the best of as many items if all scores came from one normal
-            distribution, that is, if the query said nothing about anybody.
-        above: of the generic sentences, the share that the first hit fits less than the query;
-            None if there were none to compare with.
+        near: people who fit about as well, the first one included; hits, if the identities of some
+            of them are not known.
+        people: whether `near` counts people.
+        more: whether all hits that were looked at are near, so that there may be more.
     """
 
-    z: float
-    chance: float
-    above: float | None = None
+    near: int
+    people: bool
+    more: bool
 
     def __str__(self) -> str:
-        out = self.z - self.chance > STANDS_OUT
-        text = (
-            f"the first hit {'stands out' if out else 'does not stand out'}: {self.z:.1f} standard "
-            f"deviations above the mean, where chance gives {self.chance:.1f}"
-        )
-        if self.above is None:
-            return text
-        return f"{text}; it fits the query better than {self.above:.0%} of generic sentences"
+        if self.near == 1:
+            return "the first hit stands out: no other comes near it"
+        whom = "people who" if self.people else "hits that"
+        least = "at least " if self.more else ""
+        return f"the first hit is one of {least}{self.near} {whom} fit about as well"
 
 
 def combine(features_ND: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -172,29 +161,25 @@ def groups_of(
 
 
 def sureness(
-    features: np.ndarray,
-    query_D: np.ndarray,
-    first: Hit,
-    mask: np.ndarray | None = None,
-    generic_GD: np.ndarray | None = None,
+    features: np.ndarray, query_D: np.ndarray, hits: Sequence[Hit], mask: np.ndarray | None = None
 ) -> Sureness:
-    """How much the first hit stands out from the items that were searched, by a sample of them.
+    """How many fit about as well as the first hit: their scores are at most NEAR below it, of the
+    way down to the median of what was searched.
 
     Args:
+        hits: at least one; LOOKED or more, unless there are no more.
         mask: bool [N], the items that were searched; None: all.
-        generic_GD: unit features of the sentences in GENERIC.
     """
     rows = np.arange(len(features)) if mask is None else np.flatnonzero(mask)
-    count = len(rows)
-    if count > SAMPLE:
+    if len(rows) > SAMPLE:
         rows = np.sort(np.random.default_rng(0).choice(rows, SAMPLE, replace=False))
-    scores = features[rows].astype(np.float32) @ query_D
-    z = (first.score - scores.mean()) / max(float(scores.std()), 1e-6)
-    chance = NormalDist().inv_cdf(1 - 1 / (count + 1)) if count > 1 else 0.0
-    above = None
-    if generic_GD is not None:
-        above = float((generic_GD @ features[first.row].astype(np.float32) < first.score).mean())
-    return Sureness(float(z), chance, above)
+    median = float(np.median(features[rows].astype(np.float32) @ query_D))
+    least = hits[0].score - NEAR * max(0.0, hits[0].score - median)
+    near = [hit for hit in hits if hit.score >= least]
+    identities = [hit.item["identity"] for hit in near]
+    people = None not in identities
+    count = len(set(identities)) if people else len(near)
+    return Sureness(count, people, len(near) == len(hits) >= LOOKED)
 
 
 def _scene(item: dict[str, Any]) -> tuple[object, float]:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 VERSION = 1  # of what is stored; increase it when old galleries can no longer be read
+SURE = 1.0  # the score of a label; that of a guess is lower
+
+Guesses = dict[str, tuple[list[str], list[float]]]  # by attribute: class and score of each image
 
 SCHEMA = pa.schema(
     [

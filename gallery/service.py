@@ -17,10 +17,10 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,18 +28,22 @@ import pyarrow.compute as pc
 
 from datasets.thumbnails import cropped, thumbnail
 from gallery import where
-from gallery.encode import Encoder, load_encoder
-from gallery.find import as_json
-from gallery.heatmap import about, heat_maps, overlay, phrases
-from gallery.index import INDEX, Approximate, Exact, open_index
+from gallery.copies import CopyIndex
+from gallery.find import as_json, encoder_of
+from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
+from gallery.onnx import OnnxEncoder
 from gallery.pictures import box_of, picture_of, whole_picture
-from gallery.query import GENERIC, Hit, combine, find_hits, sureness
+from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
 from gallery.records import column_of
+from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
 from gallery.store import MANIFEST, Gallery
-from utils.devices import cores
 from utils.errors import UserError
+from utils.machine import cores
+
+if TYPE_CHECKING:
+    from gallery.encode import Encoder
 
 MAX_SENTENCE = 300  # characters
 MAX_PAGE, MAX_HITS = 96, 960  # hits on a page, and on all pages of a question
@@ -58,6 +62,7 @@ class Question:
     Attributes:
         choices: columns, and the value that each must have.
         where: a filter of `gallery.where`.
+        sent: a picture; the hits are like it.
         like: the id of an item; the hits are like it, and others than it.
         other_view: with `like`, hits of other views alone.
         count: hits on a page.
@@ -68,6 +73,7 @@ class Question:
     minus: str = ""
     choices: tuple[tuple[str, str], ...] = ()
     where: str = ""
+    sent: Sent | None = None
     like: int | None = None
     other_view: bool = False
     count: int = 24
@@ -111,21 +117,38 @@ class Person:
 
 
 class Snapshot:
-    """A gallery of one moment."""
+    """A gallery of one moment.
 
-    def __init__(self, gallery: Gallery, encoder: Encoder, signature: object) -> None:
+    Args:
+        store: address of a copy to search in.
+    """
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        encoder: Encoder | OnnxEncoder,
+        signature: object,
+        store: str | None = None,
+    ) -> None:
         self.gallery, self.encoder, self.signature = gallery, encoder, signature
-        self.index: Exact | Approximate = open_index(
-            gallery.items, gallery.features, gallery.folder / INDEX
-        )
+        if store:
+            self._copy: CopyIndex | None = CopyIndex(gallery, store)
+        else:
+            self._copy = None
+            self._index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
         self.root = gallery.manifest["root"]
-        self.generic_GD = encoder.encode_text(GENERIC).numpy()
         self._ids = gallery.items["id"].to_numpy()
         # Without a reference to self: features are large, and a cycle would keep them for a while.
         self.card = lru_cache(CACHED)(partial(_card, gallery.items, self.root))
 
     def __len__(self) -> int:
         return len(self.gallery.items)
+
+    def search(self, part: where.Filter | None, mask: np.ndarray | None) -> Search:
+        """The search of `find_hits`, with a filter, which is given as a mask too."""
+        if self._copy:
+            return partial(self._copy.search, where=part)
+        return partial(self._index.search, mask=mask)
 
     def row(self, identifier: int) -> int:
         """The row of an item. Raises UserError if it is not, or no longer, in the gallery."""
@@ -152,21 +175,23 @@ class Service:
     """See the module.
 
     Args:
-        run: where the gallery's encoder is now, if it was moved.
+        run, onnx: where the gallery's encoder is, see `find.encoder_of`.
+        store: address of a copy of the gallery, to search there.
 
     Raises UserError if the gallery or its encoder cannot be read.
     """
 
     def __init__(
-        self, folder: str | Path, run: str | Path | None = None, device: str = "auto"
-    ) -> None:
-        self.folder, self._run, self._device = Path(folder), run, device
+        self, folder: str | Path, run: str | Path | None = None, device: str = "auto",
+        store: str | None = None, onnx: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self._place, self._store = Path(folder), (run, onnx, device), store
         self._lock = threading.Lock()
         # One at a time: heat maps record what the model's layers get, whoever calls them.
         self._model = threading.Lock()
         self._readers = ThreadPoolExecutor(cores())
         self._snapshot: Snapshot | None = None
-        self._encoder: Encoder | None = None
+        self._encoder: Encoder | OnnxEncoder | None = None
         self._made_with: object = None  # what the manifest says of the encoder
         self.now()
 
@@ -182,11 +207,9 @@ class Service:
                 about = gallery.manifest["encoder"]
                 with self._model:
                     if self._encoder is None or self._made_with != about:
-                        self._encoder = load_encoder(
-                            gallery.manifest, run=self._run, device=self._device
-                        )
+                        self._encoder = encoder_of(gallery.manifest, *self._place)
                         self._made_with = about
-                    self._snapshot = Snapshot(gallery, self._encoder, signature)
+                    self._snapshot = Snapshot(gallery, self._encoder, signature, self._store)
             return self._snapshot
 
     def answer(self, question: Question, page: int = 0) -> Answer:
@@ -194,19 +217,19 @@ class Service:
         now = self.now()
         _check(question, page)
         part = _filter(question, now)
-        query_D, generic_GD = self._query(question, now)
+        query_D = self._query(question, now)
         mask = None if part is None else where.to_mask(part, now.gallery.items)
         first, last = page * question.count, min((page + 1) * question.count, MAX_HITS)
         hits = []
         if len(now) and (mask is None or mask.any()):
             hits = find_hits(
-                lambda queries_QD, k: now.index.search(queries_QD, k, mask),
-                now.gallery.items, now.gallery.features, query_D, last + 1,
+                now.search(part, mask), now.gallery.items, now.gallery.features, query_D,
+                max(last + 1, LOOKED),
                 COLLAPSE if question.collapse else None,
             )  # fmt: skip
         sure = ""
         if hits and page == 0:
-            sure = str(sureness(now.gallery.features, query_D, hits[0], mask, generic_GD))
+            sure = str(sureness(now.gallery.features, query_D, hits, mask))
         more = len(hits) > last and last < MAX_HITS
         return Answer(hits[first:last], page, more, sure)
 
@@ -221,6 +244,13 @@ class Service:
                 return ""
 
         return list(self._readers.map(card, hits))
+
+    def take(self, address: object) -> Sent:
+        """A picture to ask with, of a data URL. Raises UserError, for a visitor to read."""
+        encoder, image = self.now().encoder, decoded(address)
+        with self._model:
+            (feature_D,) = np.asarray(encoder.encode_image([image]))
+        return Sent(feature_D, encoder.about["sha256"], thumbnail(image, CARD)[1])
 
     def person(self, identifier: int) -> Person:
         """An item and its pictures. Raises UserError if it is not in the gallery."""
@@ -248,14 +278,21 @@ class Service:
         return Person(item, picture, whole, percent, attributes, "")
 
     def words(self, question: Question) -> list[str]:
-        """What heat maps can be asked for: the whole sentence, and the things that it names."""
-        return [question.sentence, *phrases(question.sentence)] if question.sentence else []
+        """What heat maps can be asked for: the whole sentence, and the things that it names. An
+        encoder in ONNX has none."""
+        if not question.sentence or isinstance(self.now().encoder, OnnxEncoder):
+            return []
+        from gallery.heatmap import phrases  # not above: it needs torch
+
+        return [question.sentence, *phrases(question.sentence)]
 
     def heat(self, question: Question, identifier: int, number: int) -> str:
         """The heat map over a person as a data URL, for one of `words`. Raises UserError."""
         now, words = self.now(), self.words(question)
-        if not 0 <= number < len(words):
+        if isinstance(now.encoder, OnnxEncoder) or not 0 <= number < len(words):
             raise UserError("no such words: choose one of those that are shown")
+        from gallery.heatmap import about, heat_maps, overlay
+
         sentence = words[0] if number == 0 else about(words[0], words[number])
         person = picture_of(now.item(now.row(identifier)), now.root)
         person.thumbnail(CROP)
@@ -272,7 +309,8 @@ class Service:
         """
         answer, root = self.answer(question, page), self.now().root
         if kind == "json":
-            asked = {k: v for k, v in asdict(question).items() if v not in ("", (), None, False)}
+            asked = asdict(replace(question, sent=None)) | {"picture": question.sent is not None}
+            asked = {k: v for k, v in asked.items() if v not in ("", (), None, False)}
             content = {"question": asked, "hits": [as_json(hit) for hit in answer.hits]}
             data = json.dumps(content, indent=1).encode()
         else:
@@ -284,27 +322,38 @@ class Service:
         address = f"data:{media};base64,{base64.b64encode(data).decode()}"
         return f"hits-{page + 1}.{kind}", address, len(data)
 
-    def _query(self, question: Question, now: Snapshot) -> tuple[np.ndarray, np.ndarray | None]:
-        """The query's feature [D]; and those of generic sentences [G, D], if it is of sentences."""
+    def _query(self, question: Question, now: Snapshot) -> np.ndarray:
+        """The query's feature [D]."""
         if question.like is not None:
-            return now.gallery.features[now.row(question.like)].astype(np.float32), None
-        sentences = [text for text in (question.sentence, question.minus) if text]
-        with self._model:
-            text_QD = now.encoder.encode_text(sentences).numpy()
-        return combine(text_QD, [1.0, MINUS][: len(sentences)]), now.generic_GD
+            return now.gallery.features[now.row(question.like)].astype(np.float32)
+        parts, sent = [(question.sentence, 1.0), (question.minus, MINUS)], question.sent
+        sentences = [text for text, _ in parts if text]
+        weights = [weight for text, weight in parts if text]
+        features: list[np.ndarray] = []
+        if sentences:
+            with self._model:
+                features = list(np.asarray(now.encoder.encode_text(sentences)))
+        if sent is None:
+            return combine(np.stack(features), weights)
+        if sent.encoder != now.encoder.about["sha256"]:
+            raise UserError("The gallery has another encoder now: choose the picture again.")
+        return combine(np.stack([*features, sent.feature_D]), [*weights, 1.0])
 
 
 def title(question: Question) -> str:
     """What was asked, in words."""
     if question.like is not None:
         return f"more like {question.like}" + (", in other views" if question.other_view else "")
-    return question.sentence + (f", without {question.minus}" if question.minus else "")
+    wanted = [question.sentence] * bool(question.sentence) + ["like your picture"] * bool(
+        question.sent
+    )
+    return ", ".join(wanted) + (f", without {question.minus}" if question.minus else "")
 
 
 def _check(question: Question, page: int) -> None:
     """Raise UserError for what a page may not ask."""
-    if question.like is None and not question.sentence:
-        raise UserError("Say who is looked for.")
+    if question.like is None and question.sent is None and not question.sentence:
+        raise UserError("Say who is looked for, or add a picture.")
     for text in (question.sentence, question.minus):
         if len(text) > MAX_SENTENCE:
             raise UserError(

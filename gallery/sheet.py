@@ -18,7 +18,6 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont, ImageOps
 
 from datasets.thumbnails import cropped, thumbnail
-from gallery.heatmap import overlay
 from gallery.pictures import Box, box_of, whole_picture
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -111,6 +110,8 @@ def _shown(hit: Hit, root: str | Path, heat: Heat | None, whole: bool) -> Shown:
         return Shown(hit, facts, {}, f"{item['path']}: {error}")
     pictures = {"picture": person}
     if heat is not None:
+        from gallery.heatmap import overlay  # not above: it needs torch
+
         (map_HW,) = heat([person])
         pictures["heat"] = overlay(person, map_HW)
     if whole and box is not None:

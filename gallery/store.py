@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gallery.records import VERSION, schema_with
-from utils.devices import cores
 from utils.documents import load_json
 from utils.errors import UserError
 from utils.files import expand, lock, read_file, write_atomically
+from utils.machine import cores
 
 ROWS = 8192  # most people in a part
 MANIFEST, NEXT, PARTS = "manifest.json", "manifest.next.json", "parts"
@@ -44,7 +44,11 @@ KINDS = ("items", "features", "files")
 NAME = re.compile(r"[0-9a-f]{16}")
 PART_FILE = re.compile(r"\.?([0-9a-f]{16})\.(items|features|files)\.parquet(\.\w+)?")
 ROUNDS = 20  # in which a reader tries to get ahead of a writer
-LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow", "pyarrow")
+LIBRARIES = ("pillow", "pyarrow")  # and those of the encoder:
+OF_TORCH = ("torch", "torchvision", "open_clip_torch")
+OF_ONNX = ("onnxruntime", "onnxruntime-gpu")  # one of them
+# What an encoder is known by in a manifest; with other values, features cannot be compared.
+IDENTITY = ("sha256", "img_size", "stride_size")
 FILES = pa.schema(
     [
         ("path", pa.string()),
@@ -98,10 +102,6 @@ class Gallery:
                 if read_manifest(folder)["parts"] == manifest["parts"]:
                     raise
         raise UserError(f"{folder}: changes faster than it can be read; try again later")
-
-    def path_of(self, row: int) -> str:
-        """The path of the file of a row. A relative one begins at the manifest's `root`."""
-        return os.path.join(self.manifest["root"], self.items["path"][row].as_py())
 
 
 class Store:
@@ -219,14 +219,35 @@ def new_manifest(
         "encoder": dict(encoder),
         "attributes": {name: list(classes) for name, classes in attributes.items()},
         "root": root,
-        "libraries": libraries(),
+        "libraries": libraries(encoder),
         "parts": [],
     }
 
 
-def libraries() -> dict[str, str]:
-    """The versions of the libraries that features depend on."""
-    return {name: version(name) for name in LIBRARIES}
+def libraries(encoder: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of the libraries that an encoder's features depend on."""
+    found = {}
+    for name in (*(OF_ONNX if encoder.get("onnx") else OF_TORCH), *LIBRARIES):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def check_encoder(encoder: Mapping[str, Any], made_by: Mapping[str, Any], place: str) -> None:
+    """Raise UserError if an encoder cannot ask a gallery. Its precision may be another: scores then
+    differ a little.
+
+    Args:
+        encoder: what a manifest says of it.
+        made_by: what the gallery's manifest says.
+        place: of the encoder, for the message.
+    """
+    for name in IDENTITY:
+        if encoder[name] != made_by[name]:
+            raise UserError(
+                f"{place}: its {name} is {encoder[name]}, but the gallery was made with "
+                f"{made_by[name]}; give the encoder that made the gallery"
+            )
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class SelfAttention(nn.MultiheadAttention):
             at_B: the places of the tokens.
             causal: a token does not see those after it.
         """
-        each_B = torch.arange(len(x_BLE), device=x_BLE.device)
+        # Not `len`, which an export would take for a constant.
+        each_B = torch.arange(x_BLE.shape[0], device=x_BLE.device)
         q_EE, k_EE, _ = self.in_proj_weight.chunk(3)
         q_E, k_E, _ = self.in_proj_bias.chunk(3)
         heads = (self.num_heads, self.head_dim)

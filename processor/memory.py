@@ -27,7 +27,7 @@ from datasets.synthetic import synthetic_batch
 from model.aeafirm import AEAFIRM
 from processor.step import TrainStep
 from solver.build import build_optimizer
-from utils.distributed import SINGLE_PROCESS
+from utils.distributed import SINGLE_PROCESS, Processes
 
 GIB = 2**30
 LAYER_NORM = F.layer_norm
@@ -158,6 +158,18 @@ def estimate_memory(
         with mock.patch.object(F, "layer_norm", layer_norm), memory:
             train_step(batch)
     return Estimate(state, memory.peak)
+
+
+def memory_notes(
+    model: AEAFIRM, args: EasyDict, pairs: bool, device: torch.device, processes: Processes
+) -> list[str]:
+    """`memory_note` of a process's part of the batch, for rank 0 on a GPU; otherwise none."""
+    if device.type != "cuda" or not processes.is_rank_0:
+        return []
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)  # by the model
+    shard = EasyDict(args, batch_size=-(-args.batch_size // processes.size))
+    return [memory_note(model, shard, pairs, free, total)]
 
 
 def memory_note(model: AEAFIRM, args: EasyDict, pairs: bool, free: int, total: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
+from tools.docs import ENTRY_POINTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +30,11 @@ def test_every_package_is_in_a_layer_and_is_installed():
     assert packages == sorted(CONFIG["root_packages"]) == sorted(layers)
     installed = TOOL["setuptools"]["packages"]["find"]["include"]
     assert packages == sorted(["tests", *(name.removesuffix("*") for name in installed)])
+
+
+def test_entry_points_have_fewer_than_100_lines():
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in ENTRY_POINTS}
+    assert max(lines.values()) < 100, lines
 
 
 def test_imports_keep_their_directions():

@@ -14,8 +14,8 @@ from easydict import EasyDict
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from gallery.encode import Encoder
-from gallery.frames import chunk_loader
+from gallery.encode import Encoder, encoded
+from gallery.engine_torch import chunk_loader
 from gallery.indexing import apply_plan, encode_parts, make_plan
 from gallery.ingest import Found, add_pictures
 from gallery.store import PARTS, Store, new_manifest
@@ -63,7 +63,8 @@ def bench_gallery(
             chunks = chunk_loader(plan.jobs, size, batch, 1.0, False, args.num_workers, device)
             replaced = apply_plan(plan, store)
             with tqdm(disable=True) as bar:
-                encode_parts(chunks, encoder, store, replaced, SINGLE_PROCESS, bar)
+                results = encoded(chunks, encoder)
+                encode_parts(results, store, replaced, SINGLE_PROCESS, bar)
 
         rate = count / clock.once(index)
     name = f"index {count} JPEGs, {args.num_workers} processes"

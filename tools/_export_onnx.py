@@ -7,7 +7,7 @@
                         attribute's probabilities
     text.onnx           ids [B, L] int64 (0 after the end token) -> features [B, D] of unit length
     the tokenizer's file of merges
-    encoder.json        what a program needs to know; it is written last
+    encoder.json        what a program needs to know, and of which weights it is; it is written last
 
 B is any number of images or captions, and L any number of tokens up to `text_length`. Mean and std
 are in the graph, so images are bytes: they are a quarter of the size, and nothing can be forgotten.
@@ -70,7 +70,7 @@ class ImageEncoder(nn.Module):
         feature_BD = self.model.encode_image(images_BCHW.float() * self.scale - self.shift)
         if not self.classes:
             return (F.normalize(feature_BD),)
-        logits_BS2 = self.model.atr_matching_head(self.sentence_SD, feature_BD)
+        logits_BS2 = self.model.match_sentences(feature_BD, self.sentence_SD)
         score_BC = logits_BS2.log_softmax(dim=-1)[..., 1] @ self.means_SC
         probable = [part.softmax(dim=1) for part in score_BC.split(self.classes, dim=1)]
         return F.normalize(feature_BD), torch.cat(probable, dim=1)
@@ -99,7 +99,7 @@ def export_onnx(
 
     Args:
         attributes: those of FIRM's head, in its order.
-        about: more entries of encoder.json.
+        about: more entries of encoder.json, such as `sha256`; `gallery.onnx.TYPES` has all.
     """
     import_onnxruntime()
     try:
@@ -131,12 +131,12 @@ def export_onnx(
             os.replace(Path(unfinished, file), folder / file)
     content = {
         "version": VERSION,
-        "image_size": list(backbone.image_size),
+        "img_size": list(backbone.image_size),
         "mean": list(backbone.config.image_mean),  # for information: in the graph already
         "std": list(backbone.config.image_std),
         "text_length": text_length,
         "tokenizer": f"CLIP's byte pairs ({MERGES}), start {START}, end {END}",
-        "embed_dim": backbone.config.embed_dim,
+        "embed_dim": model.feature_dim,
         "attributes": {a.name: list(a.classes) for a in attributes},
         **about,
     }

@@ -3,7 +3,8 @@
     python search.py serve --gallery galleries/campus
     python tools/askers.py http://127.0.0.1:7860 --askers 20 --seconds 60
 
-Each asker is a session of its own, and asks again as soon as it has its page of hits.
+Each asker is a session of its own, and asks again as soon as it has its page of hits. It asks at
+least once.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def asked(
     chance, session = random.Random(seed), secrets.token_hex(6)
     seconds: list[float | None] = []
     with httpx.Client(base_url=address, timeout=PATIENCE) as client:
-        while time.monotonic() < end:
+        while not seconds or time.monotonic() < end:
             sentence = f"a person with a {chance.choice(COLOURS)} {chance.choice(GARMENTS)}"
             start = time.monotonic()
             right = _ask(client, session, function, [sentence, *fields[1:]])

@@ -8,9 +8,10 @@ Takes every option of train.py. The model has the config of ViT-B/16 unless --pr
 another, with random weights: their values do not change the time. The step runs on synthetic images
 and captions; `data` needs a data set in --root_dir. Each time is a median over repetitions, with
 the first and third quartiles. The device is synchronised before and after each repetition.
-`gallery` compares the indexing of JPEGs (search.py index) with encoding alone: its share says how
-much of that speed is left. `memory` estimates the peak memory of a step on CUDA, for several batch
-sizes and options. `search` finds the nearest of a million features, exactly and by an index
+`methods` compares a step of each method with one of InfoNCE: its share is the ratio. `gallery`
+compares the indexing of JPEGs (search.py index) with encoding alone: its share says how much of
+that speed is left. `memory` estimates the peak memory of a step on CUDA, for several batch sizes
+and options. `search` finds the nearest of a million features, exactly and by an index
 (gallery/index.py).
 """
 
@@ -55,6 +56,7 @@ from processor.step import TrainStep
 from solver.build import build_optimizer
 from tools._bench_gallery import bench_gallery
 from tools._bench_memory import bench_memory, memory_table
+from tools._bench_methods import bench_methods
 from utils.command_line import parse_options
 from utils.console import say
 from utils.devices import autocast, choose_device, choose_precision
@@ -64,7 +66,7 @@ from utils.files import expand, write_atomically
 from utils.metrics import query_metrics, rank_gallery
 from utils.tables import console
 
-PARTS = ("data", "step", "encode", "rank", "gallery", "memory", "search")
+PARTS = ("data", "step", "methods", "encode", "rank", "gallery", "memory", "search")
 GALLERIES = (3_200, 20_000, 100_000)
 QUERIES = 3_200
 
@@ -462,6 +464,7 @@ def main() -> None:
     benches: dict[str, Callable[[], Iterator[Row]]] = {
         "data": lambda: bench_data(args, device),
         "step": lambda: bench_step(args, device, clock),
+        "methods": lambda: bench_methods(args, device, clock, row),
         "encode": lambda: bench_encode(args, device, clock),
         "rank": lambda: bench_rank(device, clock),
         "gallery": lambda: bench_gallery(args, device, clock, row),

@@ -36,8 +36,8 @@ from datasets.registry import read_dataset
 from utils.attributes import check_labels, read_attributes
 from utils.command_line import parse_some
 from utils.console import say
-from utils.devices import allow_open_files, cores
 from utils.errors import UserError, run_main
+from utils.machine import allow_open_files, cores
 from utils.tables import console
 from utils.text import visible
 from utils.tokenizer import tokenizer

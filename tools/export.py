@@ -53,6 +53,10 @@ FAMILY = re.compile(
     r"base_model\.|atr_matching_head\.|classifier\.|cross_attn\.|cross_modal_transformer\."
     r"|ln_pre_[ti]\.|ln_post\.|mlm_head\.(dense|ln|fc)\."
 )
+FAMILY_LOSSES = {
+    "supkl", "supitc", "queue", "match2", "dot", "cat", "sdm", "bisdm", "itc", "biitc", "cmpm",
+    "id", "mlm",
+}  # fmt: skip
 # The options that the family's code has.
 FAMILY_OPTIONS = (
     "name", "output_dir", "log_period", "eval_period", "val_dataset", "resume_ckpt_file",
@@ -117,7 +121,11 @@ def main() -> None:
         model = build_evaluation_model(full, checkpoint, str(path)).eval()
         known = read_attributes(args.attributes_file) if model.sentences else []
         columns = model.sentences.columns.tolist() if model.sentences else []
-        about = {"epoch": epoch, "sha256": file_hash(path), "pretrain_choice": model_name(args)}
+        about = {
+            "name": path.absolute().parent.name, "checkpoint": path.name, "epoch": epoch,
+            "sha256": file_hash(path), "pretrain_choice": model_name(args),
+            "stride_size": args.stride_size,
+        }  # fmt: skip
         attributes = [known[column] for column in columns]
         line = export_onnx(model, Path(args.onnx), args.text_length, attributes, about)
         say(visible(line))
@@ -149,6 +157,13 @@ def export_family(
     if args.half:
         kept = {n: v.half() if v.is_floating_point() else v for n, v in kept.items()}
     options = {name: getattr(args, name) for name in FAMILY_OPTIONS}
+    names = args.loss_names.split("+")
+    if lost := [name for name in names if name not in FAMILY_LOSSES]:
+        options["loss_names"] = "+".join(n for n in names if n in FAMILY_LOSSES) or "itc"
+        notes.append(
+            f"the original has no loss {', '.join(lost)}: its scores are the cosines of CLIP's "
+            "features alone"
+        )
     options |= {
         "img_size": tuple(args.img_size),
         "milestones": tuple(args.milestones),

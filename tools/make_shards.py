@@ -47,9 +47,9 @@ from utils.attributes import Attribute, check_labels, read_attributes
 from utils.command_line import parse_given
 from utils.config import read_preset, resolve
 from utils.console import say
-from utils.devices import cores
 from utils.errors import UserError, run_main
 from utils.files import expand, lock, path_option, write_atomically
+from utils.machine import cores
 from utils.text import visible
 
 INDEX = CUSTOM_FILES[1]

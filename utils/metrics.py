@@ -128,6 +128,7 @@ def query_metrics(similarity_QG: Tensor, query_pids_Q: Tensor, gallery_pids_G: T
     # Sorting the identities finds the matches; comparing all pairs would take as long as ranking.
     order_G = gallery_pids_G.argsort()
     sorted_G = gallery_pids_G[order_G]
+    query_pids_Q = query_pids_Q.contiguous()  # searchsorted copies others, and warns
     start_Q = torch.searchsorted(sorted_G, query_pids_Q)
     count_Q = torch.searchsorted(sorted_G, query_pids_Q, right=True) - start_Q
     most = int(count_Q.max()) if count_Q.numel() else 0

@@ -9,14 +9,16 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from easydict import EasyDict
 
 from utils.config import read_preset
-from utils.distributed import Processes
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
+
+if TYPE_CHECKING:
+    from utils.distributed import Processes
 
 LAST, CONFIG = "last.pth", "configs.yaml"
 # Suffix of a TensorBoard file: 1 for a new run, 2 after its first resume, and so on.

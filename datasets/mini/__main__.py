@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from utils.console import say
-from utils.devices import cores
 from utils.documents import read_json_file
 from utils.errors import UserError, run_main
 from utils.files import path_option
+from utils.machine import cores
 from utils.text import visible
 
 from .build import MARKER, VALS, render

@@ -258,7 +258,8 @@ def select_tokens(
         attention_BL = attention_BL.masked_fill(~selectable_BL, -torch.inf)
     most_BK, at_BK = attention_BL.topk(min(k, attention_BL.shape[1]), dim=1)
     valid_BK = most_BK > -torch.inf
-    selected_BKD = tokens_BLD.take_along_dim(at_BK[..., None], dim=1)
+    at_BKD = at_BK[..., None].expand(-1, -1, tokens_BLD.shape[-1])
+    selected_BKD = tokens_BLD.gather(1, at_BKD)
     selected_BKD = selected_BKD.masked_fill(~valid_BK[..., None], 0.0)
     empty = k - at_BK.shape[1]  # captions are cut to the longest of their batch
     return F.pad(selected_BKD, (0, 0, 0, empty)), F.pad(valid_BK, (0, empty))

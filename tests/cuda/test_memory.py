@@ -1,11 +1,14 @@
 """What training says about memory before its first step."""
 
 import pytest
+import torch
+from easydict import EasyDict
 
 from model.build import build_training_model
 from model.losses.registry import LOSSES, Loss
-from processor.memory import GIB, estimate_memory, memory_note, on_a_card
+from processor.memory import GIB, estimate_memory, memory_note, memory_notes, on_a_card
 from tests.helpers import SCRATCH, options
+from utils.distributed import Processes
 
 NAMES = ["supkl", "queue", "match2", "dot"]
 
@@ -24,6 +27,17 @@ def test_a_step_that_does_not_fit_is_a_warning_with_what_to_try():
     )
     note = memory_note(net, args, True, free=int(need) - 1, total=24 * GIB)
     assert note.startswith("warning: memory") and "--accum_steps 4, --grad_checkpointing" in note
+
+
+def test_a_card_has_the_part_of_one_process(monkeypatch):
+    net, args = model_and_options(batch_size=9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    part = memory_note(net, EasyDict(args, batch_size=5), True, free=3 * GIB, total=24 * GIB)
+    cuda = torch.device("cuda")
+    assert memory_notes(net, args, True, cuda, Processes(size=2)) == [part]
+    assert memory_notes(net, args, True, cuda, Processes(rank=1, size=2)) == []
+    assert memory_notes(net, args, True, torch.device("cpu"), Processes()) == []
 
 
 def test_less_memory_is_estimated_for_options_that_save_it():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pyarrow as pa
 
 from gallery.index import unit
 from gallery.records import id_of, schema_with
+from gallery.store import Gallery
 
 ATTRIBUTES = ("gender", "hair colour")
 NASTY = ["it's", 'a "b"', "50 %", "a_b", "back\\slash", "new\nline", "ünï 人", "'; drop", "1=1) or (1=1"]  # fmt: skip
@@ -47,3 +50,8 @@ def made_features(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
     persons = random.standard_normal((-(-count // 4), width)).repeat(4, axis=0)[:count]
     return unit(persons + 0.3 * random.standard_normal((count, width))).astype(np.float16)
+
+
+def path_of(gallery: Gallery, row: int) -> str:
+    """The path of the picture of a row."""
+    return os.path.join(gallery.manifest["root"], gallery.items["path"][row].as_py())

@@ -9,6 +9,7 @@ import search
 from gallery.encode import load_encoder, run_encoder, weights_encoder
 from gallery.store import Gallery
 from processor.inference import load_pretrained, load_run
+from tests.gallery.made import path_of
 from tests.helpers import run
 from tests.reliability.runs import train_small_run
 from utils.errors import UserError
@@ -36,7 +37,7 @@ def evaluation(folder):
 
 
 def rows_of(gallery, images):
-    rows = {gallery.path_of(n): n for n in range(len(gallery.items))}
+    rows = {path_of(gallery, n): n for n in range(len(gallery.items))}
     return [rows[image.path] for image in images]
 
 
@@ -80,7 +81,7 @@ def test_an_encoder_comes_from_a_run_or_from_the_manifest(folder, gallery, tmp_p
     by_run = load_encoder(folder / "configs.yaml", device="cpu")
     by_manifest = load_encoder(gallery.manifest, device="cpu")
     assert torch.equal(by_run.encode_text(captions), by_manifest.encode_text(captions))
-    path = gallery.path_of(0)
+    path = path_of(gallery, 0)
     assert torch.equal(by_manifest.encode_image([path]), load_run(folder, device="cpu").encode_image([path]))  # fmt: skip
     moved = {**gallery.manifest["encoder"], "folder": str(tmp_path / "gone")}
     with pytest.raises(UserError, match="gone/configs.yaml: no such file"):
@@ -94,9 +95,9 @@ def test_an_encoder_comes_from_a_run_or_from_the_manifest(folder, gallery, tmp_p
 def test_vanilla_weights_encode_without_a_run(clip_file, gallery):
     encoder = weights_encoder(str(clip_file), [96, 32], device="cpu")
     assert encoder.about["kind"] == "weights" and encoder.attributes == {}
-    image_GD = encoder.encode_image([gallery.path_of(0), gallery.path_of(1)])
+    image_GD = encoder.encode_image([path_of(gallery, 0), path_of(gallery, 1)])
     expected = load_pretrained(str(clip_file), img_size=[96, 32], device="cpu")
-    assert torch.equal(image_GD, expected.encode_image([gallery.path_of(0), gallery.path_of(1)]))
+    assert torch.equal(image_GD, expected.encode_image([path_of(gallery, 0), path_of(gallery, 1)]))
     torch.testing.assert_close(image_GD.norm(dim=1), torch.ones(2))
     again = load_encoder({"encoder": encoder.about}, device="cpu")
     assert torch.equal(again.encode_text("a man"), encoder.encode_text("a man"))

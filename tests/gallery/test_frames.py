@@ -7,7 +7,8 @@ import torch
 from PIL import Image as PILImage
 
 from datasets.transforms import load_image
-from gallery.frames import AHEAD, Job, chunk_loader, taken_at, video_frames
+from gallery.engine_torch import AHEAD, chunk_loader
+from gallery.frames import Job, taken_at, video_frames
 from gallery.ingest import Person
 from utils.errors import UserError
 

@@ -8,11 +8,15 @@ import sys
 
 import pytest
 from PIL import Image as PILImage
+from pymilvus import MilvusClient
+from pymilvus.exceptions import MilvusException
 
 import search
-from gallery import commands_index, indexing
+from gallery import engine_torch, indexing
+from gallery.copies import Copy
 from gallery.index import INDEX
 from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
+from tests.gallery.made import path_of
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run
 from tests.reliability.runs import train_small_run
@@ -49,13 +53,13 @@ def index(folder, tmp_path, monkeypatch):
 def read_files(monkeypatch):
     """The paths of the files that are read to be encoded, by run."""
     runs = []
-    loader = commands_index.chunk_loader
+    loader = engine_torch.chunk_loader
 
     def counted(jobs, *rest):
         runs.append(sorted(job.path for job in jobs))
         return loader(jobs, *rest)
 
-    monkeypatch.setattr(commands_index, "chunk_loader", counted)
+    monkeypatch.setattr(engine_torch, "chunk_loader", counted)
     return runs
 
 
@@ -225,12 +229,51 @@ def test_damage_is_repaired_by_encoding_again(index, photos, tmp_path, read_file
     assert len(read_files[-1]) == 6
 
 
+def test_a_copy_follows_the_gallery_and_one_that_does_not_is_named(
+    index, photos, tmp_path, capsys, clip_file
+):
+    store = f"milvus:{tmp_path / 'milvus.db'}#campus"
+    gallery = index("--images", photos, "--store", store)
+    assert f"{store}: 6 people put" in capsys.readouterr().out
+    (photos / "0.jpg").unlink()
+    gallery = index("--images", photos)
+    assert f"{store}: not brought up to date" in capsys.readouterr().out
+    assert Copy(gallery.folder, store).is_behind(gallery.manifest["parts"])
+    index("--store", store, encoder=())  # the gallery as it is
+    for words in (("--store", store, "--images", photos), ("--store", store, "--images", photos / "more", "--reencode")):  # fmt: skip
+        vanilla = ("--pretrain_choice", clip_file, "--img_size", 96, 32)
+        gallery = index(*words, **({"encoder": vanilla} if "--reencode" in words else {}))
+        copy = Copy(gallery.folder, store)
+        ids = gallery.items["id"].to_pylist()
+        assert sorted(copy.milvus.others([])) == sorted(ids)
+        assert not copy.is_behind(gallery.manifest["parts"])
+    assert len(ids) == 2
+
+
+def test_a_store_that_fails_leaves_the_gallery_and_says_how_to_go_on(
+    index, photos, tmp_path, monkeypatch
+):
+    store = f"milvus:{tmp_path / 'milvus.db'}"
+
+    def fails(*words, **options):
+        raise MilvusException(message="no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MilvusClient, "upsert", fails)
+        with pytest.raises(UserError, match="no space left; .* is up to date, its copy is not: .*#gallery goes on"):  # fmt: skip
+            index("--images", photos, "--store", store)
+    gallery = index("--store", store, encoder=())
+    assert (
+        len(gallery.items) == len(Copy(gallery.folder, f"{store}#gallery").milvus.others([])) == 6
+    )
+
+
 def test_pictures_that_have_moved_are_found_by_their_new_root(index, photos, tmp_path, read_files):
     first = index("--images", photos)
     shutil.move(photos, tmp_path / "elsewhere")
     second = index("--images", tmp_path / "elsewhere", "--root", tmp_path / "elsewhere")
     assert read_files[1] == [] and by_path(first) == by_path(second)
-    assert second.path_of(0).startswith(str(tmp_path / "elsewhere"))
+    assert path_of(second, 0).startswith(str(tmp_path / "elsewhere"))
 
 
 def test_info_counts_by_source_and_view(index, photos, monkeypatch, tmp_path, capsys):
@@ -282,9 +325,10 @@ def test_deleted_people_are_gone_from_the_disk_and_stay_out(
 
 def test_a_gallery_that_another_process_writes_is_refused(index, photos, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from gallery.store import writing\n"
-        "with writing(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from utils.files import lock\n"
+        "lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
+    (tmp_path / "gallery").mkdir()
     command = [sys.executable, "-c", code, str(tmp_path / "gallery")]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -299,10 +343,17 @@ def test_a_gallery_that_another_process_writes_is_refused(index, photos, tmp_pat
         pass  # it is free again
 
 
+def test_what_only_an_index_needs_is_not_ignored_next_to_a_store(index, tmp_path):
+    with pytest.raises(UserError, match="give the encoder"):
+        index("--store", "milvus:x.db", "--root", tmp_path, encoder=())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((), "give --images, --videos"),
+        (("--store", "milvus:x.db"), "give --images, --videos"),  # with an encoder
+        (("--images", "x", "--store", "milvus:x"), "--store milvus:x: neither a server"),
         (("--images", "x", "--img_size", "32", "16"), "--img_size: a run has its own"),
         (("--images", "x", "--boxes", "b.csv", "--detect", "y"), "are known already"),
         (("--images", "x", "--every", "0"), "--every 0.0: must be a positive"),

@@ -1,10 +1,13 @@
 """The search page without a browser: what it answers, refuses, and keeps to itself."""
 
 import base64
+import io
 import json
 import os
 import shutil
 import socket
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -13,9 +16,11 @@ from PIL import Image as PILImage
 
 import search
 from gallery import commands_serve, page
+from gallery.sent import MAX_BYTES
 from gallery.service import MAX_HITS, MAX_SENTENCE, Question, Service
 from gallery.store import Gallery
 from tests.gallery.conftest import NASTY, serving
+from tests.gallery.made import path_of
 from tests.helpers import run
 from tools import askers
 from utils.errors import UserError
@@ -81,6 +86,78 @@ def test_more_like_this_leaves_the_person_out_and_can_ask_for_other_views(servic
     assert {hit.item["view"] for hit in other} == {"ground"}
     with pytest.raises(UserError, match="view of this person is not known"):
         service.answer(Question(like=boxed(service)[0], other_view=True))
+
+
+def data_url(content):
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+@pytest.mark.parametrize(("sentence", "minus"), [("", ""), (SENTENCE, ""), ("", "a hat"), (SENTENCE, "a hat")])  # fmt: skip
+def test_hits_like_a_picture_that_is_sent_are_those_of_find(sentence, minus, service, searched, monkeypatch, capsys):  # fmt: skip
+    path = Path(path_of(service.now().gallery, 4))
+    sent = service.take(data_url(path.read_bytes()))
+    assert sent.small.startswith("data:image/jpeg;base64,")
+    hits = service.answer(Question(sentence, minus, sent=sent, count=5)).hits
+    words = [sentence] * bool(sentence) + ["--minus", minus] * bool(minus) + ["--like", path]
+    run(search.main, monkeypatch, "find", *words, "--top", 5, "--gallery", searched, "--json", "--device", "cpu")  # fmt: skip
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[:1] == "{"]
+    assert [hit.id for hit in hits] == [hit["item"]["id"] for hit in found]
+    assert [hit.score for hit in hits] == pytest.approx([hit["score"] for hit in found], abs=1e-4)
+
+
+def png(width, height):
+    buffer = io.BytesIO()
+    PILImage.new("L", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (None, "no content"),
+        (5, "no content"),
+        ("", "no content"),
+        ("data:;base64,", "no content"),
+        ("data:image/png;base64,$$$", "no content"),
+        ("/etc/passwd", "no content"),
+        ("file:///etc/passwd", "no content"),
+        (data_url(b"x" * (MAX_BYTES + 1)), "more than 1 MB"),
+        (data_url(b"x"), "your picture: the image cannot be read: it is not one of JPEG"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "it is not one of JPEG"),
+        (data_url(png(40, 80)[:-30]), "your picture: the image cannot be read"),
+        (
+            data_url(png(2049, 2048)),
+            "2049x2048 is over the limit of 4194304 pixels. Choose another",
+        ),
+        (data_url(png(30_001, 9)), "a side is over the limit"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_has_a_message(address, message, service, do):
+    with pytest.raises(UserError, match=message):
+        service.take(address)
+    answered = do.send(event(picture=address or ""), SENTENCE, "", "", 24, True, None, *[""] * len(do.columns))  # fmt: skip
+    assert answered[0] is None and answered[2] is None and "Add a picture" in answered[1]
+    assert message.split(": ")[-1] in answered[4] and "<img" not in answered[5]
+
+
+def test_a_picture_stays_in_the_question_until_it_is_removed(service, do, searched_copy):
+    fields = ["", "", "", 6, True, None, *[""] * len(do.columns)]
+    address = data_url(Path(path_of(service.now().gallery, 4)).read_bytes())
+    sent, shown, question, *answered = do.send(event(picture=address), *fields)
+    assert sent.small in shown and "remove the picture" in shown
+    assert "like your picture" in answered[1] and answered[2].count("<li") == 6
+    assert do.forth(question, 0)[0] == question
+    saved = do.save("json", question, 0).split("base64,")[1].split('"')[0]
+    assert json.loads(base64.b64decode(saved))["question"] == {"count": 6, "collapse": True, "picture": True}  # fmt: skip
+    identifier = service.answer(question).hits[0].id
+    assert service.words(question) == [] and do.look(question, event(id=str(identifier)))[0]
+    with_words = do.ask(SENTENCE, "a hat", *fields[2:5], sent, *fields[6:])
+    assert f"{SENTENCE}, like your picture, without a hat" in with_words[2]
+    removed = do.send(event(), SENTENCE, *fields[1:])
+    assert removed[0] is None and "Add a picture" in removed[1] and removed[2] == Question(SENTENCE, count=6)  # fmt: skip
+    assert "Describe a person" in do.send(event(), *fields)[5]
+    with pytest.raises(UserError, match="another encoder now: choose the picture again"):
+        service.answer(replace(question, sent=replace(sent, encoder="other")))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +229,7 @@ def test_a_gallery_without_anybody_says_so(searched_copy, monkeypatch):
     service = Service(searched_copy, device="cpu")
     do = page.Handlers(service, list(service.now().choices()))
     assert do.columns == []
-    assert "Nobody is in this gallery yet" in do.ask(SENTENCE, "", "", 24, True)[3]
+    assert "Nobody is in this gallery yet" in do.ask(SENTENCE, "", "", 24, True, None)[3]
     page.build(service)
 
 
@@ -162,7 +239,7 @@ def test_a_picture_that_has_vanished_leaves_a_placeholder(searched, service, do)
     service.now().card.cache_clear()
     shutil.move(path, f"{path}.gone")
     try:
-        answered = do.ask(SENTENCE, "", "view = 'aerial'", 24, True, *[""] * len(do.columns))
+        answered = do.ask(SENTENCE, "", "view = 'aerial'", 24, True, None, *[""] * len(do.columns))
         assert (
             "no picture" in answered[3]
             and answered[3].count("<img") == answered[3].count("<li") - 1
@@ -179,8 +256,8 @@ def test_a_picture_that_has_vanished_leaves_a_placeholder(searched, service, do)
 def test_texts_of_visitors_and_pictures_are_shown_as_text(service, do):
     evil = "<script>alert(1)</script> {{value}} ${alert(1)} \ud800 \u202e\n x"
     columns = [""] * len(do.columns)
-    texts = do.ask(evil, evil, "", 96, False, *columns) + do.look(None, event(id=str(boxed(service)[0])))  # fmt: skip
-    texts += [do.warm(Question(evil), boxed(service)[0]), do.ask(evil, "", f"a = {evil}", 9, True, *columns)[2]]  # fmt: skip
+    texts = do.ask(evil, evil, "", 96, False, None, *columns) + do.look(None, event(id=str(boxed(service)[0])))  # fmt: skip
+    texts += [do.warm(Question(evil), boxed(service)[0]), do.ask(evil, "", f"a = {evil}", 9, True, None, *columns)[2]]  # fmt: skip
     shown = "".join(text for text in texts if isinstance(text, str))
     assert "&lt;script&gt;" in shown and "<script" not in shown
     assert "&lt;b&gt;gate" in shown and "<b>gate" not in shown
@@ -197,7 +274,7 @@ def test_a_button_that_lies_finds_nobody(do, data):
 
 
 def test_files_to_save_have_the_hits_of_the_page(do):
-    asked = do.ask(SENTENCE, "", "", 6, True, *[""] * len(do.columns))[0]
+    asked = do.ask(SENTENCE, "", "", 6, True, None, *[""] * len(do.columns))[0]
     contents = []
     for kind in ("json", "html"):
         link = do.save(kind, asked, 1)
@@ -234,6 +311,15 @@ def test_a_port_in_use_is_said(tmp_path, monkeypatch):
             run(search.main, monkeypatch, "serve", "--gallery", tmp_path, "--port", port)
 
 
+def test_connections_send_the_end_of_an_answer_at_once():
+    with (
+        commands_serve.listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.fixture(scope="module")
 def served(service):
     """Addresses of the page without and with a password."""
@@ -244,7 +330,7 @@ def served(service):
 def test_the_server_gives_out_no_file_and_no_api(served, service, tmp_path):
     secret = tmp_path / "secret.jpg"
     PILImage.new("RGB", (9, 9)).save(secret)
-    shown = service.now().gallery.path_of(0)
+    shown = path_of(service.now().gallery, 0)
     paths = [
         f"/gradio_api/{file}{path}"
         for file in ("file=", "file/", "proxy=", "stream/")
@@ -266,7 +352,9 @@ def test_the_server_gives_out_no_file_and_no_api(served, service, tmp_path):
         config = client.get("/config").json()
         assert {d["api_visibility"] for d in config["dependencies"]} == {"private"}
         assert service.now().root not in start.text
-        assert client.post("/gradio_api/queue/join", content=b"x" * 10**5).status_code == 413
+        assert client.post("/login", content=b"x" * 10**5).status_code == 413
+        assert client.post("/gradio_api/queue/join", content=b"x" * 10**6).status_code == 422
+        assert client.post("/gradio_api/queue/join", content=b"x" * 2 * 10**6).status_code == 413
         assert client.get("/", headers={"host": "example.org"}).status_code == 421
 
 

@@ -4,10 +4,15 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image as PILImage
 
+from gallery import page as gallery_page
+from gallery.sent import MAX_BYTES
 from gallery.service import Service
 from tests.gallery.conftest import serving
+from tests.gallery.made import path_of
 
 SENTENCE = "a woman in a yellow dress with a black bag"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -28,8 +33,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def address(searched):
-    with serving(Service(searched, device="cpu")) as url:
+def service(searched):
+    return Service(searched, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def address(service):
+    with serving(service) as url:
         yield url
 
 
@@ -173,10 +183,43 @@ def test_of_quick_clicks_the_last_one_counts(visit, address):
         page.locator(f"#person {part}[data-of='{last}']").wait_for()
 
 
+def test_a_picture_of_ones_own_with_and_without_a_sentence(visit, address, service, tmp_path):
+    page = visit(address)
+    file, remove = page.locator("#sent input"), page.get_by_label("remove the picture")
+    file.set_input_files(path_of(service.now().gallery, 4))
+    wait_for_title(page, "like your picture")
+    assert page.locator(".hit .top span").first.inner_text() == "1.000"
+    page.locator("#sent button:focus").wait_for()
+    ask(page, SENTENCE)
+    wait_for_title(page, f"{SENTENCE}, like your picture")
+    page.locator(".hit").first.click()
+    page.get_by_role("button", name="yellow dress", exact=True).wait_for()
+    page.get_by_role("button", name="More like this").click()
+    wait_for_title(page, re.compile(r"more like \d+$"))
+    remove.click()
+    wait_for_title(page, SENTENCE)
+    page.locator("#sent input:focus").wait_for()
+
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 900, 3), np.uint8)
+    large = tmp_path / "large.png"
+    PILImage.fromarray(noise).save(large)
+    assert large.stat().st_size > 3 * MAX_BYTES
+    file.set_input_files(large)
+    wait_for_title(page, f"{SENTENCE}, like your picture")
+    assert page.locator("#sent img").evaluate("image => image.naturalHeight") == 320
+    remove.click()
+    for content in (b"no picture", b"no picture" * (MAX_BYTES // 5)):
+        broken = {"name": "x.png", "mimeType": "image/png", "buffer": content}
+        file.set_input_files([broken])
+        message = "cannot be read" if len(content) < MAX_BYTES else "more than 1 MB"
+        page.locator("#status .problem", has_text=message).wait_for()
+        assert page.locator(".hit").count() == 0 and page.locator("#sent img").count() == 0
+
+
 def test_what_cannot_be_asked_is_said(visit, address):
     page = visit(address)
     for sentence, where, message in (
-        ("", None, "Say who is looked for."),
+        ("", None, "Say who is looked for, or add a picture."),
         ("x" * 2000, None, "The sentence has 2000 characters"),
         ("a man", "path = '../../etc/passwd", "'"),
         ("a man", "pth = 'x'", "path"),
@@ -225,8 +268,9 @@ def test_a_changed_gallery_leaves_the_page_up(visit, searched_copy, monkeypatch)
         page.get_by_text("0 people").wait_for()
 
 
-def test_a_password_is_asked_for(visit, searched):
-    with serving(Service(searched, device="cpu"), "a long password", ()) as url:
+def test_a_password_is_asked_for(visit, service, monkeypatch):
+    monkeypatch.setattr(gallery_page, "WRONG_SECONDS", 0)
+    with serving(service, "a long password", ()) as url:
         page = visit(url)
         for password in ("wrong", "a long password"):
             page.get_by_label("username").fill("me")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from gallery.index import Exact, unit
-from gallery.query import SAMPLE, Hit, combine, find_hits, groups_of, sureness
+from gallery.query import LOOKED, NEAR, SAMPLE, Hit, combine, find_hits, groups_of, sureness
 from gallery.rerank import RERANKED
 from processor.inference import load_run
 from tests.gallery.made import made_features, made_items
@@ -143,48 +143,50 @@ def test_a_filter_that_keeps_fewer_items_than_asked_gives_these():
     assert sorted(hit.row for hit in found) == [7, 47, 87]
 
 
-def first_hit(features, query_D):
-    scores = features.astype(np.float32) @ query_D
-    return Hit(1, 0, int(scores.argmax()), float(scores.max()), {}, 1)
+def hits_of(*scores_and_identities):
+    return [
+        Hit(n, n, n, score, {"identity": identity}, 1)
+        for n, (score, identity) in enumerate(scores_and_identities)
+    ]
 
 
-def test_a_person_who_is_there_stands_out_and_a_random_query_does_not():
-    features = made_features(4000, 64)
-    wanted = features[8].astype(np.float32)
-    sure = sureness(features, wanted, first_hit(features, wanted))
-    scores = features.astype(np.float32) @ wanted
-    np.testing.assert_allclose(sure.z, (scores.max() - scores.mean()) / scores.std(), rtol=1e-5)
-    assert sure.z > 6 and "the first hit stands out: " in str(sure)
-    nobody = unit(np.random.default_rng(1).standard_normal(64)).astype(np.float32)
-    unsure = sureness(features, nobody, first_hit(features, nobody))
-    assert 3.3 < unsure.chance < 3.6  # of the best of 4000 normal numbers
-    assert abs(unsure.z - unsure.chance) < 1 and "does not stand out" in str(unsure)
+def with_median(median, count=9):
+    """Items, and a query with which half of them have lower scores than `median`."""
+    return np.array([[median - 0.3], [median], [1.0]], np.float32).repeat(count, axis=0), vectors(1)
 
 
-def test_what_chance_gives_is_that_of_the_searched_items():
-    features = made_features(4000, 64)
-    query_D = features[8].astype(np.float32)
-    mask = np.arange(4000) < 100
-    few = sureness(features, query_D, first_hit(features, query_D), mask)
-    assert 2.2 < few.chance < 2.5
-    alone = sureness(features, query_D, first_hit(features, query_D), np.arange(4000) == 8)
-    assert alone.z == alone.chance == 0
+@pytest.mark.parametrize(
+    ("hits", "text"),
+    [
+        (hits_of((0.9, "a"), (0.7, "b")), "stands out: no other comes near it"),
+        (hits_of((0.9, "a"), (0.89, "a"), (0.7, "b")), "stands out: no other comes near it"),
+        (hits_of((0.9, "a"), (0.89, "a"), (0.81, "b"), (0.79, "c")), "is one of 2 people who fit about as well"),
+        (hits_of((0.9, None), (0.89, None), (0.81, None), (0.79, None)), "is one of 3 hits that fit about as well"),
+        (hits_of((0.9, "a"), (0.89, "a"), (0.81, None), (0.79, "c")), "is one of 3 hits that fit about as well"),
+        (hits_of(*[(0.9, f"{n}") for n in range(LOOKED)]), f"is one of at least {LOOKED} people who fit about as well"),
+        (hits_of(*[(0.9, f"{n}") for n in range(LOOKED - 1)]), f"is one of {LOOKED - 1} people who fit about as well"),
+        (hits_of((0.3, "a"), (0.9, "b"), (0.2, "c")), "is one of 2 people who fit about as well"),  # re-ranked
+    ],
+)  # fmt: skip
+def test_what_is_a_fifth_of_the_way_to_the_median_below_the_first_fits_about_as_well(hits, text):
+    features, query_D = with_median(0.4)
+    assert str(sureness(features, query_D, hits)) == f"the first hit {text}"
+
+
+def test_the_median_is_that_of_what_was_searched():
+    features, query_D = with_median(0.4)
+    hits = hits_of((0.9, "a"), (0.85, "b"))
+    assert sureness(features, query_D, hits).near == 2
+    assert sureness(features, query_D, hits, features[:, 0] == 1).near == 1
+    assert sureness(features, query_D, hits[:1], np.arange(len(features)) == 0).near == 1
 
 
 def test_of_a_large_gallery_a_sample_is_enough():
-    features = made_features(3 * SAMPLE, 16)
-    query_D = features[8].astype(np.float32)
-    scores = features.astype(np.float32) @ query_D
-    sure = sureness(features, query_D, first_hit(features, query_D))
-    assert abs(sure.z - (scores.max() - scores.mean()) / scores.std()) < 0.1
-
-
-def test_generic_sentences_tell_whether_the_first_hit_fits_them_too():
-    features = made_features(100, 16)
-    query_D = features[0].astype(np.float32)
-    generic_GD = np.stack([query_D, -query_D, -query_D, -query_D])  # the first fits it better
-    sure = sureness(features, 0.9 * query_D, first_hit(features, 0.9 * query_D), None, generic_GD)
-    assert sure.above == 0.75 and str(sure).endswith("better than 75% of generic sentences")
+    features, query_D = made_features(3 * SAMPLE, 16), unit(np.ones(16)).astype(np.float32)
+    median = np.median(features.astype(np.float32) @ query_D)
+    least = 0.9 - NEAR * (0.9 - median)
+    hits = hits_of((0.9, "a"), (least + 0.01, "b"), (least - 0.01, "c"))
+    assert sureness(features, query_D, hits).near == 2
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from gallery.copies import Copy
 from gallery.store import MANIFEST, Gallery
 from tests.helpers import ROOT
 from tests.reliability.runs import forks, train_small_run
@@ -100,13 +101,14 @@ def test_kills_at_random_moments_leave_a_whole_gallery_that_the_next_run_complet
 
 
 def test_two_processes_of_torchrun_share_the_work(folder, mini_root, tmp_path):
+    store = f"milvus:{tmp_path / 'milvus.db'}#both"  # which only one process can open
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "search.py", *words_of(folder, mini_root, tmp_path / "both")]  # fmt: skip
+               "2", "search.py", *words_of(folder, mini_root, tmp_path / "both", "--store", store)]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     child = start(words_of(folder, mini_root, tmp_path / "alone"), rows=8192)
     child.join()
     alone, both = content(tmp_path / "alone"), content(tmp_path / "both")
-    assert set(alone) == set(both)
+    assert set(alone) == set(both) == set(Copy(tmp_path / "both", store).milvus.others([]))
     # Batches differ, and with them the last digits.
     assert all(np.abs(alone[n] - both[n]).max() < 1e-3 for n in alone)

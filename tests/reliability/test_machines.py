@@ -15,9 +15,9 @@ from tests.helpers import ROOT
 from utils import distributed
 from utils.command_line import parse_options
 from utils.config import write_config
-from utils.devices import allow_open_files
 from utils.errors import UserError, run_main
 from utils.files import check_writable
+from utils.machine import allow_open_files
 from utils.run_log import setup_logger
 from utils.runs import run_folders
 

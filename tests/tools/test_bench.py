@@ -162,3 +162,12 @@ def test_a_search_is_measured_with_its_recall(tmp_path, monkeypatch, capsys):
         "search, exact", "search, exact, 1 % by a filter", "search, exact, kept in memory"
     }  # fmt: skip
     assert "open the index with 10 new persons" in rows and "recall@50 " in capsys.readouterr().out
+
+
+def test_the_methods_are_compared_with_infonce(monkeypatch, tmp_path):
+    monkeypatch.setattr("tools._bench_methods.METHODS", ("tal+tse", "cda+fta"))
+    file = tmp_path / "x.json"
+    run(tool.main, monkeypatch, *SMALL, "--what", "methods", "--cmt_depth", 1, "--json", file)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["what"] for row in rows] == ["tal+tse", "cda+fta", "itc"]
+    assert all(row["share"] > 0 for row in rows) and rows[-1]["share"] == 1

@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 
 import tools._export_onnx as export
 import tools.export as tool
+from gallery.pictures import as_bytes
 from model.aeafirm import AEAFIRM
 from model.backbone import Backbone
 from model.build import build_model
@@ -26,6 +27,7 @@ pytest.importorskip("onnxruntime")
 
 from gallery.onnx import ABOUT, IMAGE, OnnxEncoder
 
+WEIGHTS = {"name": "run", "checkpoint": "best.pth", "sha256": "0" * 64, "pretrain_choice": ""}
 CAPTIONS = [
     "A man in a grey shirt.",
     "x",
@@ -87,7 +89,7 @@ def test_features_are_those_of_the_run(folders, pictures):
 
 def test_attributes_are_firms(folders, pictures):
     trained, encoder = load_run(folders[0], device="cpu", precision="fp32"), OnnxEncoder(folders[1])
-    images = np.stack([encoder._bytes(picture) for picture in pictures])
+    images = np.stack([as_bytes(picture, encoder.size) for picture in pictures])
     features, attributes = encoder.encode_bytes(images)
     predicted = trained.model.predict_attributes(trained.encode_image(pictures, normalize=False))
     assert list(attributes) == list(encoder.attributes) and features.shape == (6, 64)
@@ -118,7 +120,7 @@ print(json.dumps([f.tolist() for f in features]))
 
 def test_the_description_has_what_a_program_needs(folders):
     about = json.loads((folders[1] / ABOUT).read_text())
-    assert (about["image_size"], about["text_length"], about["embed_dim"]) == ([64, 32], 20, 64)
+    assert (about["img_size"], about["text_length"], about["embed_dim"]) == ([64, 32], 20, 64)
     assert (
         about["epoch"] == 3 and len(about["sha256"]) == 64 and about["pretrain_choice"] == "scratch"
     )
@@ -129,7 +131,7 @@ def test_the_description_has_what_a_program_needs(folders):
 def test_a_resnet_is_exported(tmp_path):
     resnet = Backbone(BackboneConfig(32, (1, 1, 1, 1), 64, None, 64, 1), (64, 32))
     model = AEAFIRM(resnet, (), options(seed=1)).eval()
-    line = export.export_onnx(model, tmp_path, 10, [], {})
+    line = export.export_onnx(model, tmp_path, 10, [], WEIGHTS)
     assert "ONNX Runtime gives PyTorch's features" in line
     assert OnnxEncoder(tmp_path).encode_bytes(np.zeros((3, 3, 64, 32), np.uint8))[1] == {}
 
@@ -144,8 +146,8 @@ def test_an_export_that_computes_something_else_is_not_written(folders, tmp_path
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"version": 2}, "version 2, but this code reads 1"),
-    ({"image_size": [64]}, "image_size is"),
+    ({"version": 1}, "version 1, but this code reads 2"),
+    ({"img_size": [64]}, "img_size is"),
     ({"text_length": "20"}, "text_length is '20'"),
     ({"attributes": {"gender": 2}}, "attributes are not lists"),
 ])  # fmt: skip
