@@ -142,20 +142,31 @@ def build_training_model(
 ) -> AEAFIRM:
     """`build_model` with what only training needs: gradient checkpointing, compiled encoders.
 
-    Raises UserError for a ResNet with `--accum_steps` or several processes.
+    Raises UserError for an option that a ResNet cannot have.
     """
     model = build_model(args, loss_names, num_classes, processes=processes)
-    if model.base_model.config.is_resnet and (args.accum_steps > 1 or processes.size > 1):
-        flag = "--accum_steps" if args.accum_steps > 1 else "torchrun with several processes"
-        raise UserError(
-            f"{flag}: a ResNet normalises by the statistics of the images of one encoder call, so "
-            "parts would not give the features of the complete batch"
-        )
+    if model.base_model.config.is_resnet:
+        refuse_for_resnet(args, processes)
     if args.grad_checkpointing:
         model.base_model.enable_grad_checkpointing()
     if args.compile:
         model.base_model.compile_encoders()
     return model
+
+
+def refuse_for_resnet(args: EasyDict, processes: Processes) -> None:
+    """Raise UserError for an option of the training that a ResNet cannot have."""
+    parts = (
+        "a ResNet normalises by the statistics of the images of one encoder call, so parts would "
+        "not give the features of the complete batch"
+    )
+    for given, flag, reason in (
+        (args.accum_steps > 1, "--accum_steps", parts),
+        (processes.size > 1, "torchrun with several processes", parts),
+        (args.layer_decay < 1, "--layer_decay", "it counts blocks of a ViT; leave it out"),
+    ):
+        if given:
+            raise UserError(f"{flag}: {reason}")
 
 
 def check_batch_norm(model: AEAFIRM, args: EasyDict, images: int) -> None:

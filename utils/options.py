@@ -157,6 +157,9 @@ GROUPS: dict[str, list[Option]] = {
         Option("lr_factor",      float, 5.0, gt=0,
             help="learning rate of new layers (cross*, classifier, mlm_head), times --lr"),
         Option("bias_lr_factor", float, 2.0, gt=0, help="learning rate of biases, times --lr"),
+        Option("layer_decay",    float, 1.0, gt=0, le=1,
+            help="learning rate of a layer of the encoders, as a fraction of that of the layer "
+                 "above it (1: the same for all)"),
         Option("weight_decay",   float, 4e-5, ge=0, help="weight decay (L2)"),
         Option("weight_decay_bias", float, 0.0, ge=0, help="weight decay (L2) of biases"),
         Option("alpha",          float, 0.9, ge=0, le=1, help="Adam: beta 1"),
