@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 class Estimate(NamedTuple):
     """Bytes of tensors. CUDA's own memory and the allocator's gaps are not included."""
 
-    state: int  # between steps: weights, buffers and the optimizer's moments
+    state: int  # between steps: weights and their average, buffers, the optimizer's moments
     peak: int  # during a step, `state` included
 
 
@@ -151,6 +151,7 @@ def estimate_memory(
         memory.add(*model.parameters(), *model.buffers())
         moments = (v for state in optimizer.state.values() for v in state.values())
         memory.add(*(value for value in moments if isinstance(value, Tensor)))
+        memory.add(*(train_step.average.values.values() if train_step.average else ()))
         state = memory.now
         memory.add(*batch.values())
         layer_norm = _layer_norm_of_cuda if like_cuda else LAYER_NORM

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from model.aeafirm import AEAFIRM
+from processor.averages import MovingAverage
 from utils.devices import autocast
 
 
@@ -34,7 +35,10 @@ class TrainStep:
 
     Args:
         model: on its device.
-        args: this class reads `precision`, `accum_steps` and `grad_clip`.
+        args: this class reads `precision`, `accum_steps`, `grad_clip` and `ema`.
+
+    Attributes:
+        average: of the weights over the steps (`--ema`), or None.
     """
 
     def __init__(self, model: AEAFIRM, optimizer: Optimizer, args: EasyDict) -> None:
@@ -49,6 +53,7 @@ class TrainStep:
             for name in module._buffers
             if name not in module._non_persistent_buffers_set
         ]
+        self.average = MovingAverage(model, args.ema) if args.ema else None
         # DistributedDataParallel averages gradients over processes in the backward pass. Buffers
         # need no synchronisation, since every process computes the same queue.
         self.forward: nn.Module = model
@@ -79,6 +84,8 @@ class TrainStep:
         self.update(skipped)
         for (module, name), old in zip(self.buffers, before, strict=True):
             setattr(module, name, torch.where(no_update, old, getattr(module, name)))
+        if self.average:
+            self.average.update(no_update)
         return StepResult({**values, "grad_norm": norm.to(values["total"].dtype)}, skipped)
 
     def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from easydict import EasyDict
-from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from datasets.loaders import TrainLoader, on_device
@@ -26,7 +25,7 @@ from processor.epoch_log import EpochLog
 from processor.evaluator import Evaluator
 from processor.failures import explain_failures
 from processor.nonfinite import NonFiniteGuard
-from processor.state import Generators, OptimizerState, Progress, save_state
+from processor.state import Generators, ModelState, OptimizerState, Progress, save_state
 from processor.step import TrainStep
 from solver.build import set_lr
 from utils.checkpoint import save_checkpoint
@@ -71,8 +70,9 @@ class Trainer:
             args, len(loader), self.sampler.count, self.device, run_dir, log, self.processes
         )
         # Everything that a resumed run needs, by name; see processor/state.py.
-        self.parts: dict[str, Stateful | nn.Module] = {
-            "model": self.model,
+        self.weights = ModelState(self.model)
+        self.parts: dict[str, Stateful] = {
+            "model": self.weights,
             "optimizer": OptimizerState(train_step.optimizer),
             "scaler": train_step.scaler,
             "generators": Generators(self.model.generator, args.seed, self.device, self.processes),
@@ -81,6 +81,8 @@ class Trainer:
             "best": self.best,
             "progress": self.progress,
         }
+        if train_step.average:
+            self.parts["ema"] = train_step.average
         self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)
         self.save_epochs, self.save_seconds = parse_period(args.save_period)
         self.last_save = time.monotonic()
@@ -146,10 +148,12 @@ class Trainer:
         return self.epoch_log.end_steps()
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        """Metrics in percent by split."""
-        metrics = {
-            e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
-        }
+        """Metrics in percent by split, with the average of the weights if there is one."""
+        average = self.train_step.average
+        with self.weights.replaced(average.values if average else {}):
+            metrics = {
+                e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
+            }
         # Another machine may round a similarity differently, but all must select the same epoch.
         return self.processes.from_rank_0(metrics)
 
@@ -169,7 +173,9 @@ class Trainer:
         """The content of that checkpoint."""
         best = self.best.describe(split)
         metadata = {"epoch": best["epoch"], "best": best, **self._metadata()}
-        return {"model": self.model.state_dict(), **metadata}
+        average = self.train_step.average
+        with self.weights.replaced(average.values if average else {}):
+            return {"model": self.model.state_dict(), **metadata}
 
     def _metadata(self) -> dict[str, Any]:
         return {"input": self.model.base_model.input, "data": self.data}

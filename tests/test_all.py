@@ -266,6 +266,7 @@ def test_what_cannot_be_resumed_is_refused_and_leaves_nothing(
         {"loss_names": "bisdm+biitc", "sampler": "identity", "num_instance": 2, "eval_period": 2},
         {"loss_names": RECIPE, "precision": "half", "lrscheduler": "step", "optimizer": "AdamW"},
         {"loss_names": "supkl", "precision": "fp16", "num_workers": 1, "log_period": 1},
+        {"loss_names": "itc", "ema": 0.9, "precision": "half", "grad_checkpointing": True},
     ],
     ids=lambda overrides: f"{overrides['loss_names']},{overrides.get('precision', 'fp32')}",
 )

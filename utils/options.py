@@ -166,6 +166,9 @@ GROUPS: dict[str, list[Option]] = {
         Option("beta",           float, 0.999, ge=0, le=1, help="Adam: beta 2"),
         Option("adam_eps",       float, 1e-3, gt=0,
             help="Adam: epsilon; --precision half needs a large one, such as the original's 1e-3"),
+        Option("ema",            float, 0.0, ge=0, lt=1,
+            help="keep a moving average of the weights: a step keeps this part of it and adds 1 - "
+                 "this of the weights; evaluations and best.pth use the average (0: none)"),
         Option("grad_clip",      float, 0.0, ge=0,
             help="maximum L2 norm of the gradient of all weights (0: no clipping)"),
         Option("momentum",       float, 0.9, ge=0, le=1, help="SGD: momentum"),

@@ -39,6 +39,14 @@ def test_less_memory_is_estimated_for_options_that_save_it():
     assert one.peak < 0.7 * two.peak
 
 
+def test_a_moving_average_takes_the_memory_of_the_weights():
+    net, args = model_and_options()
+    plain = estimate_memory(net, args, like_cuda=True)
+    averaged = estimate_memory(net, options(**{**args, "ema": 0.9}), like_cuda=True)
+    weights = sum(4 * p.numel() for p in net.parameters())
+    assert averaged.state - plain.state == averaged.peak - plain.peak == weights
+
+
 def test_estimating_leaves_the_model_as_it_is():
     net, args = model_and_options()
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -35,7 +35,8 @@ SETUPS = {
     "supitc+queue+match2+cat+cmpm": {"precision": "fp64", "grad_clip": 1.0, "accum_steps": 2},
     "sdm+id+mlm": {"precision": "fp64", "MLM": True, "cmt_depth": 1, "sampler": "identity",
                    "num_instance": 2, "batch_size": 6, "grad_checkpointing": True},
-    "itc+bisdm": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD"},
+    "itc+bisdm": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD", "ema": 0.8,
+                  "layer_decay": 0.7},
 }  # fmt: skip
 
 
@@ -69,6 +70,8 @@ def assert_close(actual, expected, where, tolerance=1e-9):
     for index, state in b["optimizer"]["state"].items():
         for name, value in state.items():
             torch.testing.assert_close(a["optimizer"]["state"][index][name], value, rtol=0, atol=tolerance, msg=f"{where} {name}")  # fmt: skip
+    for name, value in b.get("ema", {}).get("values", {}).items():
+        torch.testing.assert_close(a["ema"]["values"][name], value, rtol=0, atol=tolerance, msg=f"{where} {name}")  # fmt: skip
     assert a["best"] == b["best"]  # metrics, to the last digit
     a, b = ((folder / "last.1.pth") for folder in (actual, expected))
     if a.exists() and b.exists():
