@@ -37,7 +37,7 @@ from utils.devices import allow_open_files, choose_precision
 from utils.errors import run_main
 from utils.interrupt import exit_on_signals
 from utils.run_log import setup_logger
-from utils.runs import CONFIG, open_run
+from utils.runs import AVERAGED, CONFIG, open_run
 from utils.text import Multiline
 
 
@@ -95,6 +95,7 @@ def main() -> None:
 
     log.info(Multiline(best_table(best.by_split)))
     files = [best.file(split) for split in best.by_split]
+    files += [run_dir / AVERAGED] if args.average_last else []
     log.info(Multiline(evaluation_commands(run_dir / CONFIG, files, args)))
     distributed.finish()
 

@@ -163,6 +163,12 @@ def refuse_for_resnet(args: EasyDict, processes: Processes) -> None:
     for given, flag, reason in (
         (args.accum_steps > 1, "--accum_steps", parts),
         (processes.size > 1, "torchrun with several processes", parts),
+        (
+            args.average_last > 0,
+            "--average_last",
+            "a ResNet's statistics of batch normalisation do "
+            "not belong to a mean of weights; --ema averages both",
+        ),
         (args.layer_decay < 1, "--layer_decay", "it counts blocks of a ViT; leave it out"),
     ):
         if given:

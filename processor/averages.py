@@ -1,4 +1,4 @@
-"""Averages of a model's weights: over the steps of a training (`--ema`)."""
+"""Averages of a model's weights: over the steps (`--ema`), and over epochs (`--average_last`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from model.aeafirm import AEAFIRM
 from utils.devices import at_least_float32
@@ -20,6 +21,12 @@ def averaged_tensors(model: AEAFIRM) -> dict[str, Tensor]:
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             tensors |= {f"{prefix}.{n}": b for n, b in module.named_buffers() if b.dim()}
     return tensors
+
+
+def mean_of(epochs: list[int]) -> str:
+    """What a mean of weights is, in words."""
+    which = f"epochs {epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"epoch {epochs[0]}"
+    return f"the mean of the weights after {which}"
 
 
 class Average:
@@ -75,3 +82,41 @@ class MovingAverage(Average):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state that `state_dict` cannot have returned."""
         self.load_values(state["values"])
+
+
+class EpochAverage(Average):
+    """The mean of the weights after each of the last epochs of a training, on the CPU.
+
+    Attributes:
+        epochs: those in the mean so far.
+
+    Args:
+        last: how many.
+        num_epoch: of the training.
+    """
+
+    def __init__(self, model: AEAFIRM, last: int, num_epoch: int) -> None:
+        super().__init__(model)
+        self.values = {name: value.cpu() for name, value in self.values.items()}
+        self.first = num_epoch - last + 1
+        self.epochs: list[int] = []
+
+    def add(self, epoch: int) -> None:
+        """Add the weights after an epoch, if it is one of the last."""
+        if self.epochs and self.epochs[0] < self.first:
+            self.epochs = []  # a resumed run may have more epochs than before
+        if epoch >= self.first:
+            tensors = averaged_tensors(self.model)
+            current = [tensors[n].detach().to(v) for n, v in self.values.items()]
+            get_swa_multi_avg_fn()(list(self.values.values()), current, len(self.epochs))
+            self.epochs.append(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "epochs": self.epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state that `state_dict` cannot have returned."""
+        self.load_values(state["values"])
+        if not all(type(epoch) is int for epoch in state["epochs"]):
+            raise ValueError("the epochs of its average are not numbers")
+        self.epochs = list(state["epochs"])

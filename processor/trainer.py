@@ -3,8 +3,8 @@
 Files in the run's folder: train_log.txt, TensorBoard events, history.jsonl, last.pth (everything
 that `--resume` needs) and best.pth (weights of the epoch with the highest R@1 on the first
 selecting split, or of the last epoch without one). `--val_dataset both` adds best_test.pth, the
-best epoch on test. A run that stops at any step and is resumed ends with the same results. With
-several processes only rank 0 writes files.
+best epoch on test, and `--average_last` adds averaged.pth. A run that stops at any step and is
+resumed ends with the same results. With several processes only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from easydict import EasyDict
 from torch.distributed.checkpoint.stateful import Stateful
 
 from datasets.loaders import TrainLoader, on_device
+from processor.averages import Average, EpochAverage, mean_of
 from processor.best import Best
 from processor.epoch_log import EpochLog
 from processor.evaluator import Evaluator
@@ -32,7 +33,7 @@ from utils.checkpoint import save_checkpoint
 from utils.distributed import AgreedFlags
 from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
-from utils.runs import LAST
+from utils.runs import AVERAGED, LAST
 
 
 class Trainer:
@@ -83,6 +84,10 @@ class Trainer:
         }
         if train_step.average:
             self.parts["ema"] = train_step.average
+        self.epoch_average: EpochAverage | None = None
+        if args.average_last:
+            self.epoch_average = EpochAverage(self.model, args.average_last, args.num_epoch)
+            self.parts["epoch_average"] = self.epoch_average
         self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)
         self.save_epochs, self.save_seconds = parse_period(args.save_period)
         self.last_save = time.monotonic()
@@ -95,6 +100,8 @@ class Trainer:
             with self.stop:
                 while self.progress.epoch < self.args.num_epoch:
                     self._run_epoch()
+                if self.epoch_average and self.epoch_average.epochs:
+                    self._finish_average(self.epoch_average)
         except UserError as error:
             raise UserError(f"{error}{self._save_after_error()}") from None
         finally:
@@ -111,10 +118,12 @@ class Trainer:
         with explain_failures(args, self.device, images, "training"):
             summary = self._train_steps()
         with explain_failures(args, self.device, images, "evaluation"):
-            metrics = self._evaluate() if evaluation_due else {}
+            metrics = self._evaluate(self.train_step.average) if evaluation_due else {}
             # The last epoch counts without metrics too: it is best.pth if no split selects.
             improved = self.best.update(epoch, metrics) if metrics or is_last else []
             self.progress.epoch, self.progress.step = epoch, 0
+            if self.epoch_average:
+                self.epoch_average.add(epoch)
             self.epoch_log.end(summary, metrics, improved)
             if improved or save_due:
                 self.save()
@@ -147,9 +156,8 @@ class Trainer:
         self.guard.check(wait=True)
         return self.epoch_log.end_steps()
 
-    def _evaluate(self) -> dict[str, dict[str, float]]:
-        """Metrics in percent by split, with the average of the weights if there is one."""
-        average = self.train_step.average
+    def _evaluate(self, average: Average | None) -> dict[str, dict[str, float]]:
+        """Metrics in percent by split, of an average of the weights if there is one."""
         with self.weights.replaced(average.values if average else {}):
             metrics = {
                 e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
@@ -173,9 +181,25 @@ class Trainer:
         """The content of that checkpoint."""
         best = self.best.describe(split)
         metadata = {"epoch": best["epoch"], "best": best, **self._metadata()}
-        average = self.train_step.average
+        return {"model": self._weights_of(self.train_step.average), **metadata}
+
+    def _weights_of(self, average: Average | None) -> dict[str, Any]:
+        """The model's state with an average of the weights, if there is one."""
         with self.weights.replaced(average.values if average else {}):
-            return {"model": self.model.state_dict(), **metadata}
+            return self.model.state_dict()
+
+    def _finish_average(self, average: EpochAverage) -> None:
+        """Evaluate the mean of the last epochs' weights, and write it."""
+        images = [x for e in self.evaluators for x in e.files]
+        with explain_failures(self.args, self.device, images, "evaluation"):
+            metrics = self._evaluate(average)
+        about = {"epochs": average.epochs, "metrics": metrics}
+        metadata = {"epoch": self.progress.epoch, "averaged": about, **self._metadata()}
+        self._write(self.run_dir / AVERAGED, {"model": self._weights_of(average), **metadata})
+        line = f"{AVERAGED} is {mean_of(average.epochs)}: no split chooses it"
+        for split, values in metrics.items():
+            line += f"  {split}: {' '.join(f'{name} {v:.2f}' for name, v in values.items())}"
+        self.log.info(line)
 
     def _metadata(self) -> dict[str, Any]:
         return {"input": self.model.base_model.input, "data": self.data}

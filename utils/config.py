@@ -61,6 +61,10 @@ def resolve(values: dict[str, Any]) -> EasyDict:
         args.accum_steps <= args.batch_size,
         f"--accum_steps {args.accum_steps} exceeds --batch_size {args.batch_size}",
     )
+    check(
+        args.average_last <= args.num_epoch,
+        f"--average_last {args.average_last} exceeds --num_epoch {args.num_epoch}",
+    )
     for name in ("heldout", "heldout_seed"):
         check(
             args.val_dataset in ("heldout", "both") or args[name] == OPTIONS[name].default,

@@ -66,6 +66,9 @@ GROUPS: dict[str, list[Option]] = {
                  "--output_dir; auto: resume if there is one, else start a new run"),
         Option("resume_ckpt_file", str, "", path=True, may_differ=True,
             help="checkpoint to resume from (default: last.pth of the run)"),
+        Option("average_last",  int,   0, ge=0,
+            help="evaluate the mean of the weights after each of this many last epochs, and write "
+                 "it as averaged.pth (0: no)"),
         Option("max_nonfinite", int,   5, ge=0, may_differ=True,
             help="skip up to this many steps in a row if their loss or gradient is NaN or "
                  "infinite; one more stops the run"),

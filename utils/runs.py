@@ -18,7 +18,7 @@ from utils.distributed import Processes
 from utils.errors import UserError
 from utils.files import lock, remove_unfinished
 
-LAST, CONFIG = "last.pth", "configs.yaml"
+LAST, AVERAGED, CONFIG = "last.pth", "averaged.pth", "configs.yaml"
 # Suffix of a TensorBoard file: 1 for a new run, 2 after its first resume, and so on.
 EVENTS = ".{:05d}"
 LAST_EPOCH = "last"  # in place of the split that selected a checkpoint, if none did

@@ -1,5 +1,7 @@
 """Averages of the weights: what they are, and that evaluation and checkpoints have them."""
 
+import json
+
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -14,6 +16,7 @@ from tests.model.test_backbone import RESNET
 from tests.reliability.runs import assert_same, flags, folder_of
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.metrics import METRICS
 
 
 def train_step(weights, **values):
@@ -108,3 +111,43 @@ def test_a_run_without_a_moving_average_cannot_be_resumed_with_one(
     argv = ["--resume", "--resume_ckpt_file", last, "--num_epoch", 2]
     with pytest.raises(UserError, match="it has no ema, which only a new run can start"):
         run(train_entry.main, monkeypatch, *argv, "--ema", 0.9)
+
+
+@pytest.mark.parametrize("values", [{}, {"precision": "half"}, {"ema": 0.8}], ids=str)
+def test_averaged_pth_is_the_mean_of_the_last_epochs_and_says_so(
+    values, mini_root, tmp_path, monkeypatch, capsys
+):
+    """Of their own weights, also with a moving average."""
+    argv = flags(mini_root, tmp_path, average_last=2, keep_last=3, lr=3e-3, **values)
+    run(train_entry.main, monkeypatch, *argv)
+    folder = folder_of(tmp_path)
+    averaged, *last = (load_checkpoint(folder / f"{n}.pth") for n in ("averaged", "last", "last.1"))
+    assert [state["epoch"] for state in last] == [3, 2] and averaged["averaged"]["epochs"] == [2, 3]
+    for name in (n for n in averaged["model"] if n.startswith("base_model.")):
+        mean = (last[0]["model"][name].float() + last[1]["model"][name].float()) / 2
+        tolerance = 1e-3 if values.get("precision") else 1e-6
+        torch.testing.assert_close(averaged["model"][name].float(), mean, rtol=tolerance, atol=1e-6)
+    shown = capsys.readouterr().out
+    line = "averaged.pth is the mean of the weights after epochs 2 to 3: no split chooses it  test: R@1"
+    assert line in shown and f"--checkpoint {folder / 'averaged.pth'}" in shown
+    run(test_entry.main, monkeypatch, "--config_file", folder / "configs.yaml",
+        "--checkpoint", folder / "averaged.pth")  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "this checkpoint is the mean of the weights after epochs 2 to 3: no split" in shown
+    assert "test split, which had no part in choosing this checkpoint" in shown
+    results = json.loads((folder / "averaged_results.json").read_text())
+    metrics = averaged["averaged"]["metrics"]["test"]
+    aerial = results["splits"]["test"]["galleries"]["aerial"]
+    assert [aerial[name] for name in METRICS] == pytest.approx([metrics[n] for n in METRICS])
+
+
+def test_a_run_that_gets_more_epochs_averages_its_new_last_epochs(mini_root, tmp_path, monkeypatch):
+    few = {"loss_names": "itc", "average_last": 2, "num_epoch": 2}
+    run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, **few))
+    folder = folder_of(tmp_path)
+    argv = ["--resume", "--resume_ckpt_file", folder / "last.pth", "--num_epoch"]
+    for epochs, expected in ((4, [3, 4]), (5, [5])):
+        run(train_entry.main, monkeypatch, *argv, epochs)
+        assert load_checkpoint(folder / "averaged.pth")["averaged"]["epochs"] == expected
+    with pytest.raises(UserError, match="--average_last 6 exceeds --num_epoch 5"):
+        run(train_entry.main, monkeypatch, *flags(mini_root, tmp_path, average_last=6, num_epoch=5))

@@ -92,6 +92,10 @@ def test_a_resnet_refuses_options_that_would_change_its_numbers(tmp_path):
     torch.save(Backbone(RESNET, (96, 32)).state_dict(), tmp_path / "rn.pt")
     for flag, message in (
         ({"accum_steps": 2}, "--accum_steps: a ResNet normalises by the statistics"),
+        (
+            {"average_last": 2},
+            "--average_last: .* do not belong to a mean of weights; --ema averages",
+        ),
         ({"layer_decay": 0.8}, "--layer_decay: it counts blocks of a ViT; leave it out"),
         (
             {"grad_checkpointing": True},

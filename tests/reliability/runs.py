@@ -141,7 +141,9 @@ def assert_same(a, b, where="") -> None:
 
 def assert_same_end(folder: Path, uninterrupted: Path) -> None:
     """Assert equal checkpoints, bit for bit, and equal losses in the logs."""
-    for name in ("last.pth", "best.pth"):
+    names = [path.name for path in uninterrupted.glob("*.pth")]
+    assert {"last.pth", "best.pth"} <= {*names}
+    for name in names:
         assert_same(load_checkpoint(folder / name), load_checkpoint(uninterrupted / name), name)
     assert logged_losses(folder) == logged_losses(uninterrupted)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -36,7 +36,7 @@ SETUPS = {
         "loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "sampler": "identity",
         "num_instance": 2, "batch_size": 6, "optimizer": "SGD", "momentum": 0.9, "num_workers": 1,
     },
-    "averages": {"ema": 0.8, "layer_decay": 0.7, "save_period": "0.0001min"},
+    "averages": {"ema": 0.8, "average_last": 2, "layer_decay": 0.7, "save_period": "0.0001min"},
     "fp16": {"precision": "fp16", "accum_steps": 2, "loss_names": "itc+supitc+queue"},
 }  # fmt: skip
 
