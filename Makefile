@@ -66,7 +66,7 @@ $(VENV)/installed-search: requirements-search.txt $(VENV)/installed
 	$(BIN)/pip install -q -r requirements-search.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-construction.txt requirements-search.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-construction.txt requirements-search.txt requirements-lora.txt $(VENV)/installed
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 

@@ -18,7 +18,7 @@ from easydict import EasyDict
 from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
-from model.build import build_training_model, check_batch_norm, load_fitting
+from model.build import build_training_model, check_batch_norm
 from model.losses.registry import check_losses, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.memory import memory_note
@@ -30,7 +30,6 @@ from processor.trainer import Trainer
 from solver.build import build_optimizer
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
-from utils.checkpoint import load_checkpoint
 from utils.command_line import changed_options, parse_options
 from utils.config import write_config
 from utils.devices import allow_open_files, choose_precision
@@ -66,11 +65,8 @@ def main() -> None:
         model = build_training_model(args, losses, data.num_identities, processes).to(device)
     last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
     check_batch_norm(model, args, last_batch * len(data.views))
-    resumed, notes = bool(args.resume_ckpt_file), model.base_model.notes
-    if args.finetune and not resumed:
-        notes = [*notes, load_fitting(model, load_checkpoint(args.finetune), args.finetune)]
-    run_dir = open_run(args, processes)
-    saved = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
+    run_dir, resumed = open_run(args, processes), args.resume_ckpt_file
+    saved = read_state(resumed, args.keep_last) if resumed else None
     log = setup_logger(run_dir / "train_log.txt", processes.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, loader, evaluators, args, device, processes)
@@ -79,7 +75,7 @@ def main() -> None:
         free += torch.cuda.memory_reserved(device)  # by the model
         shard = EasyDict(args, batch_size=-(-args.batch_size // processes.size))
         log.info(memory_note(model, shard, data.has_pairs, free, total))
-    for note in notes:
+    for note in model.base_model.notes:
         log.info(note)
     optimizer = build_optimizer(model.named_parameters(), args)
     train_step = TrainStep(model, optimizer, args)

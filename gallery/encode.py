@@ -20,12 +20,11 @@ from torch import Tensor
 
 from model.weights import find_weights, parse_choice
 from processor.evaluator import encode_images
-from processor.feature_files import file_hash
 from processor.inference import Picture, Run, load_pretrained, load_run
 from utils.attributes import read_attributes
 from utils.devices import autocast
 from utils.errors import UserError
-from utils.files import expand
+from utils.files import expand, file_hash
 
 Guesses = dict[str, tuple[list[str], list[float]]]  # by attribute: class and score of each image
 SURE = 1.0  # the score of a label; that of a guess is lower

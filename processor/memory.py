@@ -143,7 +143,7 @@ def estimate_memory(
         for group in optimizer.param_groups:  # also of half-precision weights, as on CUDA
             group["fused"] = True
         train_step = TrainStep(model, optimizer, args)
-        for parameter in model.parameters():  # the first step makes the moments
+        for parameter in train_step.parameters:  # the first step makes the moments
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from model.aeafirm import AEAFIRM
+from model.lora import base_names, merged_weights, updates_merged
 from utils.distributed import Processes
 
 # Names of the parts that a checkpoint needs to be resumed.
@@ -45,24 +46,42 @@ class Progress:
 
 
 class ModelState:
-    """A model's weights and buffers: its own, also while others are in their place."""
+    """A model's weights and buffers, without the frozen ones of LoRA: its own, also while others
+    are in their place."""
 
     def __init__(self, model: AEAFIRM) -> None:
         self.model = model
         self.own: dict[str, Tensor] = {}
+        self.frozen = base_names(model)
 
     def state_dict(self) -> dict[str, Any]:
         state = self.model.state_dict()
         state.update(self.own)
+        for name in self.frozen:
+            del state[name]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises RuntimeError for other names or shapes."""
-        self.model.load_state_dict(state)
+        frozen = {name: v for name, v in self.model.state_dict().items() if name in self.frozen}
+        self.model.load_state_dict({**frozen, **state})
+
+    def state_with(self, values: dict[str, Tensor]) -> dict[str, Any]:
+        """`state_dict` with other values, by name."""
+        state = self.state_dict()
+        state.update({name: value.to(state[name]) for name, value in values.items()})
+        return state
 
     @contextmanager
-    def replaced(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Give the model other values, by name; its own come back at the end."""
+    def evaluated(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Give the model other values, by name, and merge LoRA's updates, as test.py has them."""
+        values = {**values, **merged_weights(self.model, values)}
+        with self._replaced(values), updates_merged(self.model):
+            yield
+
+    @contextmanager
+    def _replaced(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """The model's own values come back at the end."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         self.own = {name: tensors[name].data for name in values}
         try:

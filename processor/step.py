@@ -6,6 +6,8 @@ values, skipped = train_step(batch)          # never waits for the device
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -99,17 +101,20 @@ class TrainStep:
         # Gradient caching (Gao et al., 2021): the losses of the whole batch give the gradient of
         # every feature. Each part is then encoded again, to backpropagate its rows to the weights.
         parts = split_batch(batch, self.args.accum_steps)
+        states, encoded = [], []
         with torch.no_grad(), context:
-            encoded = [model.encode(part) for part in parts]
+            for part in parts:
+                states.append(self._random_state())
+                encoded.append(model.encode(part))
         features = {k: torch.cat([e[k] for e in encoded]).requires_grad_() for k in encoded[0]}
         with context:
             values = model.losses({**features, **model.encode_sentences()}, batch)
         self.scaler.scale(values["total"]).backward()
         gradients = {k: v.grad for k, v in features.items() if v.grad is not None}
         start = 0
-        for part in parts:
+        for part, state in zip(parts, states, strict=True):
             stop = start + len(part["pids"])
-            with context:
+            with context, self._repeated(state):  # dropout drops the same again
                 encoded_part = model.encode(part)
             used = [name for name in encoded_part if name in gradients]
             torch.autograd.backward(
@@ -119,6 +124,21 @@ class TrainStep:
             start = stop
         self.processes.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
         return values
+
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        """The states of torch's global generators: the CPU's, and that of a CUDA device."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), cuda
+
+    @contextmanager
+    def _repeated(self, state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+        """Draw the random numbers after a state again."""
+        cpu, cuda = state
+        with torch.random.fork_rng([] if cuda is None else [self.device]):
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            yield
 
     def update(self, skipped: Tensor) -> None:
         """Update the weights unless `skipped`."""

@@ -20,6 +20,7 @@ from easydict import EasyDict
 from torch.distributed.checkpoint.stateful import Stateful
 
 from datasets.loaders import TrainLoader, on_device
+from model.lora import lora_entry
 from processor.averages import Average, EpochAverage, mean_of
 from processor.best import Best
 from processor.epoch_log import EpochLog
@@ -71,7 +72,7 @@ class Trainer:
             args, len(loader), self.sampler.count, self.device, run_dir, log, self.processes
         )
         # Everything that a resumed run needs, by name; see processor/state.py.
-        self.weights = ModelState(self.model)
+        self.weights, self.lora = ModelState(self.model), lora_entry(args)
         self.parts: dict[str, Stateful] = {
             "model": self.weights,
             "optimizer": OptimizerState(train_step.optimizer),
@@ -158,7 +159,7 @@ class Trainer:
 
     def _evaluate(self, average: Average | None) -> dict[str, dict[str, float]]:
         """Metrics in percent by split, of an average of the weights if there is one."""
-        with self.weights.replaced(average.values if average else {}):
+        with self.weights.evaluated(average.values if average else {}):
             metrics = {
                 e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
             }
@@ -181,12 +182,8 @@ class Trainer:
         """The content of that checkpoint."""
         best = self.best.describe(split)
         metadata = {"epoch": best["epoch"], "best": best, **self._metadata()}
-        return {"model": self._weights_of(self.train_step.average), **metadata}
-
-    def _weights_of(self, average: Average | None) -> dict[str, Any]:
-        """The model's state with an average of the weights, if there is one."""
-        with self.weights.replaced(average.values if average else {}):
-            return self.model.state_dict()
+        average = self.train_step.average
+        return {"model": self.weights.state_with(average.values if average else {}), **metadata}
 
     def _finish_average(self, average: EpochAverage) -> None:
         """Evaluate the mean of the last epochs' weights, and write it."""
@@ -195,14 +192,15 @@ class Trainer:
             metrics = self._evaluate(average)
         about = {"epochs": average.epochs, "metrics": metrics}
         metadata = {"epoch": self.progress.epoch, "averaged": about, **self._metadata()}
-        self._write(self.run_dir / AVERAGED, {"model": self._weights_of(average), **metadata})
+        content = {"model": self.weights.state_with(average.values), **metadata}
+        self._write(self.run_dir / AVERAGED, content)
         line = f"{AVERAGED} is {mean_of(average.epochs)}: no split chooses it"
         for split, values in metrics.items():
             line += f"  {split}: {' '.join(f'{name} {v:.2f}' for name, v in values.items())}"
         self.log.info(line)
 
     def _metadata(self) -> dict[str, Any]:
-        return {"input": self.model.base_model.input, "data": self.data}
+        return {"input": self.model.base_model.input, "data": self.data, **self.lora}
 
     def _write(self, path: Path, content: dict[str, Any], keep: int = 1) -> None:
         """Save a checkpoint at rank 0. The others wait at a barrier, since a slow disk may need

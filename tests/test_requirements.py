@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 
 from tests.helpers import ROOT
 
-FILES = [f"requirements{part}.txt" for part in ("", "-construction", "-search", "-dev")]
+FILES = [f"requirements{part}.txt" for part in ("", "-construction", "-search", "-lora", "-dev")]
 PYTHONS = runpy.run_path(str(ROOT / ".ci/resolve.py"))["PYTHONS"]
 
 

@@ -127,6 +127,17 @@ GROUPS: dict[str, list[Option]] = {
         Option("cmt_depth",   int,   4, ge=1, le=64,
             help="mlm: layers of the cross-modal transformer"),
     ],
+    "LoRA, by peft (requirements-lora.txt)": [
+        Option("lora_rank",    int,   0, ge=0, le=2**10,
+            help="train updates of this rank and freeze the encoders' own weights; heads of the "
+                 "losses train as usual (0: train all weights)"),
+        Option("lora_alpha",   float, 16.0, gt=0,
+            help="LoRA: the updates are scaled by this / --lora_rank"),
+        Option("lora_dropout", float, 0.0, ge=0, lt=1,
+            help="LoRA: fraction of the updates' inputs that is dropped at random"),
+        Option("lora_targets", str,   "both", choices=("attn", "mlp", "both"),
+            help="LoRA: what to update in the blocks of both encoders, attention or MLP"),
+    ],
     SCRATCH: [
         Option("embed_dim",         int, 512, ge=1, le=2**14, help="width of the joint embedding"),
         Option("vision_width",      int, 768, ge=64, le=2**14, help="ViT width, a multiple of 64"),

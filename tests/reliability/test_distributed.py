@@ -37,6 +37,7 @@ SETUPS = {
                    "num_instance": 2, "batch_size": 6, "grad_checkpointing": True},
     "itc+bisdm": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD", "ema": 0.8,
                   "average_last": 2, "layer_decay": 0.7},
+    "sdm+itc": {"precision": "fp64", "lora_rank": 2, "lora_alpha": 8.0, "ema": 0.8},
 }  # fmt: skip
 
 

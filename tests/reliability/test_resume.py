@@ -37,6 +37,8 @@ SETUPS = {
         "num_instance": 2, "batch_size": 6, "optimizer": "SGD", "momentum": 0.9, "num_workers": 1,
     },
     "averages": {"ema": 0.8, "average_last": 2, "layer_decay": 0.7, "save_period": "0.0001min"},
+    "LoRA": {"lora_rank": 2, "lora_dropout": 0.2, "ema": 0.8, "average_last": 2, "accum_steps": 2,
+             "save_period": "0.0001min"},
     "fp16": {"precision": "fp16", "accum_steps": 2, "loss_names": "itc+supitc+queue"},
 }  # fmt: skip
 
@@ -101,7 +103,7 @@ def test_a_run_that_a_signal_stops_resumes_to_the_same_end(
     assert_same_end(folder_of(tmp_path), uninterrupted[setup])
 
 
-@pytest.mark.parametrize("setup", ["random", "averages"])
+@pytest.mark.parametrize("setup", ["random", "averages", "LoRA"])
 def test_a_run_that_is_stopped_during_an_evaluation_repeats_it(
     setup, uninterrupted, mini_root, tmp_path, monkeypatch
 ):
