@@ -15,7 +15,7 @@ import utils  # noqa: F401  before torch is loaded
 from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
-from model.build import build_training_model, check_batch_norm, load_fitting
+from model.build import build_training_model, check_batch_norm
 from model.losses.registry import check_losses, more_images, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.memory import memory_notes
@@ -27,7 +27,6 @@ from processor.trainer import Trainer
 from solver.build import build_optimizer
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
-from utils.checkpoint import load_checkpoint
 from utils.command_line import changed_options, parse_options
 from utils.config import write_config
 from utils.devices import choose_precision
@@ -35,7 +34,7 @@ from utils.errors import run_main
 from utils.interrupt import exit_on_signals
 from utils.machine import allow_open_files
 from utils.run_log import setup_logger
-from utils.runs import CONFIG, open_run
+from utils.runs import AVERAGED, CONFIG, open_run
 from utils.text import Multiline
 
 
@@ -64,15 +63,13 @@ def main() -> None:
         model = build_training_model(args, losses, data.num_identities, processes).to(device)
     last_batch = sum(loader.batch_sampler.counts(len(loader) - 1))
     check_batch_norm(model, args, last_batch * len(data.views))
-    resumed, notes = bool(args.resume_ckpt_file), model.base_model.notes
-    if args.finetune and not resumed:
-        notes = [*notes, load_fitting(model, load_checkpoint(args.finetune), args.finetune)]
-    run_dir = open_run(args, processes)
-    saved = read_state(args.resume_ckpt_file, args.keep_last) if resumed else None
+    run_dir, resumed = open_run(args, processes), args.resume_ckpt_file
+    saved = read_state(resumed, args.keep_last) if resumed else None
     log = setup_logger(run_dir / "train_log.txt", processes.rank)
     log.info(f"run folder: {run_dir}")
     describe(log, data, loader, evaluators, args, device, processes)
-    for note in (*memory_notes(model, args, data.has_pairs, device, processes), *notes):
+    memory = memory_notes(model, args, data.has_pairs, device, processes)
+    for note in (*memory, *model.base_model.notes):
         log.info(note)
     optimizer = build_optimizer(model.named_parameters(), args)
     train_step = TrainStep(model, optimizer, args)
@@ -88,6 +85,7 @@ def main() -> None:
 
     log.info(Multiline(best_table(best.by_split)))
     files = [best.file(split) for split in best.by_split]
+    files += [run_dir / AVERAGED] if args.average_last else []
     log.info(Multiline(evaluation_commands(run_dir / CONFIG, files, args)))
     distributed.finish()
 

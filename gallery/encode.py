@@ -24,12 +24,11 @@ from gallery.records import SURE, Guesses
 from gallery.store import check_encoder
 from model.weights import find_weights, parse_choice
 from processor.evaluator import encode_images
-from processor.feature_files import file_hash
 from processor.inference import Picture, Run, load_pretrained, load_run
 from utils.attributes import read_attributes
 from utils.devices import autocast
 from utils.errors import UserError
-from utils.files import expand
+from utils.files import expand, file_hash
 
 
 class Encoded(NamedTuple):

@@ -56,8 +56,11 @@ class SelfAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attention of `query` [B, L, E] to itself, [B, L, E]. `key` and `value` are not used."""
-        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        parts = packed.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        parts = (
+            self.project(query)
+            .unflatten(-1, (3, self.num_heads, self.head_dim))
+            .permute(2, 0, 3, 1, 4)
+        )
         q_BHLE, k_BHLE, v_BHLE = parts.unbind(0)
         mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, attn_mask)
         return self.out_proj(mixed_BHLE.transpose(1, 2).flatten(2)), None
@@ -85,6 +88,10 @@ class SelfAttention(nn.MultiheadAttention):
             later_BL = torch.arange(x_BLE.shape[1], device=x_BLE.device) > at_B[:, None]
             logits_BHL = logits_BHL.masked_fill(later_BL[:, None], -torch.inf)
         return (logits_BHL * self.head_dim**-0.5).softmax(dim=-1).mean(dim=1)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of `x` [B, L, E], packed, [B, L, 3 E]."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
 
 def use_lean_blocks(transformer: clip.Transformer) -> None:

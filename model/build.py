@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.aeafirm import AEAFIRM
 from model.backbone import Backbone, load_backbone
+from model.lora import add_lora, with_base
 from model.losses.firm import SentenceTable
 from model.losses.registry import LOSSES
 from model.weights import (
@@ -32,10 +33,11 @@ from model.weights import (
     resize_positions,
 )
 from utils.attributes import read_attributes
-from utils.checkpoint import refuse_nonfinite
+from utils.checkpoint import load_checkpoint, refuse_nonfinite
 from utils.distributed import SINGLE_PROCESS, Processes
 from utils.errors import UserError, suggest
 from utils.tables import console
+from utils.text import Multiline, visible
 
 
 def build_sentences(args: EasyDict) -> SentenceTable:
@@ -140,22 +142,46 @@ def build_training_model(
     num_classes: int,
     processes: Processes = SINGLE_PROCESS,
 ) -> AEAFIRM:
-    """`build_model` with what only training needs: gradient checkpointing, compiled encoders.
+    """`build_model` with what only training needs: the weights of `--finetune` (a resumed run has
+    its own, but LoRA's base weights are not in its checkpoint), LoRA, gradient checkpointing,
+    compiled encoders.
 
-    Raises UserError for a ResNet with `--accum_steps` or several processes.
+    Raises UserError, also for an option that a ResNet cannot have.
     """
     model = build_model(args, loss_names, num_classes, processes=processes)
-    if model.base_model.config.is_resnet and (args.accum_steps > 1 or processes.size > 1):
-        flag = "--accum_steps" if args.accum_steps > 1 else "torchrun with several processes"
-        raise UserError(
-            f"{flag}: a ResNet normalises by the statistics of the images of one encoder call, so "
-            "parts would not give the features of the complete batch"
-        )
+    if model.base_model.config.is_resnet:
+        refuse_for_resnet(args, processes)
+    if args.finetune and (args.lora_rank or not args.resume_ckpt_file):
+        report = load_fitting(model, load_checkpoint(args.finetune), args.finetune)
+        model.base_model.notes.append(report)
+    if args.lora_rank:
+        add_lora(model.base_model, args)
     if args.grad_checkpointing:
         model.base_model.enable_grad_checkpointing()
     if args.compile:
         model.base_model.compile_encoders()
     return model
+
+
+def refuse_for_resnet(args: EasyDict, processes: Processes) -> None:
+    """Raise UserError for an option of the training that a ResNet cannot have."""
+    parts = (
+        "a ResNet normalises by the statistics of the images of one encoder call, so parts would "
+        "not give the features of the complete batch"
+    )
+    for given, flag, reason in (
+        (args.accum_steps > 1, "--accum_steps", parts),
+        (processes.size > 1, "torchrun with several processes", parts),
+        (
+            args.average_last > 0,
+            "--average_last",
+            "a ResNet's statistics of batch normalisation do "
+            "not belong to a mean of weights; --ema averages both",
+        ),
+        (args.layer_decay < 1, "--layer_decay", "it counts blocks of a ViT; leave it out"),
+    ):
+        if given:
+            raise UserError(f"{flag}: {reason}")
 
 
 def check_batch_norm(model: AEAFIRM, args: EasyDict, images: int) -> None:
@@ -179,12 +205,14 @@ def check_batch_norm(model: AEAFIRM, args: EasyDict, images: int) -> None:
 def build_evaluation_model(args: EasyDict, checkpoint: dict[str, Any], where: str) -> AEAFIRM:
     """The model of a checkpoint: the backbone, and FIRM's head if the checkpoint has it.
 
-    The weights' shapes give the architecture, so no pretrained file is needed. Raises UserError if
+    The weights' shapes give the architecture, so no pretrained file is needed, except for LoRA,
+    whose updates are added to the weights of the file that it started from. Raises UserError if
     the weights do not fit the options, or are not finite.
 
     Args:
         where: the checkpoint's path, for messages.
     """
+    checkpoint = with_base(args, checkpoint, where)
     weights = checkpoint["model"]
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
     names = [name for name in args.loss_names.split("+") if name in LOSSES]
@@ -252,11 +280,16 @@ def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
     """Load every weight whose name and shape fit (`--finetune`), and return a report to log.
 
     Resizes position embeddings of another image size or stride. Raises UserError if no weight of
-    the backbone fits, or a weight is not finite.
+    the backbone fits, or not every one for LoRA, or if a weight is not finite.
 
     Args:
         where: the checkpoint's path, for messages.
     """
+    if "lora" in checkpoint:
+        raise UserError(
+            f"--finetune {where}: has LoRA's updates without their base weights; write both with "
+            "tools/export.py --output FOLDER, and take FOLDER/best.pth"
+        )
     initial, weights, backbone = model.state_dict(), checkpoint["model"], model.base_model
     clip = {n.removeprefix(PREFIX): v for n, v in weights.items() if n.startswith(PREFIX)}
     clip, note = resize_positions(
@@ -270,6 +303,12 @@ def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
             f"--finetune {where}: nothing fits: none of its {len(weights)} weights has the name "
             f"and shape of one of the backbone's (it has {', '.join(sorted(weights)[:3])}, ...)"
         )
+    left = [n for n in initial if n.startswith(PREFIX) and n not in fitting]
+    if left and model.options.lora_rank:
+        raise UserError(
+            f"--finetune {where}: {left[0]} is missing or has another shape, but LoRA needs all "
+            "base weights from one file; finetune without --lora_rank first"
+        )
     refuse_nonfinite(fitting, where)
     model.load_state_dict(fitting, strict=False)
     groups = {
@@ -282,4 +321,4 @@ def load_fitting(model: AEAFIRM, checkpoint: dict[str, Any], where: str) -> str:
     rows = [[group, len(names), names[0] if names else ""] for group, names in groups.items()]
     table = console(["finetune", "weights", "such as"], rows, left=3)
     notes = [note for note in (checkpoint.get("assumed"), note) if note]
-    return "\n".join([*notes, where, table])
+    return Multiline(visible("\n".join([*notes, where, table]), lines=True))

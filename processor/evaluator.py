@@ -18,10 +18,11 @@ from datasets.records import Data
 from datasets.samplers import evaluation_batches
 from datasets.transforms import normalise
 from model.aeafirm import AEAFIRM
-from processor.feature_files import FeatureFiles, file_hash
+from processor.feature_files import FeatureFiles
 from utils.devices import at_least_float32, autocast
 from utils.distributed import SINGLE_PROCESS, Processes, shard_sizes
 from utils.errors import UserError
+from utils.files import file_hash
 from utils.metrics import Ranked, Retrieval, rank_gallery
 
 

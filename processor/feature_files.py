@@ -32,7 +32,7 @@ from utils.console import LOGGER_NAME
 from utils.distributed import Processes
 from utils.documents import read_json_file
 from utils.errors import UserError
-from utils.files import add_to_hash, lock, open_file, write_atomically
+from utils.files import lock, open_file, write_atomically
 
 SHARD_ROWS = 8192  # about; it is a multiple of --test_batch_size, since features depend on batches
 MANIFEST = "manifest.json"
@@ -169,13 +169,3 @@ class FeatureFiles:
 
     def _path(self, name: str, shard: int) -> Path:
         return self.folder / f"{name}-{shard:05}.npy"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises UserError."""
-    digest = hashlib.sha256()
-    try:
-        add_to_hash(digest, path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return digest.hexdigest()

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 class Estimate(NamedTuple):
     """Bytes of tensors. CUDA's own memory and the allocator's gaps are not included."""
 
-    state: int  # between steps: weights, buffers and the optimizer's moments
+    state: int  # between steps: weights and their average, buffers, the optimizer's moments
     peak: int  # during a step, `state` included
 
 
@@ -144,7 +144,7 @@ def estimate_memory(
         for group in optimizer.param_groups:  # also of half-precision weights, as on CUDA
             group["fused"] = True
         train_step = TrainStep(model, optimizer, args)
-        for parameter in model.parameters():  # the first step makes the moments
+        for parameter in train_step.parameters:  # the first step makes the moments
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
@@ -152,6 +152,7 @@ def estimate_memory(
         memory.add(*model.parameters(), *model.buffers())
         moments = (v for state in optimizer.state.values() for v in state.values())
         memory.add(*(value for value in moments if isinstance(value, Tensor)))
+        memory.add(*(train_step.average.values.values() if train_step.average else ()))
         state = memory.now
         memory.add(*batch.values())
         layer_norm = _layer_norm_of_cuda if like_cuda else LAYER_NORM

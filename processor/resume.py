@@ -13,6 +13,7 @@ import torch
 from datasets.fingerprint import changes
 from datasets.heldout import HELDOUT
 from model.build import check_input
+from model.lora import check_base
 from processor.state import PARTS, load_state
 from processor.trainer import Trainer
 from utils.checkpoint import (
@@ -121,6 +122,7 @@ def _check_data(trainer: Trainer, state: dict[str, Any], path: Path) -> list[str
 def _load(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     """Load the parts. Raises UserError if one does not fit."""
     check_input(trainer.model.base_model, state, str(path))
+    check_base(trainer.lora, state, path)
     epochs = trainer.args.num_epoch
     try:
         load_state(trainer.parts, state)

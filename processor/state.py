@@ -6,15 +6,19 @@ Saving a checkpoint to resume from (last.pth) is one loop over the parts, and so
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
+from model.aeafirm import AEAFIRM
+from model.lora import base_names, merged_weights, updates_merged
 from utils.distributed import Processes
 
 # Names of the parts that a checkpoint needs to be resumed.
@@ -39,6 +43,55 @@ class Progress:
         if type(epoch) is not int or type(step) is not int or epoch < 0 or step < 0:
             raise ValueError("its epochs and steps are not counts")
         self.epoch, self.step = epoch, step
+
+
+class ModelState:
+    """A model's weights and buffers, without the frozen ones of LoRA: its own, also while others
+    are in their place."""
+
+    def __init__(self, model: AEAFIRM) -> None:
+        self.model = model
+        self.own: dict[str, Tensor] = {}
+        self.frozen = base_names(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.model.state_dict()
+        state.update(self.own)
+        for name in self.frozen:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises RuntimeError for other names or shapes."""
+        frozen = {name: v for name, v in self.model.state_dict().items() if name in self.frozen}
+        self.model.load_state_dict({**frozen, **state})
+
+    def state_with(self, values: dict[str, Tensor]) -> dict[str, Any]:
+        """`state_dict` with other values, by name."""
+        state = self.state_dict()
+        state.update({name: value.to(state[name]) for name, value in values.items()})
+        return state
+
+    @contextmanager
+    def evaluated(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Give the model other values, by name, and merge LoRA's updates, as test.py has them."""
+        values = {**values, **merged_weights(self.model, values)}
+        with self._replaced(values), updates_merged(self.model):
+            yield
+
+    @contextmanager
+    def _replaced(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """The model's own values come back at the end."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.own = {name: tensors[name].data for name in values}
+        try:
+            for name, value in values.items():
+                tensors[name].data = value.to(self.own[name])
+            yield
+        finally:
+            for name, value in self.own.items():
+                tensors[name].data = value
+            self.own = {}
 
 
 class OptimizerState:
@@ -113,7 +166,7 @@ class Generators:
         random.setstate(globals_["python"])
 
 
-def save_state(parts: dict[str, Stateful | nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+def save_state(parts: dict[str, Stateful], metadata: dict[str, Any]) -> dict[str, Any]:
     """The content of last.pth. All processes must call it.
 
     Args:
@@ -122,7 +175,10 @@ def save_state(parts: dict[str, Stateful | nn.Module], metadata: dict[str, Any])
     return {**{name: part.state_dict() for name, part in parts.items()}, **metadata}
 
 
-def load_state(parts: dict[str, Stateful | nn.Module], state: dict[str, Any]) -> None:
-    """Load the result of `save_state` into the parts. Raises whatever a part raises."""
+def load_state(parts: dict[str, Stateful], state: dict[str, Any]) -> None:
+    """Load the result of `save_state` into the parts. Raises ValueError for a part that it lacks,
+    and whatever a part raises."""
     for name, part in parts.items():
+        if name not in state:
+            raise ValueError(f"it has no {name}, which only a new run can start")
         part.load_state_dict(state[name])

@@ -6,6 +6,8 @@ values, skipped = train_step(batch)          # never waits for the device
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from model.aeafirm import AEAFIRM
+from processor.averages import MovingAverage
 from utils.devices import autocast
 
 
@@ -34,7 +37,10 @@ class TrainStep:
 
     Args:
         model: on its device.
-        args: this class reads `precision`, `accum_steps` and `grad_clip`.
+        args: this class reads `precision`, `accum_steps`, `grad_clip` and `ema`.
+
+    Attributes:
+        average: of the weights over the steps (`--ema`), or None.
     """
 
     def __init__(self, model: AEAFIRM, optimizer: Optimizer, args: EasyDict) -> None:
@@ -49,6 +55,7 @@ class TrainStep:
             for name in module._buffers
             if name not in module._non_persistent_buffers_set
         ]
+        self.average = MovingAverage(model, args.ema) if args.ema else None
         # DistributedDataParallel averages gradients over processes in the backward pass. Buffers
         # need no synchronisation, since every process computes the same queue.
         self.forward: nn.Module = model
@@ -79,6 +86,8 @@ class TrainStep:
         self.update(skipped)
         for (module, name), old in zip(self.buffers, before, strict=True):
             setattr(module, name, torch.where(no_update, old, getattr(module, name)))
+        if self.average:
+            self.average.update(no_update)
         return StepResult({**values, "grad_norm": norm.to(values["total"].dtype)}, skipped)
 
     def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -92,8 +101,11 @@ class TrainStep:
         # Gradient caching (Gao et al., 2021): the losses of the whole batch give the gradient of
         # every feature. Each part is then encoded again, to backpropagate its rows to the weights.
         parts = split_batch(batch, self.args.accum_steps)
+        states, encoded = [], []
         with torch.no_grad(), context:
-            encoded = [model.encode(part) for part in parts]
+            for part in parts:
+                states.append(self._random_state())
+                encoded.append(model.encode(part))
         features = {k: torch.cat([e[k] for e in encoded]) for k in encoded[0]}
         for feature in features.values():
             feature.requires_grad_(feature.is_floating_point())
@@ -102,9 +114,9 @@ class TrainStep:
         self.scaler.scale(values["total"]).backward()
         gradients = {k: v.grad for k, v in features.items() if v.grad is not None}
         start = 0
-        for part in parts:
+        for part, state in zip(parts, states, strict=True):
             stop = start + len(part["pids"])
-            with context:
+            with context, self._repeated(state):  # dropout drops the same again
                 encoded_part = model.encode(part)
             used = [name for name in encoded_part if name in gradients]
             torch.autograd.backward(
@@ -114,6 +126,21 @@ class TrainStep:
             start = stop
         self.processes.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
         return values
+
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        """The states of torch's global generators: the CPU's, and that of a CUDA device."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), cuda
+
+    @contextmanager
+    def _repeated(self, state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+        """Draw the random numbers after a state again."""
+        cpu, cuda = state
+        with torch.random.fork_rng([] if cuda is None else [self.device]):
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            yield
 
     def update(self, skipped: Tensor) -> None:
         """Update the weights unless `skipped`."""

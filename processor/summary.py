@@ -17,6 +17,7 @@ from datasets.loaders import TrainLoader
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
+from processor.averages import mean_of
 from processor.best import epoch_and_best
 from processor.evaluator import Evaluator
 from utils.command_line import command_line_only_arguments
@@ -69,12 +70,18 @@ class Protocol:
         chosen_on: the selecting split, or `LAST_EPOCH`.
         processes: rank 0 compares the files, for all processes.
         finetune: the checkpoint that the run started from, if any.
+        epochs: those in whose mean of the weights the checkpoint is, if it is one.
     """
 
     def __init__(
-        self, data: Data, chosen_on: str, processes: Processes, finetune: str = ""
+        self,
+        data: Data,
+        chosen_on: str,
+        processes: Processes,
+        finetune: str = "",
+        epochs: Sequence[int] = (),
     ) -> None:
-        self.chosen_on, self.finetune = chosen_on, finetune
+        self.chosen_on, self.finetune, self.epochs = chosen_on, finetune, list(epochs)
         self.overlap: Overlap | None = None  # of another selecting split with test
         if chosen_on != "test" and chosen_on in data.splits:
             self.overlap = processes.from_rank_0(
@@ -89,6 +96,8 @@ class Protocol:
         return f"{self._how_chosen()}; {start}"
 
     def _how_chosen(self) -> str:
+        if self.epochs:
+            return f"{mean_of(self.epochs)}: no split chooses it"
         if self.chosen_on == LAST_EPOCH:
             return "the last epoch's: no split chooses it"
         if self.chosen_on == "test":
@@ -132,13 +141,22 @@ def protocol_of(
     checkpoint: dict[str, Any], args: EasyDict, data: Data, processes: Processes
 ) -> Protocol:
     """The protocol of an evaluated checkpoint: recorded in it, or else from the run's options. No
-    split chooses last.pth."""
+    split chooses last.pth and averaged.pth."""
     best, chosen_on = epoch_and_best(checkpoint)[1], LAST_EPOCH
+    epochs = averaged_epochs(checkpoint)
     if best:
         chosen_on = best["split"]
-    elif "progress" not in checkpoint:  # only last.pth has it
+    elif "progress" not in checkpoint and not epochs:  # only last.pth has it
         chosen_on = next(iter(selecting_splits(args.val_dataset)), LAST_EPOCH)
-    return Protocol(data, chosen_on, processes, args.finetune)
+    return Protocol(data, chosen_on, processes, args.finetune, epochs)
+
+
+def averaged_epochs(checkpoint: dict[str, Any]) -> list[int]:
+    """The epochs of which a checkpoint is the mean (`--average_last`); [] for others."""
+    entry: Any = checkpoint.get("averaged")
+    epochs: Any = entry.get("epochs") if isinstance(entry, dict) else None
+    valid = isinstance(epochs, list) and all(type(epoch) is int for epoch in epochs)
+    return list(epochs) if valid else []
 
 
 def compare_data(checkpoint: dict[str, Any], data: Data) -> tuple[dict[str, Any], list[str]]:

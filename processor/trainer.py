@@ -3,8 +3,8 @@
 Files in the run's folder: train_log.txt, TensorBoard events, history.jsonl, last.pth (everything
 that `--resume` needs) and best.pth (weights of the epoch with the highest R@1 on the first
 selecting split, or of the last epoch without one). `--val_dataset both` adds best_test.pth, the
-best epoch on test. A run that stops at any step and is resumed ends with the same results. With
-several processes only rank 0 writes files.
+best epoch on test, and `--average_last` adds averaged.pth. A run that stops at any step and is
+resumed ends with the same results. With several processes only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from easydict import EasyDict
-from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from datasets.loaders import TrainLoader, on_device
+from model.lora import lora_entry
+from processor.averages import Average, EpochAverage, mean_of
 from processor.before_epoch import SampleValues
 from processor.best import Best
 from processor.epoch_log import EpochLog
 from processor.evaluator import Evaluator
 from processor.failures import explain_failures
 from processor.nonfinite import NonFiniteGuard
-from processor.state import Generators, OptimizerState, Progress, save_state
+from processor.state import Generators, ModelState, OptimizerState, Progress, save_state
 from processor.step import TrainStep
 from solver.build import set_lr
 from utils.checkpoint import save_checkpoint
 from utils.distributed import AgreedFlags
 from utils.errors import StoppedBySignal, UserError
 from utils.interrupt import StopRequest
-from utils.runs import LAST
+from utils.runs import AVERAGED, LAST
 
 
 class Trainer:
@@ -73,8 +74,9 @@ class Trainer:
         )
         self.samples = SampleValues(self.model, loader, args, self.device, log)
         # Everything that a resumed run needs, by name; see processor/state.py.
-        self.parts: dict[str, Stateful | nn.Module] = {
-            "model": self.model,
+        self.weights, self.lora = ModelState(self.model), lora_entry(args)
+        self.parts: dict[str, Stateful] = {
+            "model": self.weights,
             "optimizer": OptimizerState(train_step.optimizer),
             "scaler": train_step.scaler,
             "generators": Generators(self.model.generator, args.seed, self.device, self.processes),
@@ -85,6 +87,12 @@ class Trainer:
         }
         if self.samples.rows:
             self.parts["samples"] = self.samples
+        if train_step.average:
+            self.parts["ema"] = train_step.average
+        self.epoch_average: EpochAverage | None = None
+        if args.average_last:
+            self.epoch_average = EpochAverage(self.model, args.average_last, args.num_epoch)
+            self.parts["epoch_average"] = self.epoch_average
         self.stop, self.flags = StopRequest(), AgreedFlags(self.processes)
         self.save_epochs, self.save_seconds = parse_period(args.save_period)
         self.last_save = time.monotonic()
@@ -97,6 +105,8 @@ class Trainer:
             with self.stop:
                 while self.progress.epoch < self.args.num_epoch:
                     self._run_epoch()
+                if self.epoch_average and self.epoch_average.epochs:
+                    self._finish_average(self.epoch_average)
         except UserError as error:
             raise UserError(f"{error}{self._save_after_error()}") from None
         finally:
@@ -113,10 +123,12 @@ class Trainer:
         with explain_failures(args, self.device, images, "training"):
             summary = self._train_steps()
         with explain_failures(args, self.device, images, "evaluation"):
-            metrics = self._evaluate() if evaluation_due else {}
+            metrics = self._evaluate(self.train_step.average) if evaluation_due else {}
             # The last epoch counts without metrics too: it is best.pth if no split selects.
             improved = self.best.update(epoch, metrics) if metrics or is_last else []
             self.progress.epoch, self.progress.step = epoch, 0
+            if self.epoch_average:
+                self.epoch_average.add(epoch)
             self.epoch_log.end(summary, metrics, improved)
             if improved or save_due:
                 self.save()
@@ -152,11 +164,12 @@ class Trainer:
         self.guard.check(wait=True)
         return self.epoch_log.end_steps()
 
-    def _evaluate(self) -> dict[str, dict[str, float]]:
-        """Metrics in percent by split."""
-        metrics = {
-            e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
-        }
+    def _evaluate(self, average: Average | None) -> dict[str, dict[str, float]]:
+        """Metrics in percent by split, of an average of the weights if there is one."""
+        with self.weights.evaluated(average.values if average else {}):
+            metrics = {
+                e.name: e.evaluate(self.model, self._save_or_stop).metrics for e in self.evaluators
+            }
         # Another machine may round a similarity differently, but all must select the same epoch.
         return self.processes.from_rank_0(metrics)
 
@@ -176,10 +189,25 @@ class Trainer:
         """The content of that checkpoint."""
         best = self.best.describe(split)
         metadata = {"epoch": best["epoch"], "best": best, **self._metadata()}
-        return {"model": self.model.state_dict(), **metadata}
+        average = self.train_step.average
+        return {"model": self.weights.state_with(average.values if average else {}), **metadata}
+
+    def _finish_average(self, average: EpochAverage) -> None:
+        """Evaluate the mean of the last epochs' weights, and write it."""
+        images = [x for e in self.evaluators for x in e.files]
+        with explain_failures(self.args, self.device, images, "evaluation"):
+            metrics = self._evaluate(average)
+        about = {"epochs": average.epochs, "metrics": metrics}
+        metadata = {"epoch": self.progress.epoch, "averaged": about, **self._metadata()}
+        content = {"model": self.weights.state_with(average.values), **metadata}
+        self._write(self.run_dir / AVERAGED, content)
+        line = f"{AVERAGED} is {mean_of(average.epochs)}: no split chooses it"
+        for split, values in metrics.items():
+            line += f"  {split}: {' '.join(f'{name} {v:.2f}' for name, v in values.items())}"
+        self.log.info(line)
 
     def _metadata(self) -> dict[str, Any]:
-        return {"input": self.model.base_model.input, "data": self.data}
+        return {"input": self.model.base_model.input, "data": self.data, **self.lora}
 
     def _write(self, path: Path, content: dict[str, Any], keep: int = 1) -> None:
         """Save a checkpoint at rank 0. The others wait at a barrier, since a slow disk may need

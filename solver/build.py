@@ -4,6 +4,7 @@ The name of a parameter decides its settings. If two rules set the same value, t
 - `cross` in the name: lr * lr_factor;
 - `bias`: lr * bias_lr_factor, and weight_decay_bias as the weight decay;
 - `classifier` or `mlm_head`, or a name that begins with `head_`: lr * lr_factor.
+`--layer_decay` then lowers the learning rate of an encoder's early layers, see `depth_below_top`.
 Parameters with equal settings share one group, so an update is a few fused kernel launches instead
 of one launch per parameter.
 """
@@ -11,6 +12,7 @@ of one launch per parameter.
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any
@@ -20,9 +22,19 @@ from easydict import EasyDict
 from torch import nn
 from torch.optim import Optimizer
 
+# The layers of an encoder: its embeddings, and its blocks by number.
+EMBEDDINGS = re.compile(
+    r"base_model\.(visual\.)?(conv1|ln_pre|class_embedding|positional_embedding|token_embedding)\b"
+)
+BLOCKS = re.compile(r"base_model\.(visual\.)?transformer\.resblocks\.(\d+)\.")
 
-def settings_of(name: str, args: EasyDict) -> tuple[float, float]:
-    """Learning rate and weight decay of the parameter with this name."""
+
+def settings_of(name: str, args: EasyDict, depth: int = 0) -> tuple[float, float]:
+    """Learning rate and weight decay of the parameter with this name.
+
+    Args:
+        depth: of `depth_below_top`.
+    """
     lr, weight_decay = args.lr, args.weight_decay
     if "cross" in name:
         lr = args.lr * args.lr_factor
@@ -30,7 +42,26 @@ def settings_of(name: str, args: EasyDict) -> tuple[float, float]:
         lr, weight_decay = args.lr * args.bias_lr_factor, args.weight_decay_bias
     if "classifier" in name or "mlm_head" in name or name.startswith("head_"):
         lr = args.lr * args.lr_factor
-    return lr, weight_decay
+    return lr * args.layer_decay**depth, weight_decay
+
+
+def depth_below_top(names: Iterable[str]) -> dict[str, int]:
+    """By name, how many layers of its encoder are above a parameter, as BEiT counts them.
+
+    Of L blocks the last has depth 1, the first L, and the embeddings (with the patches' convolution
+    and the normalisation before the blocks) L + 1. Everything above the blocks has depth 0: last
+    normalisation, projection, heads of the losses.
+    """
+    names = list(names)
+    blocks = {name: match for name in names if (match := BLOCKS.match(name))}
+    counts: dict[str | None, int] = {}  # by encoder
+    for match in blocks.values():
+        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    depths = dict.fromkeys(names, 0)
+    depths |= {name: counts[match[1]] - int(match[2]) for name, match in blocks.items()}
+    embeddings = {name: match for name in names if (match := EMBEDDINGS.match(name))}
+    depths |= {name: counts.get(match[1], 0) + 1 for name, match in embeddings.items()}
+    return depths
 
 
 def build_optimizer(
@@ -38,9 +69,11 @@ def build_optimizer(
 ) -> Optimizer:
     """Adam, AdamW or SGD, with one group for each combination of learning rate and weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in named_parameters:
+    parameters = dict(named_parameters)
+    depths = depth_below_top(parameters)
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
-            groups.setdefault(settings_of(name, args), []).append(parameter)
+            groups.setdefault(settings_of(name, args, depths[name]), []).append(parameter)
     params: list[dict[str, Any]] = [
         {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}
         for (lr, decay), members in groups.items()
@@ -95,8 +128,8 @@ def lr_at(epoch: int, base_lr: float, args: EasyDict) -> float:
 def set_lr(optimizer: Optimizer, epoch: int, args: EasyDict) -> float:
     """Set the learning rate of every group for an epoch, counted from 0.
 
-    Returns that of the first group.
+    Returns that of `--lr` itself.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr_at(epoch, group["base_lr"], args)
-    return optimizer.param_groups[0]["lr"]
+    return lr_at(epoch, args.lr, args)

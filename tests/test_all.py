@@ -268,6 +268,7 @@ def test_what_cannot_be_resumed_is_refused_and_leaves_nothing(
         {"loss_names": "tal+trl+nitc+ritc+citc+cda", "txt_aug": "rde", "precision": "bf16"},
         {"loss_names": RECIPE, "precision": "half", "lrscheduler": "step", "optimizer": "AdamW"},
         {"loss_names": "supkl", "precision": "fp16", "num_workers": 1, "log_period": 1},
+        {"loss_names": "itc", "ema": 0.9, "precision": "half", "grad_checkpointing": True},
     ],
     ids=lambda overrides: f"{overrides['loss_names']},{overrides.get('precision', 'fp32')}",
 )
@@ -325,7 +326,7 @@ def test_finetuning_starts_from_weights_of_this_family(
                    num_epoch=2, lr=1e-9, **{**none, "pretrain_choice": clip_file})  # fmt: skip
     log = (folder / "train_log.txt").read_text()
     assert f"the run started from {tmp_path / 'mllm4text.pth'}, whose training and" in log
-    rows = dict(re.findall(r"\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log))
+    rows = dict(re.findall(r"^\| ([a-z][a-z, ]+?) +\| (\d+) +\|", log, re.MULTILINE))
     assert f"{clip_file}: assumed to be an OpenAI CLIP, with heads of 64 channels, QuickGELU" in log
     count = len(foreign) - 1
     assert rows["loaded"] == str(count - 1) and rows["resized"] == "1"

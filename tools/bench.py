@@ -50,6 +50,7 @@ from datasets.synthetic import captions, synthetic_batch
 from datasets.text import tokenize, trim
 from model.aeafirm import AEAFIRM
 from model.build import build_training_model
+from model.lora import count_weights
 from model.losses.registry import parse_loss_names
 from model.weights import config_from_choice
 from processor.step import TrainStep
@@ -240,15 +241,17 @@ def bench_step(
         torch.cuda.reset_peak_memory_stats()
     seconds = clock(step)
     median = statistics.median(seconds)
+    trained, total = count_weights(model)
     yield row(
         "step", seconds, per_second=args.batch_size / median, unit="samples",
         tflop=flops / 1e12, utilisation=flops / median / peak, peak_tflops=peak / 1e12,
-        memory_mib=memory_mib(device),
+        memory_mib=memory_mib(device), trained=trained / total,
     )  # fmt: skip
     if args.plain or args.accum_steps > 1:
         return  # these steps have other parts
     ready = batch()
     parts: dict[str, list[float]] = {}
+    never = torch.tensor(False, device=device)
     images = torch.cat([ready["images"], ready["pair_images"]])
     ids = [ready["caption_ids"]] + ([model.sentences.ids] if model.sentences else [])
 
@@ -278,6 +281,8 @@ def bench_step(
         ))  # fmt: skip
         timed("  backward, whole", total.backward)
         timed("  optimizer", optimizer.step)
+        if train_step.average:
+            timed("  moving average", partial(train_step.average.update, never))
     for name, seconds in parts.items():
         yield row(name, seconds, share=statistics.median(seconds) / median)
 
@@ -386,6 +391,8 @@ def table_of(rows: list[Row]) -> str:
             )
         if "memory_mib" in r:
             notes.append(f"{r['memory_mib']:.0f} MiB")
+        if r.get("trained", 1) < 1:
+            notes.append(f"{100 * r['trained']:.2f} % of the weights are trained")
         if "recall" in r:
             notes.append(f"recall@50 {r['recall']:.3f}")
         cells.append(

@@ -34,9 +34,9 @@ from easydict import EasyDict
 
 from model.backbone import Backbone
 from model.build import build_evaluation_model
+from model.lora import with_base
 from model.weights import OPENAI_MODELS, PREFIX, BackboneConfig
 from processor.best import epoch_and_best
-from processor.feature_files import file_hash
 from tools._export_hub import export_hub, model_name
 from tools._export_onnx import export_onnx
 from utils.attributes import read_attributes
@@ -44,7 +44,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.command_line import parse_test_options
 from utils.console import say
 from utils.errors import UserError, run_main
-from utils.files import expand, write_atomically
+from utils.files import expand, file_hash, write_atomically
 from utils.options import MAY_DIFFER, OPTIONS, SCRATCH_ONLY
 from utils.text import visible
 
@@ -108,7 +108,7 @@ def main() -> None:
         raise UserError("nothing to write: give --output FOLDER, --onnx FOLDER or --hub FOLDER")
     if args.half and not args.output:
         raise UserError("--half is for --output alone; leave it out")
-    checkpoint = load_checkpoint(path)
+    checkpoint = with_base(args, load_checkpoint(path), str(path))
     # Building the model checks that the checkpoint is complete.
     model = build_evaluation_model(args, checkpoint, str(path)).eval()
     epoch, _ = epoch_and_best(checkpoint)

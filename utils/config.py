@@ -65,6 +65,15 @@ def resolve(values: dict[str, Any]) -> EasyDict:
         args.accum_steps <= args.batch_size,
         f"--accum_steps {args.accum_steps} exceeds --batch_size {args.batch_size}",
     )
+    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+        check(
+            args.lora_rank > 0 or args[name] == OPTIONS[name].default,
+            f"--{name} {args[name]} is for LoRA; give --lora_rank too, such as 8",
+        )
+    check(
+        args.average_last <= args.num_epoch,
+        f"--average_last {args.average_last} exceeds --num_epoch {args.num_epoch}",
+    )
     for name in ("heldout", "heldout_seed"):
         check(
             args.val_dataset in ("heldout", "both") or args[name] == OPTIONS[name].default,
@@ -84,6 +93,11 @@ def resolve(values: dict[str, Any]) -> EasyDict:
 
 def check_training(args: EasyDict) -> None:
     """Check options that matter only in training. Raises UserError."""
+    check(
+        not args.lora_rank or args.pretrain_choice != "scratch" or bool(args.finetune),
+        f"--lora_rank {args.lora_rank} --pretrain_choice scratch: random weights are no base to "
+        "update; give a checkpoint with --finetune",
+    )
     if args.precision == "half" and args.optimizer != "SGD":
         # Below fp16's smallest number Adam's second moment is 0. The update is then
         # lr * gradient / eps instead of about lr: a hundred times lr at this limit.

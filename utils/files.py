@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import hashlib
 import logging
 import os
 import shutil
@@ -70,6 +71,16 @@ def add_to_hash(digest: Any, path: str | Path) -> None:
     with open_file(path) as file:
         while block := file.read(2**20):  # hashlib.file_digest is not in Python 3.10
             digest.update(block)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal. Raises UserError."""
+    digest = hashlib.sha256()
+    try:
+        add_to_hash(digest, path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def append(path: Path) -> TextIOWrapper:

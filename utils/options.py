@@ -66,6 +66,9 @@ GROUPS: dict[str, list[Option]] = {
                  "--output_dir; auto: resume if there is one, else start a new run"),
         Option("resume_ckpt_file", str, "", path=True, may_differ=True,
             help="checkpoint to resume from (default: last.pth of the run)"),
+        Option("average_last",  int,   0, ge=0,
+            help="evaluate the mean of the weights after each of this many last epochs, and write "
+                 "it as averaged.pth (0: no)"),
         Option("max_nonfinite", int,   5, ge=0, may_differ=True,
             help="skip up to this many steps in a row if their loss or gradient is NaN or "
                  "infinite; one more stops the run"),
@@ -138,6 +141,17 @@ GROUPS: dict[str, list[Option]] = {
         Option("cmt_depth",   int,   4, ge=1, le=64,
             help="mlm, fta: layers of the cross-modal transformer"),
     ],
+    "LoRA, by peft (requirements-methods.txt)": [
+        Option("lora_rank",    int,   0, ge=0, le=2**10,
+            help="train updates of this rank and freeze the encoders' own weights; heads of the "
+                 "losses train as usual (0: train all weights)"),
+        Option("lora_alpha",   float, 16.0, gt=0,
+            help="LoRA: the updates are scaled by this / --lora_rank"),
+        Option("lora_dropout", float, 0.0, ge=0, lt=1,
+            help="LoRA: fraction of the updates' inputs that is dropped at random"),
+        Option("lora_targets", str,   "both", choices=("attn", "mlp", "both"),
+            help="LoRA: what to update in the blocks of both encoders, attention or MLP"),
+    ],
     SCRATCH: [
         Option("embed_dim",         int, 512, ge=1, le=2**14, help="width of the joint embedding"),
         Option("vision_width",      int, 768, ge=64, le=2**14, help="ViT width, a multiple of 64"),
@@ -188,12 +202,18 @@ GROUPS: dict[str, list[Option]] = {
         Option("lr_factor",      float, 5.0, gt=0,
             help="learning rate of new layers (cross*, classifier, mlm_head, head_*), times --lr"),
         Option("bias_lr_factor", float, 2.0, gt=0, help="learning rate of biases, times --lr"),
+        Option("layer_decay",    float, 1.0, gt=0, le=1,
+            help="learning rate of a layer of the encoders, as a fraction of that of the layer "
+                 "above it (1: the same for all)"),
         Option("weight_decay",   float, 4e-5, ge=0, help="weight decay (L2)"),
         Option("weight_decay_bias", float, 0.0, ge=0, help="weight decay (L2) of biases"),
         Option("alpha",          float, 0.9, ge=0, le=1, help="Adam: beta 1"),
         Option("beta",           float, 0.999, ge=0, le=1, help="Adam: beta 2"),
         Option("adam_eps",       float, 1e-3, gt=0,
             help="Adam: epsilon; --precision half needs a large one, such as the original's 1e-3"),
+        Option("ema",            float, 0.0, ge=0, lt=1,
+            help="keep a moving average of the weights: a step keeps this part of it and adds 1 - "
+                 "this of the weights; evaluations and best.pth use the average (0: none)"),
         Option("grad_clip",      float, 0.0, ge=0,
             help="maximum L2 norm of the gradient of all weights (0: no clipping)"),
         Option("momentum",       float, 0.9, ge=0, le=1, help="SGD: momentum"),

@@ -20,7 +20,7 @@ from utils.files import lock, remove_unfinished
 if TYPE_CHECKING:
     from utils.distributed import Processes
 
-LAST, CONFIG = "last.pth", "configs.yaml"
+LAST, AVERAGED, CONFIG = "last.pth", "averaged.pth", "configs.yaml"
 # Suffix of a TensorBoard file: 1 for a new run, 2 after its first resume, and so on.
 EVENTS = ".{:05d}"
 LAST_EPOCH = "last"  # in place of the split that selected a checkpoint, if none did

@@ -5,6 +5,7 @@ import torch
 from easydict import EasyDict
 
 from model.build import build_training_model
+from model.lora import count_weights
 from model.losses.registry import LOSSES, Loss
 from processor.memory import GIB, estimate_memory, memory_note, memory_notes, on_a_card
 from tests.helpers import SCRATCH, options
@@ -51,6 +52,24 @@ def test_less_memory_is_estimated_for_options_that_save_it():
         for pairs in (True, False)
     )
     assert one.peak < 0.7 * two.peak
+
+
+def test_a_moving_average_takes_the_memory_of_the_weights():
+    net, args = model_and_options()
+    plain = estimate_memory(net, args, like_cuda=True)
+    averaged = estimate_memory(net, options(**{**args, "ema": 0.9}), like_cuda=True)
+    weights = sum(4 * p.numel() for p in net.parameters())
+    assert averaged.state - plain.state == averaged.peak - plain.peak == weights
+
+
+def test_lora_has_moments_and_gradients_of_its_updates_alone():
+    net, args = model_and_options(lora_rank=4)
+    plain = estimate_memory(*model_and_options(), like_cuda=True)
+    lora = estimate_memory(net, args, like_cuda=True)
+    trained, total = count_weights(net)
+    # Adam has two moments; the sizes of its counters of steps are left out.
+    assert lora.state == pytest.approx(4 * (total + 2 * trained), rel=1e-2)
+    assert lora.peak < plain.peak - 8 * (total - trained)
 
 
 def test_estimating_leaves_the_model_as_it_is():

@@ -50,7 +50,9 @@ def fake_step(mode, names=RECIPE, sizes=SCRATCH, pairs=True, **values):
 
 @pytest.mark.parametrize("values", [
     {}, {"precision": "bf16"}, {"precision": "fp16"}, {"precision": "half"}, {"precision": "fp64"},
-    {"accum_steps": 3}, {"grad_checkpointing": True}, {"grad_clip": 1.0}, {"pairs": False, "names": "sdm+id+mlm"},
+    {"accum_steps": 3}, {"grad_checkpointing": True}, {"grad_clip": 1.0}, {"ema": 0.9}, {"ema": 0.9, "precision": "half"},
+    {"lora_rank": 4, "precision": "bf16", "ema": 0.9}, {"lora_rank": 4, "lora_dropout": 0.1, "accum_steps": 3},
+    {"lora_rank": 4, "precision": "half", "grad_checkpointing": True}, {"pairs": False, "names": "sdm+id+mlm"},
     {"optimizer": "SGD"}, {"optimizer": "AdamW"}, {"negatives": "random"}, {"MLM": True},
     {"names": "supitc+queue+match2+cat+mlm"}, {"names": "sdm+id+mlm"}, {"names": "itc+cmpm+bisdm+biitc"},
     {"names": "tal+trl+nitc+ritc+citc+cda"},

@@ -35,9 +35,11 @@ SETUPS = {
     "supitc+queue+match2+cat+cmpm": {"precision": "fp64", "grad_clip": 1.0, "accum_steps": 2},
     "sdm+id+mlm": {"precision": "fp64", "MLM": True, "cmt_depth": 1, "sampler": "identity",
                    "num_instance": 2, "batch_size": 6, "grad_checkpointing": True},
-    "itc+bisdm+tal+nitc+citc+cda": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD"},
+    "itc+bisdm+tal+nitc+citc+cda": {"precision": "fp64", "num_workers": 1, "optimizer": "SGD",
+                                    "ema": 0.8, "average_last": 2, "layer_decay": 0.7},
     "tal+tse+ccd+nitc+mvs+simclr+fta": {"precision": "fp64", "cmt_depth": 1, "tse_dim": 8,
                                         "learn_temperature": True},
+    "sdm+itc": {"precision": "fp64", "lora_rank": 2, "lora_alpha": 8.0, "ema": 0.8},
 }  # fmt: skip
 
 
@@ -71,9 +73,13 @@ def assert_close(actual, expected, where, tolerance=1e-9):
     for index, state in b["optimizer"]["state"].items():
         for name, value in state.items():
             torch.testing.assert_close(a["optimizer"]["state"][index][name], value, rtol=0, atol=tolerance, msg=f"{where} {name}")  # fmt: skip
+    for part in {"ema", "epoch_average"} & set(b):
+        for name, value in b[part]["values"].items():
+            torch.testing.assert_close(a[part]["values"][name], value, rtol=0, atol=tolerance, msg=f"{where} {name}")  # fmt: skip
     assert a["best"] == b["best"]  # metrics, to the last digit
+    saved_after_the_last_epoch = "epoch_average" in b  # while its mean is evaluated
     a, b = ((folder / "last.1.pth") for folder in (actual, expected))
-    if a.exists() and b.exists():
+    if a.exists() and b.exists() and not saved_after_the_last_epoch:
         a, b = load_checkpoint(a), load_checkpoint(b)
         assert a["progress"] == b["progress"] and {"total", "grad_norm"} < set(a["epoch_log"]["sums"])  # fmt: skip
         for name, value in b["epoch_log"]["sums"].items():

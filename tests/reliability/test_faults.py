@@ -89,6 +89,7 @@ def lower_first_scale(monkeypatch):
             {"precision": "half"},
             {"precision": "fp64"},
             {"precision": "fp16"},
+            {"ema": 0.5},
         )
         if (how, overrides)
         != ("gradient", {"precision": "fp16"})  # the scaler handles it, see below
@@ -98,14 +99,15 @@ def lower_first_scale(monkeypatch):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
     how, overrides, mini_root, tmp_path, monkeypatch, tally
 ):
-    """Weights, moments and queue stay as they were, bit for bit. The next step trains again."""
+    """Weights, their average, moments and queue stay as they were, bit for bit. The next step trains again."""
     poisoned(monkeypatch, {1, 3}, how)
     lower_first_scale(monkeypatch)
     step, unchanged, first = TrainStep.__call__, [], iter([True])
 
     def compared(self, batch):
         def state():
-            return digest([self.model.state_dict(), self.optimizer.state_dict()["state"]])
+            average = self.average.state_dict() if self.average else {}
+            return digest([self.model.state_dict(), self.optimizer.state_dict()["state"], average])
 
         before = None if next(first, False) else state()
         result = step(self, batch)

@@ -36,6 +36,9 @@ SETUPS = {
         "loss_names": "sdm+id+mlm", "MLM": True, "cmt_depth": 1, "sampler": "identity",
         "num_instance": 2, "batch_size": 6, "optimizer": "SGD", "momentum": 0.9, "num_workers": 1,
     },
+    "averages": {"ema": 0.8, "average_last": 2, "layer_decay": 0.7, "save_period": "0.0001min"},
+    "LoRA": {"lora_rank": 2, "lora_dropout": 0.2, "ema": 0.8, "average_last": 2, "accum_steps": 2,
+             "save_period": "0.0001min"},
     "fp16": {"precision": "fp16", "accum_steps": 2, "loss_names": "itc+supitc+queue+tal+nitc"},
     "tse, ccd": {
         "loss_names": "tal+tse+ccd+nitc+mvs+simclr+fta", "cmt_depth": 1, "tse_dim": 8,
@@ -104,8 +107,9 @@ def test_a_run_that_a_signal_stops_resumes_to_the_same_end(
     assert_same_end(folder_of(tmp_path), uninterrupted[setup])
 
 
+@pytest.mark.parametrize("setup", ["random", "averages", "LoRA"])
 def test_a_run_that_is_stopped_during_an_evaluation_repeats_it(
-    uninterrupted, mini_root, tmp_path, monkeypatch
+    setup, uninterrupted, mini_root, tmp_path, monkeypatch
 ):
     encode = Evaluator.encode
 
@@ -113,14 +117,14 @@ def test_a_run_that_is_stopped_during_an_evaluation_repeats_it(
         signal.raise_signal(signal.SIGTERM)
         return encode(self, model, between)
 
-    argv = flags(mini_root, tmp_path, resume="auto")
+    argv = flags(mini_root, tmp_path, **SETUPS[setup], resume="auto")
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "encode", encode_after_a_signal)
         with pytest.raises(StoppedBySignal, match="saved at epoch 1, step 4"):
             run(train_entry.main, patch, *argv)
     assert not (folder_of(tmp_path) / "best.pth").exists()
     run(train_entry.main, monkeypatch, *argv)
-    assert_same_end(folder_of(tmp_path), uninterrupted["random"])
+    assert_same_end(folder_of(tmp_path), uninterrupted[setup])
 
 
 def test_resume_without_a_path_takes_the_newest_run_of_that_name(

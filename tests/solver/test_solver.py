@@ -1,8 +1,11 @@
 import pytest
 import torch
 
-from solver.build import build_optimizer, lr_at, set_lr, settings_of
-from tests.helpers import golden, options
+from model.build import build_model
+from solver.build import build_optimizer, depth_below_top, lr_at, set_lr, settings_of
+from tests.helpers import SCRATCH, golden, options
+
+LAYERS = options(**{**SCRATCH, "vision_layers": 3, "text_layers": 2}, layer_decay=0.5, cmt_depth=1)
 
 
 def test_settings_equal_the_original_for_every_parameter():
@@ -21,6 +24,54 @@ def test_parameters_with_equal_settings_share_a_group_and_each_is_in_one_group()
     for name, (lr, decay) in names.items():
         group = group_of[id(parameters[name])]
         assert (group["lr"], group["weight_decay"]) == pytest.approx((lr, decay), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("classifier.weight", 0),
+        ("ln_pre_t.weight", 0),  # of IRRA's head
+        ("base_model.visual.proj", 0),
+        ("base_model.visual.ln_post.bias", 0),
+        ("base_model.text_projection", 0),
+        ("base_model.ln_final.weight", 0),
+        ("base_model.visual.transformer.resblocks.2.mlp.c_fc.weight", 1),
+        ("base_model.visual.transformer.resblocks.1.ln_1.bias", 2),
+        ("base_model.visual.transformer.resblocks.0.attn.in_proj_weight", 3),
+        ("base_model.visual.ln_pre.weight", 4),
+        ("base_model.visual.conv1.weight", 4),
+        ("base_model.visual.class_embedding", 4),
+        ("base_model.visual.positional_embedding", 4),
+        ("base_model.transformer.resblocks.1.mlp.c_proj.bias", 1),
+        ("base_model.transformer.resblocks.0.attn.out_proj.weight", 2),
+        ("base_model.token_embedding.weight", 3),
+        ("base_model.positional_embedding", 3),
+    ],
+)
+def test_layer_decay_lowers_the_learning_rate_by_the_layers_above_in_the_same_encoder(name, depth):
+    """Three blocks of the image encoder, two of the text encoder."""
+    names = list(build_model(LAYERS, ["id", "mlm"], 3).state_dict())
+    assert name in names and depth_below_top(names)[name] == depth
+    lr, decay = settings_of(name, LAYERS, depth)
+    plain = settings_of(name, options())
+    assert (lr, decay) == (pytest.approx(plain[0] * 0.5**depth, rel=1e-12), plain[1])
+
+
+def test_the_optimizer_gets_the_rates_of_layer_decay_and_without_it_the_groups_stay():
+    model = build_model(LAYERS, ["id", "mlm"], 3)
+    optimizer = build_optimizer(model.named_parameters(), LAYERS)
+    # Rates of lr: 1 (top), 1/2, ..., 1/16; of biases: twice these; of the heads: five times lr, and
+    # twice lr for biases with "cross" in their name.
+    rates = {round(g["lr"] / LAYERS.lr, 6) for g in optimizer.param_groups}
+    assert rates == {1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 2, 5}
+    assert set_lr(optimizer, 0, LAYERS) == LAYERS.warmup_factor * LAYERS.lr
+    plain = build_optimizer(model.named_parameters(), options())
+    by_settings: dict = {}
+    for name, parameter in model.named_parameters():
+        by_settings.setdefault(settings_of(name, options()), []).append(parameter)
+    assert [(g["lr"], g["weight_decay"]) for g in plain.param_groups] == list(by_settings)
+    for group, members in zip(plain.param_groups, by_settings.values(), strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in members]
 
 
 @pytest.mark.parametrize("case", sorted(golden()["lr_schedule"]))

@@ -7,6 +7,7 @@ import torch
 import tools.bench as tool
 from model.build import build_training_model
 from tests.helpers import SCRATCH, golden_batch, options, run
+from tests.reliability.runs import write_start
 from tools._bench_memory import smallest_card
 from tools.gpu import sections_of
 from utils.errors import UserError
@@ -47,6 +48,17 @@ def test_every_part_is_measured_and_two_files_are_compared(
     run(tool.main, monkeypatch, "--compare", tmp_path / "old.json", tmp_path / "new.json")
     shown = capsys.readouterr().out
     assert "times faster" in shown and "| step" in shown
+
+
+def test_a_step_of_lora_has_less_work_and_says_what_it_trains(tmp_path, monkeypatch, capsys):
+    full = measure(monkeypatch, tmp_path / "full.json", "--what", "step")
+    start = write_start(tmp_path / "start.pth")
+    lora = measure(monkeypatch, tmp_path / "lora.json", "--what", "step", "--lora_rank", "2",
+                   "--finetune", start, "--ema", "0.9")  # fmt: skip
+    assert full["step"]["trained"] == 1 and "moving average" not in full
+    assert lora["step"]["tflop"] < full["step"]["tflop"] and lora["moving average"]["median_ms"] > 0
+    share = f"{100 * lora['step']['trained']:.2f} % of the weights are trained"
+    assert lora["step"]["trained"] < 0.01 and share in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fusion", ["dot", "cat"])
