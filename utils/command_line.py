@@ -70,14 +70,17 @@ def parse_test_options(
     argv: Sequence[str] | None = None,
     description: str = "",
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    images: bool = True,
 ) -> tuple[EasyDict, Path, list[str]]:
     """Options of an evaluation: those in the run's configs.yaml, overridden by TEST_OPTIONS.
 
-    `extra` adds options of a tool, which are returned with the others.
+    `extra` adds options of a tool, which are returned with the others. Without `images` there is no
+    image_cache: the tool reads none.
 
     Returns (options, checkpoint path, notes); `options_of_run` explains the notes.
     """
-    parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
+    names = [name for name in TEST_OPTIONS if images or name != "image_cache"]
+    parser = _build_parser([OPTIONS[name] for name in names], description)
     parser.add_argument(
         "--config_file",
         metavar="YAML",
@@ -97,7 +100,7 @@ def parse_test_options(
     tool_options = {name: given.pop(name) for name in list(given) if name not in known}
     config_file = Path(given.pop("config_file"))
     checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
-    args, notes = options_of_run(config_file, given)
+    args, notes = options_of_run(config_file, given if images else {**given, "image_cache": ""})
     return EasyDict(args, **tool_options), checkpoint, notes
 
 
