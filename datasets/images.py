@@ -114,7 +114,7 @@ def read_image(
     except MemoryError:
         raise
     except TooLarge as reason:
-        error, advice = f"{reason}", "Make it smaller"
+        error, advice = f"{reason}", advice.replace("Replace the file", "Make it smaller")
     except ShardChanged as reason:
         error, advice = f"{reason}", f"Index the shards again: {INDEX_AGAIN}"
     except Exception as reason:  # decoders raise many kinds of errors on corrupted files
