@@ -127,7 +127,7 @@ watch('value', () => {
 SAVE = "watch('value', () => element.querySelector('a')?.click());"
 START = "Describe a person in a sentence, choose an example, or add a picture."
 NOBODY = "Nobody is in this gallery yet."
-FILTER = "view = 'aerial' and not source = 'G2APS'"
+FILTER = "view = 'aerial' and not source = 'G2APS-AG'"
 FILTER_INFO = "and, or, not, =, !=, <, <=, in, like, is null; text in single quotes"
 
 

@@ -29,7 +29,8 @@ import pyarrow.compute as pc
 from datasets.thumbnails import cropped, thumbnail
 from gallery import where
 from gallery.copies import CopyIndex
-from gallery.find import as_json, encoder_of
+from gallery.encoders import encoder_of
+from gallery.find import as_json
 from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.onnx import OnnxEncoder
@@ -175,7 +176,7 @@ class Service:
     """See the module.
 
     Args:
-        run, onnx: where the gallery's encoder is, see `find.encoder_of`.
+        run, onnx: where the gallery's encoder is, see `encoders.encoder_of`.
         store: address of a copy of the gallery, to search there.
 
     Raises UserError if the gallery or its encoder cannot be read.

@@ -298,6 +298,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
         raise UserError(
             f"--gallery {folder}: no gallery (no {name} in it); make one with search.py index"
         ) from None
+    except NotADirectoryError:
+        raise UserError(f"--gallery {folder}: not the folder of a gallery") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -15,7 +16,7 @@ from easydict import EasyDict
 
 from utils.config import check, check_training, read_preset, read_yaml, resolve
 from utils.console import process_rank
-from utils.errors import UserError
+from utils.errors import UserError, suggest
 from utils.files import PROJECT, expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
@@ -212,10 +213,24 @@ def _build_parser(
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are a UserError."""
 
+    words: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse has it; `error` knows the words."""
+        self.words = sys.argv[1:] if args is None else [*args]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError with one line; argparse would print a page of usage."""
         # argparse and `Option.coerce_one` both name the option.
         message = re.sub(r"^argument --\w+: command line: ", "--", message)
+        if message.startswith("the following arguments are required: --"):
+            for word in self.words:  # a typing error may be why one is missing
+                name = word.partition("=")[0]
+                if name.startswith("--") and name not in self._option_string_actions:
+                    hint = suggest(name, self._option_string_actions)
+                    message = f"{name}: no such option.{hint}"
+                    break
         raise UserError(f"{message} (--help lists all options)")
 
 

@@ -139,7 +139,7 @@ def answer(*words):
 
 def test_hits_are_written_with_their_pictures(galleries, tmp_path):
     words = ("find", "a man", "--gallery", galleries[1], "--sheet", tmp_path / "hits.html")
-    assert "hits.html" in without_torch(*words)
+    without_torch(*words)
     assert (tmp_path / "hits.html").read_text().count("data:image/jpeg") >= 9
 
 
@@ -200,7 +200,7 @@ print(Service(sys.argv[1]).answer(Question("a man")).sure)
         (("find", "x", "--onnx", "y", "--encoder", "z"), "--onnx and --encoder: two encoders"),
         (("find", "x", "--sheet", "x.png", "--heat"), "--heat: heat maps need torch and the run"),
         (("find", "x", "--device", "cuda"), "--device cuda: this ONNX Runtime has no CUDA"),
-        (("serve", "--onnx", "y", "--run", "z"), "--onnx and --run: two encoders"),
+        (("serve", "--onnx", "y", "--encoder", "z"), "--onnx and --encoder: two encoders"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_one_line(words, message, galleries, monkeypatch):
