@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> None:
 
     service = Service(args.gallery, args.encoder, args.device, args.store, args.onnx)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    say(f"{args.gallery}: {len(service.now())} people; http://{host}:{args.port} (Ctrl-C ends it)")
+    count = len(service.now())
+    say(f"{args.gallery}: {count} people; http://{host}:{args.port} (Ctrl-C ends it)")
+    if not count:
+        say("nobody can be found yet: search.py index adds people, also while the page is open")
     if not is_loopback(args.host):
         say("pictures and password are sent unencrypted: see docs/search.md on how to encrypt them")
     serve(service, listening, password, args.max_requests)
