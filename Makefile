@@ -5,6 +5,7 @@
 # make resolve   check that the requirements can be installed on every supported Python
 # make gpu   check and measure on a GPU, and write docs/gpu/<card>.md (without one: a dry run)
 # make docs   write docs/options.md, and tables and a picture in other pages, from the code
+# make help   these lines
 # Each makes a virtual environment first (.venv, or VENV=PATH).
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ RUN = $$(ls -td logs/AGDataAttr/*_mini*/configs.yaml | head -n 1)
 # Each file of tests runs in one of up to four processes.
 SHARED := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo page test reliability gpu resolve docs lint clean
+.PHONY: demo page test reliability gpu resolve docs lint clean help
 
 demo: $(VENV)/installed-find
 	$(BIN)/python -m datasets.mini --out $(MINI)
@@ -27,6 +28,7 @@ demo: $(VENV)/installed-find
 		--root_dir $(MINI) --split test --gallery $(GALLERY) --reencode
 	$(BIN)/python search.py find "a woman in a yellow dress with a black bag" \
 		--gallery $(GALLERY) --top 5
+	@echo "Now look at them: make page"
 
 page: $(VENV)/installed-search
 	$(BIN)/python search.py serve --gallery $(GALLERY)
@@ -69,6 +71,9 @@ $(VENV)/installed-search: requirements-search.txt $(VENV)/installed
 $(VENV)/installed-dev: requirements-dev.txt requirements-construction.txt requirements-search.txt requirements-methods.txt $(VENV)/installed
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
+
+help:
+	@grep "^# make" Makefile | cut -c 3-
 
 clean:
 	rm -rf $(VENV)

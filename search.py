@@ -54,7 +54,7 @@ def _main() -> None:
         what = (command.__doc__ or "").split("\n")[0]
         one = commands.add_parser(name, description=what, help=what, allow_abbrev=False)
         command.add_options(one)
-        one.set_defaults(start=command.run)  # `run` is an option of some
+        one.set_defaults(start=command.run)
     args = parser.parse_args()
     args.start(args)
 

@@ -48,7 +48,8 @@ def main() -> None:
     data_entry, data_notes = compare_data(checkpoint, data)
     warn(log, data)
     epoch, best = epoch_and_best(checkpoint)
-    log.info(f"{path}: epoch {epoch}; {device.type}, {args.precision}")
+    of_epoch = "" if epoch is None else f"epoch {epoch}; "  # exports have none
+    log.info(f"{path}: {of_epoch}{device.type}, {args.precision}")
     for note in (*run.notes, f"this checkpoint is {protocol}", *data_notes):
         log.info(note)
 

@@ -42,6 +42,10 @@ UPRIGHT = {  # what undoes each EXIF orientation; 5 to 8 swap width and height
 }
 
 
+class TooLarge(ValueError):
+    """An image of more pixels than the limit."""
+
+
 class BrokenImage(UserError):
     """An image that cannot be read. `--on_bad_image skip` skips it."""
 
@@ -90,6 +94,8 @@ def read_image(
         # Not opened by PIL: it would wait forever on a pipe, and it memory-maps some files, where
         # a truncation by another program would kill the process (SIGBUS).
         with open_image(path, MAX_BYTES) if content is None else io.BytesIO(content) as file:
+            empty = not file.read(1)
+            file.seek(0)
             scans = _scans(file)
             with PILImage.open(file, formats=FORMATS) as image:
                 _refuse_bomb(*image.size, scans, max_pixels)  # before it is decoded
@@ -104,9 +110,11 @@ def read_image(
                 image.close()  # also frees its pixels
             return _turned(rgb, turn)
     except UnidentifiedImageError:
-        error = f"it is not one of {', '.join(FORMATS)}"
+        error = "it is empty" if empty else f"it is not one of {', '.join(FORMATS)}"
     except MemoryError:
         raise
+    except TooLarge as reason:
+        error, advice = f"{reason}", advice.replace("Replace the file", "Make it smaller")
     except ShardChanged as reason:
         error, advice = f"{reason}", f"Index the shards again: {INDEX_AGAIN}"
     except Exception as reason:  # decoders raise many kinds of errors on corrupted files
@@ -166,11 +174,12 @@ def _scans(file: BinaryIO) -> int:
 
 
 def _refuse_bomb(width: int, height: int, scans: int, max_pixels: int) -> None:
-    """Raise ValueError for an image that would take too much memory or time to decode."""
+    """Raise ValueError for an image that would take too much memory or time to decode; TooLarge for
+    its size."""
     if width * height > max_pixels:
-        raise ValueError(f"{width}x{height} is over the limit of {max_pixels} pixels")
+        raise TooLarge(f"{width}x{height} is over the limit of {max_pixels} pixels")
     if max(width, height) > MAX_SIDE:
-        raise ValueError(f"{width}x{height}: a side is over the limit of {MAX_SIDE} pixels")
+        raise TooLarge(f"{width}x{height}: a side is over the limit of {MAX_SIDE} pixels")
     if scans > min(MAX_SCANS, MAX_SCANNED // max(1, width * height)):
         count = f"more than {MAX_SCANS}" if scans > MAX_SCANS else scans
         raise ValueError(f"a JPEG of {width}x{height} in {count} scans; encoders write about 10")

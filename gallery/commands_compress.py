@@ -43,5 +43,7 @@ def run(args: argparse.Namespace) -> None:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB)", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 800MiB or 2GiB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: a number and MiB or GiB, such as 800MiB"
+        )
     return int(float(match[1]) * UNITS[match[2]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from gallery.copies import Copy, delete_copy, stores
 from gallery.index import INDEX, remove_index
 from gallery.indexing import stored_path
 from gallery.milvus import FORM, STORE_HELP, store_option
-from gallery.store import MANIFEST, NEXT, Part, Store, below, read_manifest, writing
+from gallery.store import MANIFEST, NEXT, Part, Store, below, is_unicode, read_manifest, writing
 from utils.console import say
 from utils.errors import UserError
 from utils.files import expand, path_option
@@ -40,17 +41,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="nobody, but the gallery's whole copy there, which is then forgotten")  # fmt: skip
     add("--store", nargs="+", default=[], type=store_option, metavar=FORM,
         help=f"the copies of the gallery, which people leave too. {STORE_HELP}")  # fmt: skip
+    add("--dry_run", action="store_true", help="only say how many would be deleted")
 
 
 def run(args: argparse.Namespace) -> None:
     """Delete. Raises UserError, also if nobody is found."""
     read_manifest(args.gallery)  # before a folder is made
+    if args.copy and args.dry_run:
+        raise UserError("--dry_run: of people alone; leave it out with --copy")
     with writing(args.gallery) as folder:
         if args.copy:
             found = delete_copy(folder, args.copy)
             say(visible(f"{args.copy}: {'deleted' if found else 'there was no copy'}; forgotten"))
             return
-        if others := [address for address in stores(folder) if address not in args.store]:
+        others = [address for address in stores(folder) if address not in args.store]
+        if others and not args.dry_run:
             raise UserError(
                 f"--gallery {folder}: has copies, which people shall leave too: give --store "
                 f"{' '.join([*args.store, *others])}; delete --copy forgets one that is not used"
@@ -65,11 +70,22 @@ def run(args: argparse.Namespace) -> None:
         store.clean()
         parts: list[Part | None] = []
         ids: list[int] = []
+        matched: set[str] = set()
         for part in store.parts:
             items = store.read(part, "items")
-            chosen = _chosen(items, args, store.manifest["root"])
+            masks = _masks(items, args, store.manifest["root"])
+            matched |= {name for name, mask in masks.items() if mask.any()}
+            chosen = np.logical_or.reduce([np.zeros(len(items), bool), *masks.values()])
             ids += items["id"].filter(pa.array(chosen)).to_pylist()
-            parts.append(store.rewritten(part, ~chosen, items) if chosen.any() else part)
+            kept = args.dry_run or not chosen.any()
+            parts.append(part if kept else store.rewritten(part, ~chosen, items))
+        for name in map(str, args.identity or args.path or args.id or ()):
+            if ids and name not in matched:
+                say(visible(f"{folder}: has nobody of {name}"))
+        if args.dry_run:
+            total = sum(part["rows"] for part in store.parts)
+            say(visible(f"{folder}: {len(ids)} of {total} people would be deleted"))
+            return
         for copy in copies:
             if count := copy.drop(store, ids):
                 say(visible(f"{copy.address}: {count} people left it who were in it alone"))
@@ -86,15 +102,24 @@ def run(args: argparse.Namespace) -> None:
             copy.update(store)
 
 
-def _chosen(items: pa.Table, args: argparse.Namespace, root: str) -> np.ndarray:
-    """Which rows to delete: a mask."""
+def _masks(items: pa.Table, args: argparse.Namespace, root: str) -> Mapping[str, np.ndarray]:
+    """Which rows to delete: a mask for each thing that the options name."""
     if args.path:
-        # As on disk, or as the gallery keeps them.
-        absolute = [os.path.abspath(expand(path)) for path in args.path]
-        kept = ["" if path == root else stored_path(path, root) for path in absolute]
-        return below(items["path"], [*kept, *(path.rstrip("/") or "/" for path in args.path)])
+        masks = {}
+        for path in args.path:
+            # As on disk, or as the gallery keeps them.
+            absolute = os.path.abspath(expand(path))
+            kept = "" if absolute == root else stored_path(absolute, root)
+            masks[path] = below(items["path"], [kept, path.rstrip("/") or "/"])
+        return masks
     if args.where:
-        return where.to_mask(where.parse(args.where, items.schema), items)
+        return {args.where: where.to_mask(where.parse(args.where, items.schema), items)}
     name, values = ("identity", args.identity) if args.identity else ("id", args.id)
-    known = pa.array(values, items.schema.field(name).type)
-    return pc.is_in(items[name], value_set=known).to_numpy(zero_copy_only=False)
+    kind = items.schema.field(name).type
+    known = [value for value in values if is_unicode(str(value))]
+    return {
+        str(value): pc.is_in(items[name], value_set=pa.array([value], kind)).to_numpy(
+            zero_copy_only=False
+        )
+        for value in known
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from operator import methodcaller
@@ -15,9 +16,10 @@ from tqdm import tqdm
 
 from gallery.copies import Copy, stores
 from gallery.frames import import_av
-from gallery.indexing import Plan, Report, apply_plan, encode_parts, make_plan
+from gallery.indexing import Plan, ProgressLines, Report, apply_plan, encode_parts, make_plan
 from gallery.ingest import VIEWS, Found, add_boxes, add_dataset, add_pictures, add_videos
 from gallery.milvus import FORM, STORE_HELP, MilvusError, check_installed, store_option
+from gallery.moved import make_relative
 from gallery.store import (
     IDENTITY,
     MANIFEST,
@@ -34,7 +36,6 @@ from utils.errors import StoppedBySignal, UserError
 from utils.files import expand, path_option, write_atomically
 from utils.options import OPTIONS
 from utils.run_log import setup_logger
-from utils.text import visible
 
 if TYPE_CHECKING:
     from gallery.encode import Encoder
@@ -80,7 +81,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that is indexed first); give it if the pictures have moved")  # fmt: skip
     group = parser.add_argument_group("Encoder")
     add = group.add_argument
-    add("--config_file", type=expand, metavar="YAML", help="configs.yaml of a run")
+    add("--config_file", type=expand, metavar="YAML",
+        help="configs.yaml of a run, or its folder; also one of tools/export.py --hub")  # fmt: skip
     add("--checkpoint", default="best.pth", metavar="FILE",
         help="checkpoint next to --config_file (default: best.pth)")  # fmt: skip
     add("--pretrain_choice", default="", metavar="NAME|FILE",
@@ -89,7 +91,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a run's encoders in ONNX (tools/export.py --onnx) in place of the run: this needs no "
         "torch")  # fmt: skip
     add("--img_size", nargs=2, type=int, metavar="INT",
-        help="--pretrain_choice: height and width of images (default: 384 128)")  # fmt: skip
+        help="--pretrain_choice: height and width of images (default: those of a folder of "
+        "tools/export.py --hub, else 384 128)")  # fmt: skip
     add("--attributes_file", type=expand, metavar="FILE", help=OPTIONS["attributes_file"].help)
     add("--device", choices=OPTIONS["device"].choices, default="auto", help="as for train.py")
     add("--precision", choices=OPTIONS["precision"].choices,
@@ -116,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
             with writing(args.gallery):
                 _update_copy(args, Store(args.gallery, read_manifest(args.gallery)), log)
         return
+    # Before an encoder takes time, and before a folder is made.
+    found = _found(args) if process_rank() == 0 else Found()
     engine = _engine(args)
     processes = engine.processes
     with ExitStack() as stack:
@@ -139,14 +144,13 @@ def run(args: argparse.Namespace) -> None:
         plan, store = Plan(), None
         replaced: dict[str, set[str]] = {}
         if processes.is_rank_0:
-            store, plan, replaced = _planned(args, encoder, manifest, name, log)
+            store, plan, replaced = _planned(args, found, encoder, manifest, name, log)
         jobs, manifest = processes.from_rank_0((plan.jobs, store.manifest if store else None))
         store = store or Store(args.gallery, manifest, name)
         mine = jobs[processes.rank :: processes.size]
-        bar = tqdm(
-            total=len(mine), unit="file", desc="index", leave=False,
-            disable=None if processes.is_rank_0 else True,
-        )  # fmt: skip
+        bar: tqdm | ProgressLines = ProgressLines(len(mine), log)
+        if sys.stderr.isatty() and processes.is_rank_0:
+            bar = tqdm(total=len(mine), unit="file", desc="index", leave=False)
         with bar, engine.results(mine) as results:
             reports = encode_parts(results, store, replaced, processes, bar)
         if processes.is_rank_0:
@@ -173,12 +177,16 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--detect: the people of --boxes and of a data set are known already")
     if args.img_size and not args.pretrain_choice:
         raise UserError("--img_size: a run has its own; only with --pretrain_choice")
+    if args.config_file and not os.path.exists(args.config_file):
+        raise UserError(f"--config_file {args.config_file}: no such file or folder")
     if args.checkpoint != "best.pth" and not args.config_file:
         raise UserError(f"--checkpoint {args.checkpoint}: one of a run; only with --config_file")
     if args.onnx and args.detect:
         raise UserError("--detect: detectors need torch; with --onnx give --boxes instead")
     if args.onnx and args.precision:
         raise UserError("--precision: an export has float32 alone; leave it out with --onnx")
+    if not 0 <= args.min_score <= 1:
+        raise UserError(f"--min_score {args.min_score:g}: must be from 0 to 1")
     if not 0 < args.every <= 1e6:
         raise UserError(f"--every {args.every}: must be a positive number of seconds")
     for name, least in (("test_batch_size", 1), ("num_workers", 0)):
@@ -232,11 +240,13 @@ def _differences(encoder: Encoder | OnnxEncoder, manifest: Mapping[str, Any]) ->
     """How the encoder differs from that of a gallery."""
     old, new = manifest["encoder"], encoder.about
     different = [name for name in (*IDENTITY, "precision") if old.get(name) != new[name]]
-    shown = {"sha256": ("weights of", "name")}
-    texts = []
-    for name in different:
-        what, shows = shown.get(name, (name, name))
-        texts.append(f"{what} {old.get(shows)}, not {new[shows]}")
+    texts = [f"{name} {old.get(name)}, not {new[name]}" for name in different if name != "sha256"]
+    if "sha256" in different:  # the name of the run or of the checkpoint is often the same
+        was, now = (
+            f"{about['name']} {about['checkpoint']}".strip() + f" ({about['sha256'][:8]})"
+            for about in (old, new)
+        )
+        texts.insert(0, f"weights of {was}, not {now}")
     return texts
 
 
@@ -256,13 +266,13 @@ def _found(args: argparse.Namespace) -> Found:
 
 def _planned(
     args: argparse.Namespace,
+    found: Found,
     encoder: Encoder | OnnxEncoder,
     manifest: dict[str, Any] | None,
     name: str,
     log: Any,
 ) -> tuple[Store, Plan, dict[str, set[str]]]:
     """Open the gallery for writing, and commit what needs no encoding; for rank 0."""
-    found = _found(args)
     attributes = _joined(found.attributes, encoder.attributes, "the encoder's")
     if manifest is None:
         old = _manifest_if_any(args.gallery, MANIFEST) or {}
@@ -289,13 +299,17 @@ def _planned(
         for _, message in damaged:
             log.info(message)
         store.commit([p for p in store.parts if all(p is not bad for bad, _ in damaged)])
+    if args.root:
+        make_relative(store)
     detect = f"{os.path.basename(args.detect)} {args.min_score:g}" if args.detect else ""
     how = {False: detect, True: f"every {args.every:g} {detect}".strip()}
     plan = make_plan(found, store, how)
-    log.info(
-        f"{args.gallery}: {len(plan.jobs)} files to encode, {plan.unchanged} unchanged, "
-        f"{len(plan.known)} with another view, identity, ... or time, {len(plan.gone)} gone"
-    )
+    counts = {
+        "to encode": len(plan.jobs), "unchanged": plan.unchanged,
+        "with new times or facts (view, identity, ...)": len(plan.known), "gone": len(plan.gone),
+    }  # fmt: skip
+    shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    log.info(f"{args.gallery}: files: {shown or 'none'}")
     return store, plan, apply_plan(plan, store)
 
 
@@ -329,6 +343,7 @@ def _finish(
         text = json.dumps([{"path": p, "reason": reason} for p, reason in broken], indent=1)
         write_atomically(path, methodcaller("write", text.encode("utf-8", "backslashreplace")))
         for broken_path, reason in broken[:SHOWN]:
-            log.info(f"skipped {visible(broken_path)}: {reason}")
+            place = os.path.join(store.manifest["root"], broken_path)
+            log.info(f"skipped {os.fsencode(place).decode(errors='backslashreplace')}: {reason}")
         log.info(f"skipped {len(broken)} that cannot be read; all of them: {path}")
     log.info(f"{args.gallery}: {people} people encoded, {total} in the gallery")

@@ -6,6 +6,8 @@ import argparse
 from collections import Counter
 
 from gallery.copies import stores
+from gallery.index import INDEX
+from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.store import Gallery, size_on_disk
 from utils.console import say
 from utils.files import path_option
@@ -25,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     manifest, items = gallery.manifest, gallery.items
     encoder = manifest["encoder"]
     height, width = encoder["img_size"]
+    index = args.gallery / INDEX / INDEX_MANIFEST
     lines = [
         f"{args.gallery}: {len(items)} people in {len(items['path'].unique())} files, "
         f"{len(manifest['parts'])} parts, "
@@ -33,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         f"encoder: {encoder['kind']} {encoder['name']}, {height}x{width}, {encoder['precision']}, "
         f"{encoder['embed_dim']} numbers, SHA-256 {encoder['sha256'][:16]}",
         f"attributes: {', '.join(manifest['attributes']) or 'none'}",
+        f"columns: {', '.join(items.schema.names)}",
+        f"compressed index: {'yes' if index.exists() else 'none'}",
         f"copies: {', '.join(stores(args.gallery)) or 'none'}",
         "written with " + ", ".join(f"{n} {v}" for n, v in manifest["libraries"].items()),
     ]

@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
     add("--gallery", required=True, type=path_option, metavar="FOLDER", help="the gallery")
-    add("--run", type=path_option, metavar="FOLDER",
+    add("--encoder", type=path_option, metavar="PATH",
         help="where the gallery's encoder is now, if it was moved")  # fmt: skip
     add("--onnx", type=path_option, metavar="FOLDER",
         help="the encoder in ONNX, as for find: without torch, and without heat maps")  # fmt: skip
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
     """Serve until a signal. Raises UserError."""
     if args.max_requests < 1:
         raise UserError(f"--max_requests {args.max_requests}: at least 1")
-    if args.onnx and args.run:
-        raise UserError("--onnx and --run: two encoders; give one of them")
+    if args.onnx and args.encoder:
+        raise UserError("--onnx and --encoder: two encoders; give one of them")
     password = read_password(args.password_file)
     if not is_loopback(args.host) and not password:
         raise UserError(
@@ -63,9 +63,12 @@ def run(args: argparse.Namespace) -> None:
     from gallery.page import serve
     from gallery.service import Service
 
-    service = Service(args.gallery, args.run, args.device, args.store, args.onnx)
+    service = Service(args.gallery, args.encoder, args.device, args.store, args.onnx)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    say(f"{args.gallery}: {len(service.now())} people; http://{host}:{args.port} (Ctrl-C ends it)")
+    count = len(service.now())
+    say(f"{args.gallery}: {count} people; http://{host}:{args.port} (Ctrl-C ends it)")
+    if not count:
+        say("nobody can be found yet: search.py index adds people, also while the page is open")
     if not is_loopback(args.host):
         say("pictures and password are sent unencrypted: see docs/search.md on how to encrypt them")
     serve(service, listening, password, args.max_requests)

@@ -24,7 +24,7 @@ from gallery.records import SURE, Guesses
 from gallery.store import check_encoder
 from model.weights import find_weights, parse_choice
 from processor.evaluator import encode_images
-from processor.inference import Picture, Run, load_pretrained, load_run
+from processor.inference import Picture, Run, load_pretrained, load_run, run_files
 from utils.attributes import read_attributes
 from utils.devices import autocast
 from utils.errors import UserError
@@ -162,18 +162,18 @@ def load_encoder(
 def run_encoder(
     folder: str | Path, checkpoint: str = "best.pth", *, sha256: str = "", **options: Any
 ) -> Encoder:
-    """The encoder of a run's folder, or of the configs.yaml in it. Raises UserError.
+    """The encoder of a run, or of a folder of tools/export.py --hub. Raises UserError.
 
     Args:
+        folder: or the configs.yaml or config.json in it.
         sha256: of the checkpoint; another one is refused. "": any.
     """
-    path = Path(expand(str(folder)))
-    path = path.parent if path.suffix in (".yaml", ".yml") else path
+    config, weights = run_files(folder, checkpoint)
     with ThreadPoolExecutor(1) as thread:  # 0.6 s for ViT-B/16, while the weights are loaded
-        hashed = thread.submit(_hash, path / checkpoint, sha256)
-        loaded = load_run(path, checkpoint, **options)
-    path = path.absolute()
-    about = {"kind": "run", "name": path.name, "folder": str(path), "checkpoint": checkpoint}
+        hashed = thread.submit(_hash, weights, sha256)
+        loaded = load_run(config, weights.name, **options)
+    path = config.absolute().parent
+    about = {"kind": "run", "name": path.name, "folder": str(path), "checkpoint": weights.name}
     return Encoder(loaded, about | {"sha256": hashed.result()})
 
 
@@ -182,7 +182,7 @@ def weights_encoder(
 ) -> Encoder:
     """The encoder of vanilla weights, as `--pretrain_choice` names them. Raises UserError."""
     file = "" if choice == "scratch" else parse_choice(choice).file
-    if file and os.path.isfile(expand(file)):  # the gallery may be used from another folder
+    if file and os.path.exists(expand(file)):  # the gallery may be used from another folder
         choice = choice.removesuffix(file) + os.path.abspath(expand(file))
     loaded = load_pretrained(choice, img_size=img_size, **options)
     about = {"kind": "weights", "name": choice, "folder": "", "checkpoint": ""}

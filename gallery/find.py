@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+import shutil
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -23,16 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gallery import where
+from gallery.encoders import encoder_of
+from gallery.hits_table import hits_table
 from gallery.index import INDEX, open_index
 from gallery.milvus import FORM, STORE_HELP, store_option
 from gallery.onnx import OnnxEncoder
 from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
 from gallery.rerank import RERANKED, rerank
-from gallery.store import Gallery, check_encoder
+from gallery.store import Gallery
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option
-from utils.tables import console
 from utils.text import visible
 
 if TYPE_CHECKING:
@@ -54,10 +57,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--minus", nargs="+", default=[], metavar="SENTENCE", help="what is not looked for")
     add("--like", nargs="+", default=[], metavar="PICTURE|ID",
-        help="more like these: files of pictures of a person, or ids of people in the gallery, "
-        "which are then no hits themselves")  # fmt: skip
+        help="more like these: files of pictures of a person, or people of the gallery by their "
+        "ids or paths, who are then no hits themselves")  # fmt: skip
     add("--other_view", action="store_true",
-        help="only other views than that of the person whose id --like has")  # fmt: skip
+        help="only other views than that of the gallery's person whom --like names")  # fmt: skip
     add("--weight", nargs="+", type=float, default=[], metavar="WEIGHT",
         help="weights of the sentences, of --minus and of --like, in this order (default: 1, "
         "0.5 for --minus)")  # fmt: skip
@@ -65,11 +68,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--where", default="", metavar="FILTER",
         help="only people for whom this holds, such as \"view = 'aerial' and left > 100\"; "
-        "operators: = != < <= > >= in like, is null, and, or, not")  # fmt: skip
+        "operators: = != < <= > >= in like, is null, and, or, not (columns: info)")  # fmt: skip
     add("--top", type=int, default=20, metavar="INT", help="number of hits (default: 20)")
     add("--collapse", type=_cosine, default=0.95, metavar="COSINE|off",
-        help="pictures of a scene, at most two seconds apart and at least this near each other, "
-        "are one hit; off: the raw ranking (default: 0.95)")  # fmt: skip
+        help="pictures of one video or folder, and of one view, camera and source, at most two "
+        "seconds apart (by the video, by EXIF, or else by the files' times) and at least this near "
+        "each other, are one hit; off: the raw ranking (default: 0.95)")  # fmt: skip
     add("--rerank", action="store_true",
         help=f"rank the first {RERANKED} hits again by the neighbours that they share, which takes "
         "3 ms on one core, and 3 MB; the scores shown stay the cosines")  # fmt: skip
@@ -90,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--gallery {args.gallery}: nobody is in it yet")
     pictures = [_picture(text, gallery) for text in args.like]
     part = _filter(args, gallery, pictures)
+    search = _search(args.store, gallery, part)  # before the model is loaded, which takes seconds
     needs_model = args.sentences or args.minus or any(p.row is None for p in pictures)
     encoder = None
     if needs_model:
@@ -97,7 +102,6 @@ def run(args: argparse.Namespace) -> None:
         if args.heat and isinstance(encoder, OnnxEncoder):
             raise UserError("--heat: heat maps need torch and the run: give --encoder, not --onnx")
     query_D = _query(args, gallery, encoder, pictures)
-    search = _search(args.store, gallery, part)
     hits = find_hits(
         search,
         gallery.items,
@@ -111,22 +115,6 @@ def run(args: argparse.Namespace) -> None:
         say(line)
     if args.sheet and hits:
         _write_sheet(args, gallery, encoder, hits[: args.top])
-
-
-def encoder_of(
-    manifest: Mapping[str, Any], run: str | Path | None, onnx: str | Path | None, device: str
-) -> Encoder | OnnxEncoder:
-    """The encoder that asks a gallery: where `run` or `onnx` say, or else where the manifest does.
-    Raises UserError, also if it is not the one that made the gallery."""
-    about = manifest["encoder"]
-    folder = onnx or (None if run else about.get("onnx"))
-    if not folder:
-        from gallery.encode import load_encoder  # not above: it needs torch
-
-        return load_encoder(manifest, run=run, device=device)
-    encoder = OnnxEncoder(folder, device)
-    check_encoder(encoder.about, about, str(folder))
-    return encoder
 
 
 def _write_sheet(
@@ -144,8 +132,15 @@ def _write_sheet(
         (text_D,) = encoder.encode_text(args.sentences[:1])
         heat = partial(heat_maps, encoder.run.model, text_D=text_D.to(encoder.run.device))
     query = " + ".join(args.sentences) or f"more like {', '.join(args.like)}"
-    sheet(hits, args.sheet, gallery.manifest["root"], query=query, heat=heat, whole=True)
-    say(f"wrote {visible(args.sheet)}")
+    root = gallery.manifest["root"]
+    missing = sheet(hits, args.sheet, root, query=query, heat=heat, whole=True)
+    say(f"wrote {visible(args.sheet)}", sys.stderr)  # with --json, stdout has lines of JSON alone
+    if missing:
+        text = (
+            f"{len(missing)} of {len(hits)} hits have no picture there: {missing[0]}; if the "
+            "pictures were moved, give --root at the next index"
+        )
+        say(visible(text), sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -158,6 +153,10 @@ class _Picture:
 
 def _check(args: argparse.Namespace) -> None:
     parts = [*args.sentences, *args.minus, *args.like]
+    if args.minus and not args.sentences and not args.like:
+        raise UserError(
+            "nobody is looked for: put sentences before --minus, which takes all that follow it"
+        )
     if not args.sentences and not args.like:
         raise UserError("nobody is looked for: give a sentence, or --like with a picture or an id")
     if args.onnx and args.encoder:
@@ -171,11 +170,22 @@ def _check(args: argparse.Namespace) -> None:
         )
     for weight in args.weight:
         if not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"--weight {weight}: above 0; what is not wanted goes to --minus")
+            raise UserError(
+                f"--weight {weight:g}: must be above 0; what is not wanted goes to --minus"
+            )
     if any(not text.strip() for text in (*args.sentences, *args.minus)):
         raise UserError("a sentence is empty")
+    for option, texts in (("", args.sentences), ("--minus ", args.minus)):
+        if len(texts) > 1 and all(len(text.split()) == 1 for text in texts):
+            words = " ".join(texts)
+            raise UserError(
+                f"{option}{words}: {len(texts)} sentences of one word each; put quotes around a "
+                f'sentence: {option}"{words}"'
+            )
     if args.sheet and args.sheet.suffix.lower() not in (".png", ".html"):
         raise UserError(f"--sheet {args.sheet}: give a name that ends in .png or .html")
+    if args.sheet and not args.sheet.parent.is_dir():
+        raise UserError(f"--sheet {args.sheet}: no such folder: {args.sheet.parent}; make it first")
     if args.heat and not (args.sheet and args.sentences):
         raise UserError("--heat: needs --sheet and a sentence")
 
@@ -183,10 +193,10 @@ def _check(args: argparse.Namespace) -> None:
 def _cosine(text: str) -> float | None:
     if text == "off":
         return None
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is neither a cosine above 0 nor off")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is neither off nor a cosine above 0 and at most 1")
 
 
 def _picture(text: str, gallery: Gallery) -> _Picture:
@@ -194,9 +204,20 @@ def _picture(text: str, gallery: Gallery) -> _Picture:
         rows = np.flatnonzero(gallery.items["id"].to_numpy() == int(text))
         if len(rows):
             return _Picture(int(rows[0]), text)
-    if not Path(text).is_file():
-        raise UserError(f"--like {text}: neither a file nor the id of an item of {gallery.folder}")
-    return _Picture(None, text)
+    if Path(text).is_file():
+        return _Picture(None, text)
+    same = [n for n, path in enumerate(gallery.items["path"].to_pylist()) if path == text]
+    if len(same) > 1:
+        ids = [str(gallery.items["id"][row]) for row in same]
+        raise UserError(
+            f"--like {text}: {len(ids)} people are in it; give the id of one: "
+            f"{', '.join(ids[:8])}{', ...' * (len(ids) > 8)}"
+        )
+    if not same:
+        raise UserError(
+            f"--like {text}: neither a file, nor an id or a path of somebody in {gallery.folder}"
+        )
+    return _Picture(same[0], text)
 
 
 def _filter(
@@ -204,9 +225,11 @@ def _filter(
 ) -> where.Filter | None:
     """--where, without the people of --like, and without their views if asked."""
     parts = [where.parse(args.where, gallery.items.schema)] if args.where else []
+    for note in where.unknown_values(parts[0], gallery.items) if parts else ():
+        say(visible(f"--where: {note}"), sys.stderr)
     rows = [picture.row for picture in pictures if picture.row is not None]
     if args.other_view and not rows:
-        raise UserError("--other_view: give --like the id of a person of the gallery")
+        raise UserError("--other_view: give --like the id or path of a person of the gallery")
     for row in rows:
         item = gallery.items.slice(row, 1).to_pylist()[0]
         parts.append(where.Comparison("id", "!=", item["id"]))
@@ -262,14 +285,10 @@ def _lines(
         return [json.dumps(as_json(hit)) for hit in shown]
     if not hits:
         return ["no hits: the filter keeps nobody"]
-    head = ["rank", "score", "id", "path", "box", "time", "view", "source"]
-    rows = [[h.rank, f"{h.score:.4f}", h.id, *_place(h.item)] for h in shown]
-    if args.collapse is not None:
-        head.append("pictures")
-        rows = [[*row, hit.count] for row, hit in zip(rows, shown, strict=True)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     mask = None if part is None else where.to_mask(part, gallery.items)
     sure = sureness(gallery.features, query_D, hits, mask)
-    return [console(head, rows, left=4), str(sure)]
+    return [hits_table(shown, args.collapse is not None, width), str(sure)]
 
 
 def as_json(hit: Hit) -> dict[str, Any]:
@@ -279,15 +298,3 @@ def as_json(hit: Hit) -> dict[str, Any]:
         for name, value in hit.item.items()
     }
     return {"rank": hit.rank, "score": hit.score, "count": hit.count, "row": hit.row, "item": item}
-
-
-def _place(item: dict[str, Any]) -> list[object]:
-    """Path, box, time, view and source of an item, for a table."""
-    box = f"{item['width']}x{item['height']}+{item['left']}+{item['top']}"
-    time = item["taken"] or ""
-    if item["frame_time"] is not None:
-        time = f"{item['frame_time']:.2f} s"
-    return [
-        item["path"], "" if item["left"] is None else box, time, item["view"] or "",
-        item["source"] or "",
-    ]  # fmt: skip

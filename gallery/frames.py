@@ -22,6 +22,7 @@ from gallery.pictures import as_bytes
 from gallery.records import id_of
 from utils.errors import UserError
 from utils.files import open_file
+from utils.text import visible
 
 EXIF, TAKEN = 0x8769, 36867  # tags: where EXIF's own tags are, and DateTimeOriginal in them
 
@@ -103,10 +104,10 @@ class Reader:
                     chunk.rows.append(row)
                     chunk.images.append(image)
                 chunk.done.append(Done(job, digest))
-            except UserError as error:
-                problems.append(str(error))
+            except UserError as error:  # the file is named beside the problem
+                problems.append(str(error).removeprefix(f"{visible(job.file)}: "))
             except OSError as error:
-                problems.append(f"{job.file}: {error.strerror or error}")
+                problems.append(error.strerror or str(error))
             chunk.broken += [(job.path, problem) for problem in problems]
         if chunk.rows or chunk.done or chunk.broken:
             yield self._finished(chunk)
@@ -233,7 +234,10 @@ def video_frames(path: str, every: float) -> Iterator[tuple[float, np.ndarray]]:
                 turned = np.rot90(pixels, round(frame.rotation / 90) % 4)
                 yield round(time, 3), np.ascontiguousarray(turned)
     except (av.error.FFmpegError, ValueError) as error:
-        raise UserError(f"{path}: the video cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path}: the video cannot be read: {reason}. Replace it, or convert it with ffmpeg."
+        ) from None
 
 
 def import_av() -> Any:

@@ -232,7 +232,7 @@ def build(
     """
     count, width = features.shape
     if count < MIN_ROWS:
-        raise UserError(f"{count} persons need no index; from {MIN_ROWS:,} on there can be one")
+        raise UserError(f"{count} people need no index; from {MIN_ROWS:,} on there can be one")
     clusters = 2 ** round(math.log2(math.sqrt(count)))
     shared, enlarge = _code(count, width, clusters, memory)
     factory = f"IVF{clusters},PQ{width // shared}x4fs"
@@ -352,6 +352,6 @@ def _code(count: int, width: int, clusters: int, memory: int) -> tuple[int, int]
         if size <= memory:
             return shared, enlarge
     raise UserError(
-        f"an index of {count:,} persons takes at least {math.ceil(size / 2**20):,} MiB; "
-        f"{memory // 2**20:,} are allowed"
+        f"--memory: an index of {count:,} people takes at least {math.ceil(size / 2**20):,}MiB; "
+        f"{memory // 2**20:,}MiB are given"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,15 +26,17 @@ from datasets.shards import image_status, split_member
 from gallery.frames import Chunk, Done, Job, digest_of
 from gallery.ingest import File, Found
 from gallery.records import SCHEMA, SURE, Guesses, column_of, id_of, schema_with
-from gallery.store import FILES, ROWS, Part, Store, below, write_part
+from gallery.store import FILES, ROWS, Part, Store, below, is_unicode, write_part
 from utils.errors import UserError
 from utils.interrupt import StopRequest
 
 if TYPE_CHECKING:
     from utils.distributed import Processes
 
+LINE_SECONDS = 15.0  # between lines about the progress
 SECONDS = 60.0  # after which a part is committed that is not full
 THREADS = 16  # that ask the file system for sizes and times
+BOXES = " boxes "  # in the request of a file whose people are known by boxes
 FILE_COLUMNS = ("size", "mtime_ns", "digest", "request", "facts")
 
 Result = tuple[Chunk, np.ndarray, Guesses]  # with the features [n, D] float16 of its people
@@ -99,15 +102,15 @@ def make_plan(found: Found, store: Store, how: Mapping[bool, str]) -> Plan:
                 plan.broken.append((path, status))
             else:
                 jobs.append(_job(file, path, *status, how[file.is_video]))
-        roots = [stored_path(each, root) for each in found.roots]
-        # What lies below the gallery's root has relative paths.
-        roots += [""] * any(f"{root}/".startswith(f"{r.rstrip('/')}/") for r in found.roots)
-        known = _known_files(store, roots)
+        known = _known_files(store, _stored_roots(found.roots, root))
         listed = {job.path for job in jobs}
         absent = [path for path in known if path not in listed]
         places = [os.path.join(root, path) for path in absent]
-        for path, there in zip(absent, threads.map(_exists, places), strict=True):
-            if not there:
+        column = pa.chunked_array([pa.array(absent, pa.string())])
+        boxed = below(column, _stored_roots(found.boxed, root))
+        for path, gone, in_boxed in zip(absent, threads.map(_is_gone, places), boxed, strict=True):
+            request = known[path][FILE_COLUMNS.index("request")] if known[path] else ""
+            if gone or (in_boxed and BOXES in request):
                 plan.gone.add(path)
         digests = threads.map(lambda job: _digest_if_needed(job, known.get(job.path)), jobs)
         for job, digest in zip(jobs, digests, strict=True):
@@ -145,6 +148,30 @@ def apply_plan(plan: Plan, store: Store) -> dict[str, set[str]]:
     return replaced
 
 
+class ProgressLines:
+    """In place of a bar where there is no terminal: a line in the log, now and then.
+
+    Args:
+        total: files to encode.
+    """
+
+    def __init__(self, total: int, log: logging.Logger, seconds: float = LINE_SECONDS) -> None:
+        self.total, self.log, self.seconds = total, log, seconds
+        self.done, self.told = 0, time.monotonic()
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.told >= self.seconds:
+            self.told = time.monotonic()
+            self.log.info(f"{self.done} of {self.total} files encoded")
+
+
 class Alone:
     """The only process: `utils.distributed.Processes` for encoders without torch."""
 
@@ -165,7 +192,7 @@ def encode_parts(
     store: Store,
     replaced: dict[str, set[str]],
     processes: Processes | Alone,
-    bar: tqdm,
+    bar: tqdm | ProgressLines,
     seconds: float = SECONDS,
 ) -> list[Report]:
     """Take encoded chunks, and commit parts as they become ready. All processes call it. Returns
@@ -219,7 +246,7 @@ def _filled(
     results: Iterable[Result],
     store: Store,
     stop: StopRequest,
-    bar: tqdm,
+    bar: tqdm | ProgressLines,
     seconds: float,
 ) -> Iterator[Report]:
     """Write parts one after the other, each in a thread while the next one is encoded; after the
@@ -300,7 +327,7 @@ def _job(file: File, path: str, size: int, mtime_ns: int, how: str) -> Job:
     boxes = [person.box for person in file.people]
     request = f"{'video' if file.is_video else 'picture'} {how}".strip()
     if any(box is not None for box in boxes):
-        request += f" boxes {_short_hash(boxes)}"
+        request += f"{BOXES}{_short_hash(boxes)}"
     facts = _short_hash([person._replace(box=None) for person in file.people])
     return Job(path, file.file, file.people, file.is_video, size, mtime_ns, request, facts)
 
@@ -388,20 +415,34 @@ def _with_facts(
 
 def _status(file: File) -> tuple[int, int] | str:
     """Size and time of a file, or why it cannot be read."""
-    try:
-        file.file.encode()  # Arrow's text, like all Unicode, has no lone surrogates
-        status = os.stat(file.file) if file.is_video else image_status(file.file)
-    except UnicodeEncodeError:
+    if not is_unicode(file.file):
         return "its name is not Unicode"
+    try:
+        status = os.stat(file.file) if file.is_video else image_status(file.file)
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
     size = status.st_size if isinstance(status, os.stat_result) else status.size
     return size, status.st_mtime_ns if isinstance(status, os.stat_result) else status.mtime_ns
 
 
-def _exists(path: str) -> bool:
+def _is_gone(path: str) -> bool:
+    """Whether a file is gone. One in a folder that cannot be listed, or on a disk with errors, is
+    not."""
     member = split_member(path)
-    return os.path.lexists(path if member is None else member.tar)
+    try:
+        os.lstat(path if member is None else member.tar)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _stored_roots(roots: Sequence[str], root: str) -> list[str]:
+    """Where in the gallery is what was found in these folders and files."""
+    # What lies below the gallery's root has relative paths.
+    above = any(f"{root}/".startswith(f"{each.rstrip('/')}/") for each in roots)
+    return [stored_path(each, root) for each in roots] + [""] * above
 
 
 def _short_hash(value: Any) -> str:

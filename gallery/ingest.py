@@ -8,8 +8,10 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ VIDEOS = (
 VIEWS = ("aerial", "ground")
 BOX = ("left", "top", "width", "height")
 LARGEST = 10**6  # pixels, of a box's side and place
+GONE = "people whose pictures are gone for good leave by search.py delete --path"
 
 Box = tuple[int, int, int, int]  # left, top, width, height in the upright picture, pixels
 
@@ -59,12 +62,15 @@ class Found:
     Attributes:
         files: by path.
         roots: folders and files in which was looked; what is gone from them leaves the gallery.
+        boxed: folders of pictures whose people a file of boxes lists; pictures that it no longer
+            has leave the gallery.
         broken: (path, reason) of what cannot be read.
         attributes: classes by attribute, of a data set's labels.
     """
 
     files: dict[str, File] = field(default_factory=dict)
     roots: list[str] = field(default_factory=list)
+    boxed: list[str] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
     attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -84,7 +90,9 @@ class Found:
 
 def add_pictures(found: Found, given: Sequence[str], view: str | None) -> None:
     """Add folders of pictures (with all folders in them), single pictures, and `@FILE`: a list of
-    such paths, one a line, from the list's folder. Raises UserError."""
+    such paths, one a line, from the list's folder. Raises UserError, also for a path that is
+    missing, and for a folder without pictures: its disk may be away, and nobody shall be dropped
+    for that."""
     for file, source in _listed(found, given, PICTURES, "--images"):
         found.add(File(file, (Person(view=view, source=source),)))
 
@@ -111,14 +119,26 @@ def add_boxes(
     for base in bases:
         if not os.path.isdir(base):
             raise UserError(f"--images {base}: with --boxes, a folder of the pictures in that file")
-        found.roots.append(base)
+    found.roots += bases
+    found.boxed += bases
+    first, exists = "", False
     read = _coco if boxes.suffix.lower() == ".json" else _csv
     for path, person in read(boxes, min_score):
         places = [os.path.normpath(os.path.join(base, path)) for base in bases]
-        place = next((p for p in places if os.path.lexists(p)), places[0])
+        there = [p for p in places if os.path.lexists(p)]
+        place, exists = (there or places)[0], exists or bool(there)
+        first = first or place
         base = bases[places.index(place)]
         person = person._replace(view=person.view or view, source=os.path.basename(base))
         found.add(File(place, (person,)))
+    if not first:
+        scored = f" with a score of at least {min_score:g}" if read is _coco else ""
+        raise UserError(f"--boxes {boxes}: nobody is in it{scored}")
+    if not exists:
+        raise UserError(
+            f"--boxes {boxes}: none of its pictures is there: {first} is looked for, for example; "
+            "give the folder of the pictures with --images"
+        )
 
 
 def add_dataset(
@@ -173,19 +193,38 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 
 
 def _listed(
-    found: Found, given: Sequence[str], suffixes: tuple[str, ...], option: str
+    found: Found, given: Iterable[str], suffixes: tuple[str, ...], option: str
 ) -> Iterator[tuple[str, str]]:
-    """(file, source) of everything that an option names."""
+    """(file, source) of everything that an option names. Raises UserError."""
     for text in given:
         path = _absolute(text.removeprefix("@"))
         if text.startswith("@"):
-            yield from _listed(found, list(_lines(path, option)), suffixes, option)
-        elif os.path.isdir(path):
-            found.roots.append(path)
-            yield from ((file, os.path.basename(path)) for file in _walk(found, path, suffixes))
-        else:  # a file that is missing is reported with the broken ones
-            found.roots.append(path)
+            yield from _listed(found, _lines(path, option), suffixes, f"{option} @{path}:")
+            continue
+        named = f"{option} {path}"
+        found.roots.append(path)
+        if _is_folder(path, named):
+            files = _walk(found, path, suffixes, named)
+            if (first := next(files, None)) is None:
+                raise UserError(f"{named}: no {' '.join(suffixes)} is in this folder; {GONE}")
+            yield from ((file, os.path.basename(path)) for file in chain([first], files))
+        elif not path.lower().endswith(suffixes):
+            other = "--videos" if suffixes is PICTURES else "--images"
+            others = VIDEOS if suffixes is PICTURES else PICTURES
+            mend = f"give it with {other}" if path.lower().endswith(others) else "@FILE is a list"
+            raise UserError(f"{named}: none of {' '.join(suffixes)}; {mend}")
+        else:
             yield path, os.path.basename(os.path.dirname(path))
+
+
+def _is_folder(path: str, named: str) -> bool:
+    """Whether a path is a folder. Raises UserError if it is missing, or cannot be told."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+    quoted = "leave out the quotes around * and ?, for the shell" if set("*?") & set(path) else GONE
+    raise UserError(f"{named}: {reason}; {quoted}")
 
 
 def _lines(path: str, option: str) -> Iterator[str]:
@@ -200,11 +239,14 @@ def _lines(path: str, option: str) -> Iterator[str]:
         raise UserError(f"{option} @{path}: not readable as a list of paths: {reason}") from None
 
 
-def _walk(found: Found, root: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+def _walk(found: Found, root: str, suffixes: tuple[str, ...], named: str) -> Iterator[str]:
     """Files with these suffixes in a folder and those below it, in order; hidden ones are left out,
-    since macOS writes such files beside pictures."""
+    since macOS writes such files beside pictures. Raises UserError if the folder cannot be
+    listed."""
 
     def fail(error: OSError) -> None:
+        if error.filename == root:
+            raise UserError(f"{named}: {error.strerror}")
         found.broken.append((str(error.filename), error.strerror or str(error)))
 
     for folder, folders, files in os.walk(root, onerror=fail):
@@ -220,7 +262,8 @@ def _csv(path: Path, _: float) -> Iterator[tuple[str, Person]]:
             reader = csv.DictReader(file, strict=True)
             columns = reader.fieldnames or ()
             if missing := [name for name in ("path", *BOX) if name not in columns]:
-                raise UserError(f"--boxes {path}: the column {missing[0]} is missing")
+                commas = "; its separator must be a comma" if len(columns) == 1 else ""
+                raise UserError(f"--boxes {path}: the column {missing[0]} is missing{commas}")
             for row in reader:
                 where = f"--boxes {path}, line {reader.line_num}"
                 if None in row or None in row.values() or not row["path"]:
@@ -239,7 +282,10 @@ def _csv(path: Path, _: float) -> Iterator[tuple[str, Person]]:
 
 
 def _coco(path: Path, min_score: float) -> Iterator[tuple[str, Person]]:
-    content = read_json_file(path, "--boxes: ")
+    try:
+        content = read_json_file(path)
+    except UserError as error:
+        raise UserError(f"--boxes {error}") from None
     parts = [_of_type(content, dict, path, "an object").get(name) for name in
              ("images", "categories", "annotations")]  # fmt: skip
     if not all(isinstance(part, list) for part in parts):
@@ -260,7 +306,10 @@ def _coco(path: Path, min_score: float) -> Iterator[tuple[str, Person]]:
             score = annotation.get("score")
             if annotation["category_id"] not in people:
                 continue
-            file, values = files[annotation["image_id"]], annotation["bbox"]
+            image, values = annotation["image_id"], annotation["bbox"]
+            if image not in files:
+                raise UserError(f"{where}: its image_id {image!r} is not among the images")
+            file = files[image]
             if score is not None and float(score) < min_score:
                 continue
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -19,8 +19,9 @@ import logging
 import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import gradio as gr
@@ -44,6 +45,7 @@ EXAMPLES = (
     "a man in a grey shirt with a black backpack",
     "a person in a red jacket, blue jeans and white shoes",
 )
+PAST = 20  # questions that a visitor can go back
 SESSIONS = 200  # visitors whose question is remembered, 0.3 MB each; the oldest is forgotten first
 AT_ONCE = 4  # requests that are answered at once; the others wait
 WRONG_SECONDS = 1.0  # for which a wrong password keeps all others waiting that are wrong
@@ -91,12 +93,28 @@ element.addEventListener('click', event => {
   if (button) insist(button, 20);
 });
 """
+# A new answer begins at its title.
+ANSWERED = (
+    CHOOSE
+    + """
+watch('value', () => {
+  const title = element.closest('#status');
+  if (title.getBoundingClientRect().top < 0) title.scrollIntoView({block: 'start'});
+});
+"""
+)
 # A person who is opened gets the focus; who is closed, by the button or by Escape, gives it back.
+# The panel takes its place after this is told; then a phone scrolls to it, and where it is beside
+# the hits, which now have fewer columns, its own hit stays in sight.
 OPENED = """
+const narrow = matchMedia('(max-width: 48rem)');
 const focus = () => {
   const heading = element.querySelector('h2');
   heading?.focus({preventScroll: true});
-  if (matchMedia('(max-width: 48rem)').matches) heading?.scrollIntoView({block: 'start'});
+  setTimeout(() => {
+    if (narrow.matches) heading?.scrollIntoView({block: 'start'});
+    else document.querySelector('#hits [aria-current]')?.scrollIntoView({block: 'nearest'});
+  }, 50);
 };
 const close = () => {
   trigger('select', {do: 'close'});
@@ -126,9 +144,13 @@ watch('value', () => {
 """
 SAVE = "watch('value', () => element.querySelector('a')?.click());"
 START = "Describe a person in a sentence, choose an example, or add a picture."
-NOBODY = "Nobody is in this gallery yet."
-FILTER = "view = 'aerial' and not source = 'G2APS'"
+NOBODY = "Nobody is in this gallery yet: python search.py index adds people."
+SPOKEN = {"common.complete": "Done"}  # to screen readers; Gradio's own list lacks it
+FILTER = "view = 'aerial' and not source = 'G2APS-AG'"
 FILTER_INFO = "and, or, not, =, !=, <, <=, in, like, is null; text in single quotes"
+
+
+CLOSED = [gr.Column(visible=False), "", "", ""]  # no person is shown
 
 
 class Handlers:
@@ -180,7 +202,7 @@ class Handlers:
         """No question, and no hits."""
         bar = [gr.Row(visible=False), gr.skip(), gr.skip()]
         hits = _html("hits", hits=[], note=note)
-        return [None, 0, status, hits, *bar, "", gr.Column(visible=False), "", "", ""]
+        return [None, 0, status, hits, *bar, "", *CLOSED, self.header()]
 
     def answer(self, question: Question | None, page: int) -> list[Any]:
         """A page of a question."""
@@ -188,7 +210,8 @@ class Handlers:
             if question is None:
                 raise UserError("Ask first.")
             found = self.service.answer(question, page)
-            cards = self.service.cards(found.hits)
+            cards = self.service.cards([hit.id for hit in found.hits])
+            like = self.service.cards([] if question.like is None else [question.like])
         except UserError as error:
             return self.nothing(problem(error))
         note = "The filters keep nobody." if len(self.service.now()) else NOBODY
@@ -196,9 +219,13 @@ class Handlers:
             gr.Row(visible=bool(found.hits)), gr.Button(interactive=page > 0),
             gr.Button(interactive=found.more),
         ]  # fmt: skip
-        status = _html("status", title=title(question), hits=found.hits, sure=found.sure)
+        before = title(question.before[-1][0], "the person before") if question.before else ""
+        status = _html(
+            "status", title=title(question, "this person"), like=like[0] if like else "",
+            page=page + 1, sure=found.sure, before=before,
+        )  # fmt: skip
         cards_html = _html("hits", hits=list(zip(found.hits, cards, strict=True)), note=note)
-        return [question, page, status, cards_html, *bar, "", gr.Column(visible=False), "", "", ""]
+        return [question, page, status, cards_html, *bar, "", *CLOSED, self.header()]
 
     def back(self, question: Question | None, page: int) -> list[Any]:
         return self.answer(question, max(0, page - 1))
@@ -242,19 +269,28 @@ class Handlers:
         return self.warm(question, identifier, number_of(event, "words"))
 
     def act(
-        self, question: Question | None, identifier: int | None, event: gr.EventData
+        self, question: Question | None, page: int, identifier: int | None, event: gr.EventData
     ) -> list[Any]:
-        """Close the person, or ask for more like it."""
+        """Close the person, ask for more like it, or go back to the question before that. Then the
+        fields of a question show what is asked."""
         what = _data(event).get("do")
-        if what not in ("like", "other") or identifier is None:
-            return [*[gr.skip()] * 8, gr.Column(visible=False), "", "", ""]
-        before = question or Question()
-        choices = tuple(c for c in before.choices if what == "like" or c[0] != "view")
+        if what == "back" and question is not None and question.before:
+            *before, (last, page) = question.before
+            return self._asked(replace(last, before=tuple(before)), page)
+        if what not in ("like", "other") or question is None or identifier is None:
+            return [*[gr.skip()] * 12, *CLOSED, gr.skip()]
         like = Question(
-            choices=choices, where=before.where, like=identifier, other_view=what == "other",
-            count=before.count, collapse=before.collapse,
+            choices=tuple(c for c in question.choices if what == "like" or c[0] != "view"),
+            where=question.where, like=identifier, other_view=what == "other",
+            count=question.count, collapse=question.collapse,
+            before=(*question.before, (replace(question, before=()), page))[-PAST:],
         )  # fmt: skip
-        return self.answer(like, 0)
+        return self._asked(like, 0)
+
+    def _asked(self, question: Question, page: int) -> list[Any]:
+        sent = question.sent
+        fields = [question.sentence, question.minus, sent, sent_html(sent)]
+        return [*fields, *self.answer(question, page)]
 
     def save(self, kind: str, question: Question | None, page: int) -> str:
         """A link to a file with the hits, which the page then clicks."""
@@ -267,17 +303,25 @@ class Handlers:
         return _html("saved", name=name, address=address, size=f"{max(1, size // 1000)} kB")
 
     def newest(self) -> list[Any]:
-        """The header, and the lists of choices, of the gallery as it is now."""
+        """The header, no hits, and the lists of choices, of the gallery as it is now."""
         try:
             known = self.service.now().choices()
         except UserError:  # the next question says what is wrong
-            return [gr.skip()] * (1 + len(self.columns))
+            return [gr.skip()] * (2 + len(self.columns))
         lists = [gr.Dropdown(choices=_choices(known.get(column, []))) for column in self.columns]
-        return [self.header(), *lists]
+        return [self.header(), self.start(), *lists]
 
-    def header(self) -> str:
-        count = len(self.service.now())
+    def header(self) -> Any:
+        """The name of the gallery, and how many people it has now."""
+        try:
+            count = len(self.service.now())
+        except UserError:  # the answer says what is wrong
+            return gr.skip()
         return _html("header", name=self.service.folder.absolute().name, count=f"{count:,}")
+
+    def start(self) -> str:
+        """What there is in place of hits before the first question."""
+        return _html("hits", hits=[], note=START if len(self.service.now()) else NOBODY)
 
 
 def build(service: Service, max_requests: int = 64) -> gr.Blocks:
@@ -319,16 +363,14 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
             with gr.Row():
                 count = gr.Slider(6, MAX_PAGE, value=24, step=6, label="Hits on a page")
                 collapse = gr.Checkbox(value=True, label="Pictures of one moment are one hit")
-        status = html("", elem_id="status")
+        status = html("", elem_id="status", js_on_load=ANSWERED)
         with gr.Row(elem_id="found", equal_height=False):
             with gr.Column(scale=3, min_width=0):
-                hits = html(
-                    _html("hits", hits=[], note=START), elem_id="hits", js_on_load=CHOOSE + INSIST
-                )
+                hits = html(do.start(), elem_id="hits", js_on_load=CHOOSE + INSIST)
                 with gr.Row(visible=False, elem_id="bar") as bar:
-                    small = partial(gr.Button, size="sm", min_width=120)
-                    back, forth = small("← Previous"), small("Next →")
-                    as_json, as_page = small("Save as JSON"), small("Save with pictures")
+                    button = partial(gr.Button, size="md", min_width=120)
+                    back, forth = button("← Previous"), button("Next →")
+                    as_json, as_page = button("Save as JSON"), button("Save with pictures")
                 saved = html("", js_on_load=SAVE, elem_id="saved")
             with gr.Column(scale=2, min_width=0, visible=False, elem_id="person") as panel:
                 head = html("", js_on_load=OPENED)
@@ -338,7 +380,7 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
             gr.Markdown(about_text())
 
         answered = [asked, number, status, hits, bar, back, forth, saved, panel, head, heat]
-        answered.append(person)
+        answered += [person, header]
         fields = [sentence, minus, expert, count, collapse, sent, *choices]
         turn, opened = [asked, number], [asked, shown]
         how: dict[str, Any] = {
@@ -354,10 +396,11 @@ def build(service: Service, max_requests: int = 64) -> gr.Blocks:
         look = hits.select(do.look, asked, [shown, panel, head, heat, person], **how)
         look.success(do.warm, opened, heat, **how)
         heat.select(do.other_words, opened, heat, **how)
-        gr.on([head.select, person.select], do.act, opened, answered, **how)
+        acts = [head.select, person.select, status.select]
+        gr.on(acts, do.act, [*turn, shown], [sentence, minus, sent, picture, *answered], **how)
         as_json.click(partial(do.save, "json"), turn, saved, **how)
         as_page.click(partial(do.save, "html"), turn, saved, **how)
-        page.load(do.newest, None, [header, *choices], **how)
+        page.load(do.newest, None, [header, hits, *choices], **how)
     page.state_session_capacity = SESSIONS
     page.queue(max_size=max_requests, default_concurrency_limit=AT_ONCE, api_open=False)
     return page
@@ -399,7 +442,8 @@ def about_text() -> str:
     """What the page says about itself: a section of the documentation."""
     text = DOCUMENT.read_text() if DOCUMENT.is_file() else ""
     section = re.search(r"(?ms)^## Responsible use\n(.*?)(?=^## |\Z)", text)
-    return (section[1].strip() + "\n\n" if section else "") + "More: docs/search.md."
+    more = "Whoever runs this page has more in the program's docs/search.md."
+    return (section[1].strip() + "\n\n" if section else "") + more
 
 
 def _data(event: gr.EventData) -> Mapping[str, Any]:
@@ -411,7 +455,7 @@ def _choices(values: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _html(template: str, **values: object) -> str:
-    return render(TEMPLATES / f"{template}.html.jinja", **values, facts_of=_facts)
+    return render(TEMPLATES / f"{template}.html.jinja", **values, facts_of=_facts, name_of=_name)
 
 
 def _heat(
@@ -433,6 +477,10 @@ def _facts(hit: Hit) -> list[str]:
     """What a card says of a hit."""
     facts = [hit.item[name] for name in ("view", "source", "camera") if hit.item[name]]
     return facts + ([_time(hit.item)] if _time(hit.item) else [])
+
+
+def _name(hit: Hit) -> str:
+    return PurePath(hit.item["path"]).name
 
 
 def _time(item: Mapping[str, Any]) -> str:
@@ -523,15 +571,24 @@ def app_of(page: gr.Blocks, password: str = "", names: Sequence[str] = ()) -> Gu
         auth=right if password else None, auth_message="Any name will do; the password counts.",
         allowed_paths=[], blocked_paths=["/"], show_error=False, max_file_size=0, ssr_mode=False,
         enable_monitoring=False, pwa=False, mcp_server=False, theme=theme,
-        css_paths=[TEMPLATES / "page.css"],
+        css_paths=[TEMPLATES / "page.css"], i18n=gr.I18n(en=SPOKEN),
     )  # fmt: skip
     return Guard(app, names)
+
+
+class Server(uvicorn.Server):
+    """A server that ends in silence: it cuts the connections of open pages, and would report each
+    of them with a traceback."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def server_of(app: Guard) -> uvicorn.Server:
     """A server of an app, for a socket that listens."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             app,
             log_level="warning",

@@ -28,6 +28,7 @@ SECONDS = 2.0  # between pictures of a scene that may show one person as if once
 SAMPLE = 10_000  # items that tell the median score
 NEAR = 0.2  # of the way from the first score to the median: what fits about as well as the first
 LOOKED = 64  # hits that are looked at for that, at least
+NEXT = 256  # hits from a hit on, among which its near-duplicates are counted
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # [Q, D], k: scores, rows
 Rerank = Callable[[np.ndarray, np.ndarray], np.ndarray]  # [D], [K, D]: positions, best first
@@ -42,7 +43,8 @@ class Hit:
         row: in the gallery.
         score: cosine with the query.
         item: the columns of the item.
-        count: how many of the hits that were looked at it stands for: itself, and near-duplicates.
+        count: how many it stands for: itself, and its near-duplicates among the NEXT hits from it
+            on, however many hits are asked for.
     """
 
     rank: int
@@ -108,7 +110,7 @@ def find_hits(
         rerank: with the query [D] and the features [K, D] of the first RERANKED hits, gives their
             new order.
     """
-    wanted = max(top if collapse is None else 3 * top, 0 if rerank is None else RERANKED)
+    wanted = max(top if collapse is None else 3 * top + NEXT, 0 if rerank is None else RERANKED)
     while True:
         scores, rows = (found[0] for found in search(query_D[None], min(wanted, len(items))))
         scores, rows = scores[rows >= 0], rows[rows >= 0]
@@ -120,13 +122,19 @@ def find_hits(
         groups = [[n] for n in range(len(rows))]
         if collapse is not None:
             groups = groups_of(records, features[rows].astype(np.float32), collapse)
-        if len(groups) >= top or wanted >= len(items) or len(rows) < wanted:
+        counted = len(groups) >= top and (
+            collapse is None or len(rows) >= groups[top - 1][0] + NEXT
+        )
+        if counted or wanted >= len(items) or len(rows) < wanted:
             break
         wanted *= 4
-    return [
-        Hit(rank, records[g[0]]["id"], int(rows[g[0]]), float(scores[g[0]]), records[g[0]], len(g))
-        for rank, g in enumerate(groups[:top], 1)
-    ]
+    hits = []
+    for rank, group in enumerate(groups[:top], 1):
+        first = group[0]
+        count = sum(n < first + NEXT for n in group)
+        row, score, item = int(rows[first]), float(scores[first]), records[first]
+        hits.append(Hit(rank, item["id"], row, score, item, count))
+    return hits
 
 
 def groups_of(
@@ -135,9 +143,10 @@ def groups_of(
     """Hits in groups of near-duplicates: positions, best first, in the order of the groups' best.
 
     A hit joins the first group of which all of this holds: its best hit has a cosine of at least
-    `threshold` with it; one of its hits is of the same video, or of the same folder, camera and
-    source, at most SECONDS away (by the time in the video, or when the picture was taken, or when
-    its file was written); none is in the same picture or of another identity.
+    `threshold` with it; one of its hits is of the same video or folder, and of the same view,
+    camera and source, at most SECONDS away (by the time in the video, or when the picture was
+    taken, or, if that is not known, when its file was written); none is in the same picture or of
+    another identity.
     """
     groups: list[list[int]] = []
     by_scene: defaultdict[object, list[list[int]]] = defaultdict(list)
@@ -184,7 +193,7 @@ def sureness(
 
 def _scene(item: dict[str, Any]) -> tuple[object, float]:
     """What pictures of one scene have in common, and a picture's time in seconds."""
-    place = (item["camera"], item["source"])
+    place = (item["view"], item["camera"], item["source"])
     if item["frame_time"] is not None:
         return ("video", item["path"], *place), item["frame_time"]
     folder = os.path.dirname(item["path"])

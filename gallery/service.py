@@ -13,10 +13,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,7 +31,8 @@ import pyarrow.compute as pc
 from datasets.thumbnails import cropped, thumbnail
 from gallery import where
 from gallery.copies import CopyIndex
-from gallery.find import as_json, encoder_of
+from gallery.encoders import encoder_of
+from gallery.find import as_json
 from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.onnx import OnnxEncoder
@@ -39,6 +42,7 @@ from gallery.records import column_of
 from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
 from gallery.store import MANIFEST, Gallery
+from utils.console import say
 from utils.errors import UserError
 from utils.machine import cores
 
@@ -53,6 +57,7 @@ MAX_CHOICES = 100  # values of a column that the page offers
 CACHED = 4096  # thumbnails in memory, 5 kB each
 CARD, CROP, WHOLE = (240, 320), (480, 640), (1280, 960)  # pixels, width and height at most
 COLUMNS = ("view", "source", "camera")  # that the page offers besides attributes
+NO_PICTURE = "There is no picture: its file was moved, deleted or damaged."
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Question:
         other_view: with `like`, hits of other views alone.
         count: hits on a page.
         collapse: near-duplicates are one hit.
+        before: the questions that led to a `like`, each with its page; the last is the newest.
     """
 
     sentence: str = ""
@@ -78,6 +84,7 @@ class Question:
     other_view: bool = False
     count: int = 24
     collapse: bool = True
+    before: tuple[tuple[Question, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class Service:
     """See the module.
 
     Args:
-        run, onnx: where the gallery's encoder is, see `find.encoder_of`.
+        run, onnx: where the gallery's encoder is, see `encoders.encoder_of`.
         store: address of a copy of the gallery, to search there.
 
     Raises UserError if the gallery or its encoder cannot be read.
@@ -193,11 +200,15 @@ class Service:
         self._snapshot: Snapshot | None = None
         self._encoder: Encoder | OnnxEncoder | None = None
         self._made_with: object = None  # what the manifest says of the encoder
-        self.now()
+        self._read()
 
     def now(self) -> Snapshot:
         """The gallery, read again if it has changed: people who were deleted are found no more.
-        Raises UserError if it cannot be read."""
+        Raises UserError, for a visitor to read, if it cannot be read."""
+        with _without_paths("The gallery cannot be read now. Ask again later."):
+            return self._read()
+
+    def _read(self) -> Snapshot:
         with self._lock:
             signature = [_signature(self.folder / MANIFEST)]
             signature.append(_signature(self.folder / INDEX / INDEX_MANIFEST))
@@ -222,28 +233,29 @@ class Service:
         first, last = page * question.count, min((page + 1) * question.count, MAX_HITS)
         hits = []
         if len(now) and (mask is None or mask.any()):
-            hits = find_hits(
-                now.search(part, mask), now.gallery.items, now.gallery.features, query_D,
-                max(last + 1, LOOKED),
-                COLLAPSE if question.collapse else None,
-            )  # fmt: skip
+            with _without_paths("The search has failed. Ask again later."):
+                hits = find_hits(
+                    now.search(part, mask), now.gallery.items, now.gallery.features, query_D,
+                    max(last + 1, LOOKED),
+                    COLLAPSE if question.collapse else None,
+                )  # fmt: skip
         sure = ""
         if hits and page == 0:
             sure = str(sureness(now.gallery.features, query_D, hits, mask))
         more = len(hits) > last and last < MAX_HITS
         return Answer(hits[first:last], page, more, sure)
 
-    def cards(self, hits: Sequence[Hit]) -> list[str]:
-        """A thumbnail of each hit as a data URL; "" for pictures that cannot be read."""
+    def cards(self, identifiers: Sequence[int]) -> list[str]:
+        """A thumbnail of each item as a data URL; "" for pictures that cannot be read."""
         now = self.now()
 
-        def card(hit: Hit) -> str:
+        def card(identifier: int) -> str:
             try:
-                return now.card(now.row(hit.id))
+                return now.card(now.row(identifier))
             except UserError:
                 return ""
 
-        return list(self._readers.map(card, hits))
+        return list(self._readers.map(card, identifiers))
 
     def take(self, address: object) -> Sent:
         """A picture to ask with, of a data URL. Raises UserError, for a visitor to read."""
@@ -264,16 +276,17 @@ class Service:
         percent: tuple[float, ...] = ()
         box, whole = box_of(item), ""
         try:
-            image = person = whole_picture(item, now.root)
-            if box is not None:
-                person = cropped(image, box)
-                width, height = image.size
-                percent = tuple(
-                    100 * v / of for v, of in zip(box, (width, height) * 2, strict=True)
-                )
-                whole = thumbnail(image, WHOLE)[1]
-            picture = thumbnail(person, CROP)[1]
-        except (UserError, ValueError) as error:
+            with _without_paths(NO_PICTURE, (UserError, ValueError)):
+                image = person = whole_picture(item, now.root)
+                if box is not None:
+                    person = cropped(image, box)
+                    width, height = image.size
+                    percent = tuple(
+                        100 * v / of for v, of in zip(box, (width, height) * 2, strict=True)
+                    )
+                    whole = thumbnail(image, WHOLE)[1]
+                picture = thumbnail(person, CROP)[1]
+        except UserError as error:
             return Person(item, "", "", (), attributes, f"{error}")
         return Person(item, picture, whole, percent, attributes, "")
 
@@ -294,7 +307,9 @@ class Service:
         from gallery.heatmap import about, heat_maps, overlay
 
         sentence = words[0] if number == 0 else about(words[0], words[number])
-        person = picture_of(now.item(now.row(identifier)), now.root)
+        item = now.item(now.row(identifier))
+        with _without_paths(NO_PICTURE):
+            person = picture_of(item, now.root)
         person.thumbnail(CROP)
         with self._model:
             text_D = now.encoder.encode_text([sentence])[0]
@@ -309,7 +324,9 @@ class Service:
         """
         answer, root = self.answer(question, page), self.now().root
         if kind == "json":
-            asked = asdict(replace(question, sent=None)) | {"picture": question.sent is not None}
+            asked = asdict(replace(question, sent=None, before=())) | {
+                "picture": question.sent is not None
+            }
             asked = {k: v for k, v in asked.items() if v not in ("", (), None, False)}
             content = {"question": asked, "hits": [as_json(hit) for hit in answer.hits]}
             data = json.dumps(content, indent=1).encode()
@@ -340,10 +357,15 @@ class Service:
         return combine(np.stack([*features, sent.feature_D]), [*weights, 1.0])
 
 
-def title(question: Question) -> str:
-    """What was asked, in words."""
+def title(question: Question, person: str = "") -> str:
+    """What was asked, in words.
+
+    Args:
+        person: what to call the person of `like`, instead of by the id.
+    """
     if question.like is not None:
-        return f"more like {question.like}" + (", in other views" if question.other_view else "")
+        other = ", in other views" if question.other_view else ""
+        return f"more like {person or question.like}{other}"
     wanted = [question.sentence] * bool(question.sentence) + ["like your picture"] * bool(
         question.sent
     )
@@ -383,6 +405,19 @@ def _filter(question: Question, now: Snapshot) -> where.Filter | None:
                 raise UserError("The view of this person is not known.")
             parts.append(where.Comparison("view", "!=", view))
     return where.And(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+
+
+@contextmanager
+def _without_paths(
+    message: str, kinds: type[Exception] | tuple[type[Exception], ...] = UserError
+) -> Iterator[None]:
+    """Errors that are for whoever runs the page, and name paths and addresses, are said on its
+    console. Visitors get a UserError with the message."""
+    try:
+        yield
+    except kinds as error:
+        say(f"{error}", sys.stderr)
+        raise UserError(message) from None
 
 
 def _item(items: pa.Table, row: int) -> dict[str, Any]:

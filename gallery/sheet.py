@@ -9,6 +9,7 @@ The page loads nothing from outside. A picture that has vanished has a placehold
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol
@@ -72,6 +73,11 @@ class Shown(NamedTuple):
         """The file and its folder: names of files alone repeat."""
         return "/".join(PurePath(self.hit.item["path"]).parts[-2:])
 
+    @property
+    def pieces(self) -> list[str]:
+        """The name in pieces, between which a line may break."""
+        return re.split(r"(?<=[/_-])|(?=\.)", self.name)
+
 
 def sheet(
     hits: Sequence[Hit],
@@ -81,8 +87,8 @@ def sheet(
     query: str = "",
     heat: Heat | None = None,
     whole: bool = False,
-) -> None:
-    """Write hits into a file that ends in .png or .html.
+) -> list[str]:
+    """Write hits into a file that ends in .png or .html. Returns why pictures are missing.
 
     Args:
         root: the folder to which the items' paths are relative.
@@ -95,8 +101,10 @@ def sheet(
     drawn = {".png": _png, ".html": _html}.get(path.suffix.lower())
     if drawn is None:
         raise UserError(f"--sheet {path}: give a name that ends in .png or .html")
-    content = drawn([_shown(hit, root, heat, whole) for hit in hits], query)
+    shown = [_shown(hit, root, heat, whole) for hit in hits]
+    content = drawn(shown, query)
     write_atomically(path, lambda file: file.write(content))
+    return [one.problem for one in shown if one.problem]
 
 
 def _shown(hit: Hit, root: str | Path, heat: Heat | None, whole: bool) -> Shown:

@@ -196,8 +196,21 @@ class Store:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """Make a gallery's folder if necessary, and lock it. Raises UserError if another process
-    writes it."""
+    """Make a gallery's folder if necessary, and lock it; if it is still no gallery at the end, for
+    example after an error, it is taken away. Raises UserError if another process writes it, and for
+    a folder of other files."""
+    try:
+        names = {name for name in os.listdir(folder) if not name.startswith(".manifest")}
+    except FileNotFoundError:
+        names = set()
+    except OSError as error:
+        raise UserError(f"--gallery {folder}: {error.strerror}") from None
+    others = sorted(names - {PARTS, "lock"})
+    if others and not names & {MANIFEST, NEXT}:
+        raise UserError(
+            f"--gallery {folder}: no gallery, but it has other files, such as {others[0]}; name an "
+            "empty or a new folder"
+        )
     try:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -206,6 +219,11 @@ def writing(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        if not any((folder / name).exists() for name in (MANIFEST, NEXT)):
+            with suppress(OSError):
+                (folder / PARTS).rmdir()
+                (folder / "lock").unlink()
+                folder.rmdir()
         with suppress(OSError):
             os.close(descriptor)
 
@@ -280,6 +298,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
         raise UserError(
             f"--gallery {folder}: no gallery (no {name} in it); make one with search.py index"
         ) from None
+    except NotADirectoryError:
+        raise UserError(f"--gallery {folder}: not the folder of a gallery") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -386,6 +406,15 @@ def size_on_disk(folder: Path, manifest: Mapping[str, Any]) -> int:
     return sum(path.stat().st_size for path in (folder / MANIFEST, *files) if path.exists())
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a gallery can have a text, such as the name of a file: some names are other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_hash(text: Any) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
@@ -419,6 +448,8 @@ def below(paths: pa.ChunkedArray, roots: Sequence[str]) -> np.ndarray:
     paths below it."""
     mask = np.zeros(len(paths), bool)
     for root in roots:
+        if not is_unicode(root):  # Arrow's text, like all Unicode, has no lone surrogates
+            continue
         if root == "":
             mask |= ~pc.starts_with(paths, "/").to_numpy(zero_copy_only=False)
         else:

@@ -1,6 +1,6 @@
 """Filters over the columns of a gallery: `view = 'aerial' and frame_time >= 12.5`.
 
-    view = 'aerial' and (frame_time >= 12.5 or source in ('AG-ReID', 'G2APS'))
+    view = 'aerial' and (frame_time >= 12.5 or source in ('AG-ReID', 'G2APS-AG'))
     not gender = 'female' and path like 'gate 3/%' and camera is not null
     taken >= '2025-05-01 08:00' and "hair colour" != 'black'
 
@@ -30,9 +30,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gallery.records import column_of
 from utils.errors import UserError, suggest
 
 MAX_LENGTH = 4000  # characters of a filter
+SHOWN = 10  # values of a column in a message
 MAX_DEPTH = 50  # nested parentheses and `not`
 OPPOSITE = {"=": "!=", "!=": "=", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 KERNELS = {
@@ -131,6 +133,28 @@ def to_mask(part: Filter, table: pa.Table) -> np.ndarray:
     """Which rows of a table a filter keeps, bool [N]."""
     mask = pc.fill_null(_evaluate(part, table), False)
     return mask.to_numpy(zero_copy_only=False) if isinstance(mask, pa.Array) else mask.to_numpy()
+
+
+def unknown_values(part: Filter, table: pa.Table) -> list[str]:
+    """Lines about texts that a filter asks for and nobody has, with those that there are: "no view
+    is 'airial'; there are aerial, ground"."""
+    if isinstance(part, Not):
+        return unknown_values(part.part, table)
+    if isinstance(part, (And, Or)):
+        return [line for p in part.parts for line in unknown_values(p, table)]
+    values: tuple[Value, ...] = ()
+    if isinstance(part, Comparison) and part.operator in ("=", "!="):
+        values = (part.value,)
+    elif isinstance(part, Among):
+        values = part.values
+    lines = []
+    for value in values:
+        if isinstance(value, str) and not pc.any(pc.equal(table[part.column], value)).as_py():
+            known = sorted(pc.unique(table[part.column].drop_null()).to_pylist())
+            more = ", ..." if len(known) > SHOWN else ""
+            there = f"there are {', '.join(known[:SHOWN])}{more}" if known else "it has no values"
+            lines.append(f"no {part.column} is '{value}'; {there}")
+    return lines
 
 
 def to_milvus(part: Filter, field: Callable[[str], str], negated: bool = False) -> str:
@@ -330,6 +354,9 @@ class _Parser:
             return self._date(name, text, token)
         if (token.kind == "text") != pa.types.is_string(kind):
             what = "text, in single quotes" if pa.types.is_string(kind) else "numbers"
+            other = column_of(name)
+            if token.kind == "text" and other != name and other in self.schema.names:
+                what += f"; the attribute is {other}"
             raise self._error(f"{name} holds {what}", token)
         if token.kind == "text":
             if not text.isprintable() and re.search("[\0\ud800-\udfff]", text):

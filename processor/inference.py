@@ -37,7 +37,7 @@ from datasets.records import Data
 from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
 from model.build import build_evaluation_model, build_model
-from model.weights import HUB_CONFIG, HUB_WEIGHTS, find_weights
+from model.weights import HUB_CONFIG, HUB_WEIGHTS, find_weights, is_hub, recorded_input
 from processor.best import epoch_and_best
 from processor.evaluator import Evaluator, encode_images
 from utils.attributes import check_labels, read_attributes
@@ -46,6 +46,7 @@ from utils.command_line import options_of_run
 from utils.config import resolve
 from utils.devices import autocast, choose_device, choose_precision
 from utils.distributed import SINGLE_PROCESS, Processes
+from utils.documents import read_json_file
 from utils.errors import UserError
 from utils.files import expand
 from utils.options import OPTIONS
@@ -165,6 +166,29 @@ class _Pictures(Dataset):
         return load_image(os.fspath(image), self.size)
 
 
+def run_files(place: str | Path, checkpoint: str = BEST) -> tuple[Path, Path]:
+    """The file of options and the checkpoint of a run; arguments as for `load_run`.
+
+    Raises UserError if they are missing.
+    """
+    place = Path(expand(str(place)))
+    config = place
+    if place.is_dir() or place.suffix not in (".yaml", ".yml", ".json"):
+        config = place / CONFIG
+        if not config.is_file() and (place / HUB_CONFIG).is_file():
+            config = place / HUB_CONFIG
+    elif place.is_file() and place.name not in (CONFIG, HUB_CONFIG):
+        raise UserError(f"{place}: not the {CONFIG} of a run; give that, or the run's folder")
+    weights = HUB_WEIGHTS if config.name == HUB_CONFIG and checkpoint == BEST else checkpoint
+    path = config.parent / weights
+    for file in (config, path):
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such file; give the folder of a run and the name of a checkpoint in it"
+            )
+    return config, path
+
+
 def load_run(
     folder: str | Path,
     checkpoint: str = BEST,
@@ -177,10 +201,11 @@ def load_run(
     batch_size: int | None = None,
     num_workers: int = 0,
 ) -> Run:
-    """Load the model from a run's folder, or from a folder that tools/export.py wrote, also with
-    --hub.
+    """Load the model of a run.
 
     Args:
+        folder: of the run, or that tools/export.py wrote, also with --hub; or the configs.yaml or
+            config.json in it.
         checkpoint: a file in the folder.
         device: "cpu", "cuda", or "auto": CUDA if available.
         precision, root_dir: None takes the value in configs.yaml.
@@ -191,20 +216,10 @@ def load_run(
 
     Raises UserError.
     """
-    folder = Path(expand(str(folder)))
-    config, path = folder / CONFIG, folder / checkpoint
-    if not config.is_file() and (folder / HUB_CONFIG).is_file():
-        config = folder / HUB_CONFIG
-        path = folder / HUB_WEIGHTS if checkpoint == BEST else path
-    for file in (config, path):
-        if not file.is_file():
-            raise UserError(
-                f"{file}: no such file; load_run takes the folder of a run and the name of a "
-                "checkpoint in it"
-            )
+    config, path = run_files(folder, checkpoint)
     values = {
         "device": device, "precision": precision, "root_dir": root_dir,
-        "attributes_file": attributes_file, "image_cache": image_cache,
+        "attributes_file": attributes_file, "image_cache": image_cache or "",
         "test_batch_size": batch_size, "num_workers": num_workers,
     }  # fmt: skip
     options = {n: OPTIONS[n].coerce(v, "load_run") for n, v in values.items() if v is not None}
@@ -225,16 +240,22 @@ def load_pretrained(
 
     Args:
         choice: as `--pretrain_choice`; "scratch" has no weights and is refused.
-        img_size: height and width of the images, to which positions are resized; None takes the
-            default of training.
+        img_size: height and width of the images, to which positions are resized; None takes that
+            of a folder of tools/export.py --hub, or else the default of training.
         others: as for `load_run`.
 
     Raises UserError.
     """
     if choice == "scratch":
         raise UserError("--pretrain_choice scratch: random weights find nobody; name trained ones")
+    stride = None
+    if is_hub(choice):
+        config = read_json_file(find_weights(choice).with_name(HUB_CONFIG))
+        recorded = recorded_input({"input": config}) or {}
+        img_size, stride = img_size or recorded.get("img_size"), recorded.get("stride_size")
     values = {
-        "pretrain_choice": choice, "img_size": img_size, "device": device, "precision": precision,
+        "pretrain_choice": choice, "img_size": img_size, "stride_size": stride, "device": device,
+        "precision": precision,
         "test_batch_size": batch_size, "num_workers": num_workers,
     }  # fmt: skip
     options = {

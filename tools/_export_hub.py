@@ -5,7 +5,7 @@
     model.safetensors   the backbone (`base_model.*`) and FIRM's head, as the checkpoint has them
     config.json         the run's options without paths, and the architecture
     attributes.yaml     with FIRM's head: the sentences that it was trained with
-    README.md           the model card
+    README.md           the model card; README.new.md if there is another one, which may be edited
 
 `--pretrain_choice FOLDER` trains from it, and `load_run(FOLDER)` and test.py evaluate it. It holds
 no captions, no features and no classifier of identities.
@@ -14,6 +14,7 @@ no captions, no features and no classifier of identities.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from model.aeafirm import AEAFIRM
 from model.weights import HUB_CONFIG, HUB_WEIGHTS, parse_choice
 from processor.results import check_metrics, read_results, stem
 from tools._report_runs import percentages
+from utils.documents import read_json_file
 from utils.errors import UserError
 from utils.files import PROJECT, read_file, write_atomically
 from utils.metrics import SHOWN
 from utils.options import MAY_DIFFER, OPTIONS
 from utils.tables import in_markdown, markdown
 
-ATTRIBUTES = "attributes.yaml"
+ATTRIBUTES, CARD, NEW_CARD = "attributes.yaml", "README.md", "README.new.md"
+MODEL_TYPE = "aea-firm"  # in config.json
 PAPER = (
     'AEA-FIRM ("Adaptive Elastic Alignment with Fine-grained Representation Mining", IEEE TCSVT '
     "2025, [doi 10.1109/tcsvt.2025.3586601](https://doi.org/10.1109/tcsvt.2025.3586601))"
@@ -73,6 +76,7 @@ def export_hub(
         weights: the checkpoint's.
         epoch: the checkpoint's, or None if it does not say.
     """
+    check_folder(folder)
     kept = {name: weights[name].contiguous().clone() for name in model.state_dict()}
     config = hub_config(args, model)
     card = model_card(args, model, results_of(checkpoint, epoch), epoch)
@@ -82,10 +86,24 @@ def export_hub(
         files[ATTRIBUTES] = read_file(path if path.exists() else PROJECT / path)
     files[HUB_WEIGHTS] = safetensors.torch.save(kept, {"format": "pt"})
     files[HUB_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-    files["README.md"] = card.encode()
+    path, note = folder / CARD, ""
+    if path.exists() and read_file(path) != card.encode():
+        path, note = folder / NEW_CARD, f"; {CARD} is kept, as it may have been edited"
+    files[path.name] = card.encode()
     for name, content in files.items():
         _write(folder / name, content)
-    return f"wrote {', '.join(files)} into {folder}: {len(kept)} weights"
+    return f"wrote {', '.join(files)} into {folder}: {len(kept)} weights{note}"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError if an export would replace files that are not of one."""
+    there = [name for name in (CARD, HUB_CONFIG, HUB_WEIGHTS) if (folder / name).exists()]
+    with suppress(UserError, AttributeError):
+        if not there or read_json_file(folder / HUB_CONFIG).get("model_type") == MODEL_TYPE:
+            return
+    raise UserError(
+        f"--hub {folder}: its {there[0]} is not of an export; name an empty or a new folder"
+    )
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -101,7 +119,7 @@ def hub_config(args: EasyDict, model: AEAFIRM) -> dict[str, Any]:
     if not options["pretrain_choice"]:  # the shapes of its weights say all
         del options["pretrain_choice"]
     architecture = {**asdict(backbone.config), "grid": backbone.grid}
-    return {"model_type": "aea-firm", "architecture": architecture, **options, **backbone.input}
+    return {"model_type": MODEL_TYPE, "architecture": architecture, **options, **backbone.input}
 
 
 def model_name(args: EasyDict) -> str:

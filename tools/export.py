@@ -103,7 +103,7 @@ def main() -> None:
             help="write half-precision weights (--output)",
         )
 
-    args, path, notes = parse_test_options(None, __doc__.split("\n")[0], extra)
+    args, path, notes = parse_test_options(None, __doc__.split("\n")[0], extra, images=False)
     if not (args.output or args.onnx or args.hub):
         raise UserError("nothing to write: give --output FOLDER, --onnx FOLDER or --hub FOLDER")
     if args.half and not args.output:

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -15,7 +16,7 @@ from easydict import EasyDict
 
 from utils.config import check, check_training, read_preset, read_yaml, resolve
 from utils.console import process_rank
-from utils.errors import UserError
+from utils.errors import UserError, suggest
 from utils.files import PROJECT, expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
@@ -70,14 +71,17 @@ def parse_test_options(
     argv: Sequence[str] | None = None,
     description: str = "",
     extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    images: bool = True,
 ) -> tuple[EasyDict, Path, list[str]]:
     """Options of an evaluation: those in the run's configs.yaml, overridden by TEST_OPTIONS.
 
-    `extra` adds options of a tool, which are returned with the others.
+    `extra` adds options of a tool, which are returned with the others. Without `images` there is no
+    image_cache: the tool reads none.
 
     Returns (options, checkpoint path, notes); `options_of_run` explains the notes.
     """
-    parser = _build_parser([OPTIONS[name] for name in TEST_OPTIONS], description)
+    names = [name for name in TEST_OPTIONS if images or name != "image_cache"]
+    parser = _build_parser([OPTIONS[name] for name in names], description)
     parser.add_argument(
         "--config_file",
         metavar="YAML",
@@ -97,7 +101,7 @@ def parse_test_options(
     tool_options = {name: given.pop(name) for name in list(given) if name not in known}
     config_file = Path(given.pop("config_file"))
     checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
-    args, notes = options_of_run(config_file, given)
+    args, notes = options_of_run(config_file, given if images else {**given, "image_cache": ""})
     return EasyDict(args, **tool_options), checkpoint, notes
 
 
@@ -209,10 +213,24 @@ def _build_parser(
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are a UserError."""
 
+    words: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse has it; `error` knows the words."""
+        self.words = sys.argv[1:] if args is None else [*args]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError with one line; argparse would print a page of usage."""
         # argparse and `Option.coerce_one` both name the option.
         message = re.sub(r"^argument --\w+: command line: ", "--", message)
+        if message.startswith("the following arguments are required: --"):
+            for word in self.words:  # a typing error may be why one is missing
+                name = word.partition("=")[0]
+                if name.startswith("--") and name not in self._option_string_actions:
+                    hint = suggest(name, self._option_string_actions)
+                    message = f"{name}: no such option.{hint}"
+                    break
         raise UserError(f"{message} (--help lists all options)")
 
 

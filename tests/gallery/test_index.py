@@ -182,9 +182,11 @@ def test_vectors_get_as_many_bytes_as_the_memory_allows(items, features, tmp_pat
 
 
 def test_too_little_memory_and_too_few_people_are_refused(items, features, tmp_path):
-    with pytest.raises(UserError, match="an index of 3,000 persons takes at least 1 MiB; 0 are"):
+    with pytest.raises(
+        UserError, match="--memory: an index of 3,000 people takes at least 1MiB; 0MiB are"
+    ):
         build(items, features, tmp_path, 1000)
-    with pytest.raises(UserError, match="10 persons need no index; from 1,000 on"):
+    with pytest.raises(UserError, match="10 people need no index; from 1,000 on"):
         build(items_of(range(10)), features[:10], tmp_path, 2**20)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 """`search.py index`, `info` and `delete`, from pictures to a gallery and through its changes."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import search
 from gallery import engine_torch, indexing
 from gallery.copies import Copy
 from gallery.index import INDEX
+from gallery.indexing import ProgressLines
+from gallery.records import id_of
 from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
 from tests.gallery.made import path_of
 from tests.gallery.test_frames import make_video, picture
@@ -105,6 +108,53 @@ def test_only_what_is_gone_below_the_indexed_folders_is_dropped(index, photos):
     assert "0.jpg" not in by_path(index("--images", photos.parent))  # also from above the root
 
 
+def test_a_folder_that_is_missing_or_cannot_be_listed_loses_nobody(
+    index, photos, tmp_path, monkeypatch
+):
+    before = by_path(index("--images", photos))
+    photos.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="--images .*photos: No such file or directory"):
+        index("--images", photos)
+    photos.mkdir()  # the place of a disk that is not mounted
+    with pytest.raises(UserError, match="--images .*photos: no .jpg .* is in this folder"):
+        index("--images", photos)
+    assert by_path(Gallery.open(tmp_path / "gallery")) == before
+    photos.rmdir()
+    (tmp_path / "away").rename(photos)
+    (photos / "0.jpg").unlink()
+    scandir, lstat = os.scandir, os.lstat
+
+    def denied(call):
+        def called(path, *rest, **options):
+            if "/photos/more" in os.fspath(path):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return call(path, *rest, **options)
+
+        return called
+
+    monkeypatch.setattr(os, "scandir", denied(scandir))
+    monkeypatch.setattr(os, "lstat", denied(lstat))
+    after = by_path(index("--images", photos))
+    assert sorted(set(before) - set(after)) == ["0.jpg"]
+    (entry,) = json.loads((tmp_path / "gallery/broken.json").read_text())
+    assert entry == {"path": str(photos / "more"), "reason": "Permission denied"}
+
+
+def test_nothing_to_index_leaves_no_gallery(index, photos, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").write_text("mine")
+    for words in (
+        ("--images", tmp_path / "gone"),
+        ("--images", photos, "--config_file", photos / "gone.yaml"),
+        ("--images", photos, "--checkpoint", "gone.pth"),  # found missing in the gallery's folder
+        ("--images", photos, "--gallery", tmp_path / "docs"),
+    ):
+        with pytest.raises(UserError, match=r"gone.*no such file|No such file|no gallery, but"):
+            index(*words)
+    assert not (tmp_path / "gallery").exists()
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["a.md"]
+
+
 def test_other_facts_of_a_picture_change_its_rows_and_not_its_features(
     index, mini_root, read_files
 ):
@@ -122,12 +172,19 @@ def test_other_facts_of_a_picture_change_its_rows_and_not_its_features(
 
 def test_broken_files_are_skipped_listed_and_tried_again(index, photos, tmp_path, capsys):
     (photos / "0.jpg").write_bytes(b"no picture")
-    gallery = index("--images", photos, photos / "gone.jpg")
+    (photos / "link.jpg").symlink_to("nowhere.jpg")
+    (photos / "9.jpg").write_bytes(b"")
+    gallery = index("--images", photos)
     assert len(gallery.items) == 5
     listed = json.loads((tmp_path / "gallery/broken.json").read_text())
-    assert [entry["path"] for entry in listed] == ["gone.jpg", "0.jpg"]
+    assert [entry["path"] for entry in listed] == ["link.jpg", "0.jpg", "9.jpg"]
     assert "No such file" in listed[0]["reason"] and "not one of JPEG" in listed[1]["reason"]
-    assert "skipped 2 that cannot be read" in capsys.readouterr().out
+    assert "it is empty" in listed[2]["reason"]
+    shown = capsys.readouterr().out
+    assert "skipped 3 that cannot be read" in shown
+    assert shown.count(str(photos / "0.jpg")) == 1 and "/9.jpg: the image cannot" in shown
+    (photos / "9.jpg").unlink()
+    (photos / "link.jpg").unlink()
     picture(photos / "0.jpg", seed=0)
     assert len(index("--images", photos).items) == 6
     assert not (tmp_path / "gallery/broken.json").exists()
@@ -151,6 +208,17 @@ def test_boxes_of_a_picture_replace_each_other(index, photos, tmp_path, read_fil
     assert read_files[1] == ["0.jpg"]  # only an identity has changed in 1.jpg
     assert by_path(first)["1.jpg"] == by_path(second)["1.jpg"]
     assert sorted(zip(second.items["width"].to_pylist(), second.items["height"].to_pylist(), strict=True)) == [(9, 9), (30, 40), (30, 41)]  # fmt: skip
+
+
+def test_boxes_that_are_no_longer_in_their_file_leave_the_gallery(index, photos, tmp_path):
+    index("--images", photos / "2.jpg", "--root", photos)  # it has no boxes
+    rows = ["0.jpg,0,0,30,40", "1.jpg,0,0,9,9", "more/4.jpg,0,0,9,9"]
+    for count in (3, 1):
+        text = "\n".join(["path,left,top,width,height", *rows[:count]])
+        (tmp_path / "b.csv").write_text(text)
+        gallery = index("--images", photos, "--boxes", tmp_path / "b.csv")
+        assert len(gallery.items) == count + 1
+    assert sorted(by_path(gallery)) == ["0.jpg", "2.jpg"]
 
 
 def test_videos_are_indexed_by_time_and_again_with_another_step(index, tmp_path, read_files):
@@ -191,7 +259,7 @@ def test_another_encoder_is_refused_and_reencode_replaces_all_at_once(
 ):
     index("--images", photos)
     vanilla = ("--pretrain_choice", clip_file, "--img_size", 96, 32)
-    with pytest.raises(UserError, match="made by another encoder .*--reencode"):
+    with pytest.raises(UserError, match=r"made by another encoder \(weights of \S+ best.pth \([0-9a-f]{8}\), not .*--reencode"):  # fmt: skip
         index("--images", photos, encoder=vanilla)
     old = (tmp_path / "gallery" / MANIFEST).read_text()
     gallery = index("--images", photos / "more", "--reencode", encoder=vanilla)
@@ -276,6 +344,23 @@ def test_pictures_that_have_moved_are_found_by_their_new_root(index, photos, tmp
     assert path_of(second, 0).startswith(str(tmp_path / "elsewhere"))
 
 
+def test_pictures_indexed_below_an_old_root_are_not_there_twice(
+    index, photos, tmp_path, read_files
+):
+    first = index("--images", photos)
+    moved = tmp_path / "elsewhere"
+    shutil.move(photos, moved)
+    index("--images", moved / "more")  # without its root: by absolute paths
+    assert len(Gallery.open(tmp_path / "gallery").items) == 8
+    picture(moved / "more/8.jpg", seed=8)
+    index("--images", moved / "more")
+    gallery = index("--images", moved, "--root", moved)
+    assert sorted(by_path(gallery)) == sorted([*by_path(first), "more/8.jpg"])
+    assert len(gallery.items) == 7 and read_files[-1] == []
+    known = dict(zip(gallery.items["path"].to_pylist(), gallery.items["id"].to_pylist(), strict=True))  # fmt: skip
+    assert all(id_of(path, None, None) == number for path, number in known.items())
+
+
 def test_info_counts_by_source_and_view(index, photos, monkeypatch, tmp_path, capsys):
     index("--images", photos, "--view", "aerial")
     capsys.readouterr()
@@ -323,6 +408,31 @@ def test_deleted_people_are_gone_from_the_disk_and_stay_out(
         run(search.main, monkeypatch, "delete", "--gallery", tmp_path / "gallery", "--identity", "x")  # fmt: skip
 
 
+def test_a_deletion_names_who_is_not_there_and_a_dry_run_deletes_nobody(
+    index, photos, tmp_path, monkeypatch, capsys
+):
+    before = index("--images", photos).items["id"].to_pylist()
+    words = ("--gallery", tmp_path / "gallery", "--path", "0.jpg", "gone.jpg", "caf\udce9.jpg")
+    for more, left in ((("--dry_run",), 6), ((), 5)):
+        run(search.main, monkeypatch, "delete", *words, *more)
+        shown = capsys.readouterr().out
+        assert "has nobody of gone.jpg" in shown and "has nobody of caf" in shown
+        assert "nobody of 0.jpg" not in shown
+        assert len(Gallery.open(tmp_path / "gallery").items) == left
+        assert ("1 of 6 people would be deleted" in shown) == bool(more)
+    assert before[0] not in Gallery.open(tmp_path / "gallery").items["id"].to_pylist()
+    with pytest.raises(UserError, match="has nobody of these"):
+        run(search.main, monkeypatch, "delete", *words[:2], "--identity", "caf\udce9")
+
+
+def test_progress_is_logged_where_there_is_no_terminal(caplog):
+    log = logging.getLogger("a test")
+    with caplog.at_level(logging.INFO), ProgressLines(9, log, seconds=0) as lines:
+        lines.update(4)
+        lines.update(5)
+    assert caplog.messages == ["4 of 9 files encoded", "9 of 9 files encoded"]
+
+
 def test_a_gallery_that_another_process_writes_is_refused(index, photos, tmp_path):
     code = (
         "import sys; from pathlib import Path; from utils.files import lock\n"
@@ -356,8 +466,12 @@ def test_what_only_an_index_needs_is_not_ignored_next_to_a_store(index, tmp_path
         (("--images", "x", "--store", "milvus:x"), "--store milvus:x: neither a server"),
         (("--images", "x", "--img_size", "32", "16"), "--img_size: a run has its own"),
         (("--images", "x", "--boxes", "b.csv", "--detect", "y"), "are known already"),
+        (("--images", "x", "--min_score", "5"), "--min_score 5: must be from 0 to 1"),
         (("--images", "x", "--every", "0"), "--every 0.0: must be a positive"),
-        (("--images", "x", "--detect", "fasterrcnn"), "--detect fasterrcnn: neither a detector"),
+        (
+            ("--images", str(ROOT / "docs"), "--detect", "fasterrcnn"),
+            "--detect fasterrcnn: neither a detector",
+        ),
         (("--images", "x", "--view", "sky"), "invalid choice: 'sky'"),
         (("--images", "x", "--precision", "fp8"), "invalid choice: 'fp8'"),
     ],

@@ -139,7 +139,7 @@ def answer(*words):
 
 def test_hits_are_written_with_their_pictures(galleries, tmp_path):
     words = ("find", "a man", "--gallery", galleries[1], "--sheet", tmp_path / "hits.html")
-    assert "hits.html" in without_torch(*words)
+    without_torch(*words)
     assert (tmp_path / "hits.html").read_text().count("data:image/jpeg") >= 9
 
 
@@ -195,12 +195,12 @@ print(Service(sys.argv[1]).answer(Question("a man")).sure)
         (("index", "--images", "x", "--onnx", "y", "--precision", "bf16"), "--precision: an export has"),
         (("index", "--images", "x", "--onnx", "y", "--checkpoint", "last.pth"), "--checkpoint last.pth: one of a run"),
         (("index", "--images", "x", "--onnx", "y", "--img_size", "32", "16"), "--img_size: a run has"),
-        (("index", "--images", "x", "--onnx", "/gone"), "/gone/encoder.json: no such file; --onnx takes"),
+        (("index", "--images", str(ROOT / "docs"), "--onnx", "/gone"), "/gone/encoder.json: no such file; --onnx takes"),
         (("find", "x", "--onnx", "/gone"), "/gone/encoder.json: no such file; --onnx takes"),
         (("find", "x", "--onnx", "y", "--encoder", "z"), "--onnx and --encoder: two encoders"),
         (("find", "x", "--sheet", "x.png", "--heat"), "--heat: heat maps need torch and the run"),
         (("find", "x", "--device", "cuda"), "--device cuda: this ONNX Runtime has no CUDA"),
-        (("serve", "--onnx", "y", "--run", "z"), "--onnx and --run: two encoders"),
+        (("serve", "--onnx", "y", "--encoder", "z"), "--onnx and --encoder: two encoders"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_one_line(words, message, galleries, monkeypatch):
@@ -214,7 +214,7 @@ def test_an_export_of_other_weights_is_refused(galleries, folders, monkeypatch):
     other = ("--gallery", galleries[0], "--onnx", folders / "other")
     with pytest.raises(UserError, match="other: its sha256 is .*give the encoder that made"):
         run(search.main, monkeypatch, "find", "a man", *other)
-    with pytest.raises(UserError, match="made by another encoder .weights of run, not other"):
+    with pytest.raises(UserError, match="made by another encoder .weights of run .*, not other "):
         run(search.main, monkeypatch, "index", *other, "--images", folders / "photos")
 
 

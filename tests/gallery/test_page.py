@@ -88,6 +88,46 @@ def test_more_like_this_leaves_the_person_out_and_can_ask_for_other_views(servic
         service.answer(Question(like=boxed(service)[0], other_view=True))
 
 
+def test_the_way_back_from_more_like_this(service, do):
+    asked = do.ask(SENTENCE, "a hat", "", 6, True, None, *[""] * len(do.columns))
+    question, number, *_ = do.forth(asked[0], 0)
+    assert "data-do=" not in asked[2] and number == 1
+    first, second = (hit.id for hit in service.answer(question, 1).hits[:2])
+    like = do.act(question, number, first, event(do="like"))
+    assert like[:3] == ["", "", None]  # the fields show what is asked: no sentence
+    assert f'<img src="{service.cards([first])[0]}"' in like[6]
+    assert "more like this person" in like[6] and str(first) not in like[6]
+    assert f"Back to: {SENTENCE}, without a hat" in like[6]
+    saved = do.save("json", like[4], 0).split("base64,")[1].split('"')[0]
+    assert json.loads(base64.b64decode(saved))["question"] == {"like": first, "count": 6, "collapse": True}  # fmt: skip
+    liker = do.act(like[4], 0, second, event(do="like"))
+    assert "Back to: more like the person before" in liker[6]
+    back = do.act(liker[4], 0, None, event(do="back"))
+    assert back[4] == like[4]
+    back = do.act(back[4], 0, None, event(do="back"))
+    assert back[:3] == [SENTENCE, "a hat", None] and back[4:6] == [question, 1]
+    nowhere = do.act(question, 1, None, event(do="back"))
+    assert isinstance(nowhere[0], dict) and isinstance(nowhere[4], dict)  # nothing changes
+    for _ in range(50):
+        liker = do.act(liker[4], 0, second, event(do="like"))
+    assert len(liker[4].before) == page.PAST
+
+
+def test_an_answer_says_how_many_people_there_are_now(searched_copy, monkeypatch):
+    service = Service(searched_copy, device="cpu")
+    do = page.Handlers(service, [])
+    assert "26 people" in do.header()
+    person = service.now().gallery.items["id"][0].as_py()
+    run(search.main, monkeypatch, "delete", "--gallery", searched_copy, "--id", person)
+    assert "25 people" in do.ask(SENTENCE, "", "", 6, True, None)[-1]
+
+
+def test_a_card_has_the_name_of_its_file(service, do):
+    path = service.now().item(0)["path"]
+    cards = do.ask(SENTENCE, "", f"path = '{path}'", 6, True, None, *[""] * len(do.columns))[3]
+    assert f"<bdi>{Path(path).name}</bdi>" in cards
+
+
 def data_url(content):
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
@@ -203,7 +243,7 @@ def test_heat_maps_differ_by_word_and_other_words_are_refused(service):
     assert service.words(Question(like=identifier)) == []
 
 
-def test_the_gallerys_changes_are_seen_at_once(searched_copy, monkeypatch):
+def test_the_gallerys_changes_are_seen_at_once(searched_copy, monkeypatch, capsys):
     service = Service(searched_copy, device="cpu")
     question = Question(SENTENCE, collapse=False, count=96)
     hits = service.answer(question).hits
@@ -215,10 +255,14 @@ def test_the_gallerys_changes_are_seen_at_once(searched_copy, monkeypatch):
     assert service.now().encoder is encoder  # not loaded again
     with pytest.raises(UserError, match="no longer in the gallery"):
         service.person(hits[0].id)
-    assert service.cards(hits[:1]) == [""]
+    assert service.cards([hits[0].id]) == [""]
     kept = searched_copy.rename(f"{searched_copy}.old")
-    with pytest.raises(UserError, match="no gallery"):
+    do = page.Handlers(service, [])
+    for asked in (do.answer(question, 0), do.nothing("")):
+        assert all("gallery" not in text for text in asked[3:] if isinstance(text, str))
+    with pytest.raises(UserError, match=r"^The gallery cannot be read now. Ask again later.$"):
         service.answer(question)
+    assert "no gallery" in capsys.readouterr().err  # for whoever runs the page
     kept.rename(searched_copy)
     assert service.answer(question).hits
 
@@ -229,11 +273,12 @@ def test_a_gallery_without_anybody_says_so(searched_copy, monkeypatch):
     service = Service(searched_copy, device="cpu")
     do = page.Handlers(service, list(service.now().choices()))
     assert do.columns == []
-    assert "Nobody is in this gallery yet" in do.ask(SENTENCE, "", "", 24, True, None)[3]
+    for text in (do.ask(SENTENCE, "", "", 24, True, None)[3], do.start(), do.newest()[1]):
+        assert "Nobody is in this gallery yet: python search.py index" in text
     page.build(service)
 
 
-def test_a_picture_that_has_vanished_leaves_a_placeholder(searched, service, do):
+def test_a_picture_that_has_vanished_leaves_a_placeholder_and_no_path(service, do, capsys):
     hit = service.answer(Question(SENTENCE, where="view = 'aerial'")).hits[-1]
     path = os.path.join(service.now().root, hit.item["path"])
     service.now().card.cache_clear()
@@ -246,8 +291,15 @@ def test_a_picture_that_has_vanished_leaves_a_placeholder(searched, service, do)
         )
         opened = do.look(answered[0], event(id=str(hit.id)))
         assert 'role="alert"' in opened[2] and "<img" not in opened[3]
-        assert "<img" not in do.warm(answered[0], hit.id)
-        assert "no picture" in base64.b64decode(do.save("html", answered[0], 0).split("base64,")[1].split('"')[0]).decode()  # fmt: skip
+        assert "its file was moved, deleted or damaged" in opened[2]
+        assert path in capsys.readouterr().err  # for whoever runs the page
+        heat = do.warm(answered[0], hit.id)
+        with pytest.raises(UserError) as error:
+            service.heat(answered[0], hit.id, 0)
+        saved = base64.b64decode(do.save("html", answered[0], 0).split("base64,")[1].split('"')[0]).decode()  # fmt: skip
+        assert "<img" not in heat and "no picture" in saved
+        shown = [text for text in (*answered, *opened) if isinstance(text, str)]
+        assert service.now().root not in "".join([*shown, heat, saved, str(error.value)])
     finally:
         shutil.move(f"{path}.gone", path)
     assert "no picture" not in do.answer(answered[0], 0)[3]

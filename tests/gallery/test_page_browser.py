@@ -116,12 +116,19 @@ def test_ask_filter_open_heat_map_more_like_this_and_pages(visit, address):
     )
     assert page.locator(".attributes tr").count() == 7
     page.get_by_role("button", name="In the other view").click()
-    wait_for_title(page, re.compile("more like .*, in other views"))
+    wait_for_title(page, "more like this person, in other views")
     assert all(text.startswith("ground") for text in page.locator(".hit .facts").all_inner_texts())
     assert not page.locator("#person").is_visible()
     page.locator(".hit").first.click()
     page.get_by_role("button", name="More like this").click()
-    wait_for_title(page, re.compile(r"more like \d+$"))
+    wait_for_title(page, "more like this person")
+    assert page.get_by_label("Who is looked for?").input_value() == ""
+    page.get_by_role("button", name="Back to: more like the person before").click()
+    wait_for_title(page, "more like this person, in other views")
+    page.get_by_role("button", name=f"Back to: {SENTENCE}").click()
+    wait_for_title(page, SENTENCE)
+    assert page.get_by_label("Who is looked for?").input_value() == SENTENCE
+    page.wait_for_function("document.querySelectorAll('.hit').length == 12")
 
     ask(page, SENTENCE, where="frame_time is null")
     wait_for_title(page, SENTENCE)
@@ -172,6 +179,51 @@ def test_a_phone_shows_all_of_it_and_a_keyboard_is_enough(visit, address):
     assert max(map(int, re.findall(r"\d+", dark)[:3])) < 60
 
 
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_a_low_hit_opens_where_it_is_seen_and_a_new_answer_begins_at_its_title(
+    visit, address, size
+):
+    page = visit(address, {**size, "height": 450})
+    page.locator(".chip").first.wait_for()
+    assert all(chip.bounding_box()["x"] + chip.bounding_box()["width"] <= size["width"] for chip in page.locator(".examples .chip").all())  # fmt: skip
+    ask(page, SENTENCE)
+    page.locator(".hit").nth(3).wait_for()
+    last = page.locator(".hit").last
+    last.scroll_into_view_if_needed()
+    page.wait_for_function("scrollY > 100")
+    last.click()
+    seen = "s => { const b = document.querySelector(s)?.getBoundingClientRect(); return b && b.top >= -1 && b.bottom <= innerHeight + 1; }"
+    page.wait_for_function(seen, arg="#person h2")
+    if size is DESK:
+        page.wait_for_function(seen, arg="#hits [aria-current]")
+    page.get_by_role("button", name="More like this").click()
+    page.get_by_role("button", name="Back to").wait_for()
+    page.wait_for_function(seen, arg="#status b")
+
+
+def test_the_last_row_of_24_hits_is_full(visit, address):
+    page = visit(address)
+    ask(page, SENTENCE)
+    page.locator(".hit").first.wait_for()
+    columns = (
+        "getComputedStyle(document.querySelector('.hits')).gridTemplateColumns.split(' ').length"
+    )
+    for width in (340, 390, 700, 900, 1200, 1900):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert 24 % page.evaluate(columns) == 0, width
+    page.locator(".hit").first.click()
+    page.locator("#person h2").wait_for()
+    for width in (900, 1200):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert 24 % page.evaluate(columns) == 0, width
+
+
+def test_a_page_that_is_open_does_not_make_ctrl_c_noisy(visit, service, capfd):
+    with serving(service) as url:
+        ask(visit(url), "anybody")
+    assert "Traceback" not in (errors := capfd.readouterr().err) and "Cancel" not in errors
+
+
 def test_of_quick_clicks_the_last_one_counts(visit, address):
     page = visit(address)
     ask(page, SENTENCE)
@@ -195,7 +247,10 @@ def test_a_picture_of_ones_own_with_and_without_a_sentence(visit, address, servi
     page.locator(".hit").first.click()
     page.get_by_role("button", name="yellow dress", exact=True).wait_for()
     page.get_by_role("button", name="More like this").click()
-    wait_for_title(page, re.compile(r"more like \d+$"))
+    wait_for_title(page, "more like this person")
+    assert page.locator("#sent img").count() == 0
+    page.get_by_role("button", name="Back to").click()
+    wait_for_title(page, f"{SENTENCE}, like your picture")
     remove.click()
     wait_for_title(page, SENTENCE)
     page.locator("#sent input:focus").wait_for()
@@ -263,7 +318,8 @@ def test_a_changed_gallery_leaves_the_page_up(visit, searched_copy, monkeypatch)
         items = service.now().gallery.items["id"].to_pylist()
         run(search.main, monkeypatch, "delete", "--gallery", searched_copy, "--id", *items)
         ask(page, "anybody")
-        page.get_by_text("Nobody is in this gallery yet.").wait_for()
+        page.get_by_text("Nobody is in this gallery yet").wait_for()
+        page.get_by_text("0 people").wait_for()
         page.reload()
         page.get_by_text("0 people").wait_for()
 

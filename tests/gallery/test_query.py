@@ -77,8 +77,8 @@ def test_reranking_changes_the_order_of_the_first_hits_alone(monkeypatch):
 
 def picture(path="v.mp4", frame_time=None, **others):
     columns = {
-        "id": 1, "path": path, "frame_time": frame_time, "camera": None, "source": "s", "taken": None,
-        "mtime_ns": 0, "identity": None,
+        "id": 1, "path": path, "frame_time": frame_time, "view": None, "camera": None, "source": "s",
+        "taken": None, "mtime_ns": 0, "identity": None,
     }  # fmt: skip
     return columns | others
 
@@ -94,6 +94,8 @@ SAME = vectors([1, 0], [1, 0])
         (picture(frame_time=1.0), picture(frame_time=1.0), False),  # two people of one frame
         (picture(frame_time=1.0), picture("w.mp4", frame_time=2.0), False),
         (picture(frame_time=1.0), picture(frame_time=2.0, camera="2"), False),
+        (picture(frame_time=1.0, view="aerial"), picture(frame_time=2.0, view="ground"), False),
+        (picture("a/1.jpg", view="aerial"), picture("a/2.jpg", view="ground"), False),
         (picture(frame_time=1.0, identity="7"), picture(frame_time=2.0, identity="8"), False),
         (picture(frame_time=1.0, identity="7"), picture(frame_time=2.0), True),
         (picture("a/1.jpg"), picture("a/2.jpg", mtime_ns=2 * 10**9), True),
@@ -133,6 +135,25 @@ def test_collapsed_hits_stand_for_the_others_and_the_list_is_still_full():
     assert [hit.count for hit in found] == [10, 10, 10]
     assert found[0].row == 0 and len({hit.row // 10 for hit in found}) == 3
     assert [h.count for h in find_hits(search, items, features, query_D, 3, None)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("next_hits", [4, 16, 256])
+def test_what_a_hit_stands_for_does_not_depend_on_how_many_hits_are_asked_for(
+    monkeypatch, next_hits
+):
+    monkeypatch.setattr("gallery.query.NEXT", next_hits)
+    features = made_features(COUNT)
+    rows = [picture(frame_time=n / 10, id=n) for n in range(COUNT)]
+    items = pa.Table.from_pylist(rows)
+    query_D = unit(np.random.default_rng(3).standard_normal(16)).astype(np.float32)
+    found = [
+        find_hits(Exact(features).search, items, features, query_D, top, 0.6)
+        for top in (1, 2, 5, 20, COUNT)
+    ]
+    counts = [hit.count for hit in found[-1]]
+    assert max(counts) > 1
+    for some in found:
+        assert [hit.count for hit in some] == counts[: len(some)]
 
 
 def test_a_filter_that_keeps_fewer_items_than_asked_gives_these():

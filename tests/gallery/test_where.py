@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gallery.records import schema_with
 from gallery.where import (
     MAX_DEPTH,
     MAX_LENGTH,
@@ -21,6 +22,7 @@ from gallery.where import (
     parse,
     to_mask,
     to_text,
+    unknown_values,
 )
 from tests.gallery.made import NASTY, made_items
 from utils.errors import UserError
@@ -208,3 +210,25 @@ def test_a_text_that_looks_like_code_is_compared_as_it_is(text):
     quoted = text.replace("'", "''")
     mask = to_mask(parse(f"camera = '{quoted}'", SCHEMA), ITEMS)
     assert mask.tolist() == [row["camera"] == text for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("view = 'airial'", ["no view is 'airial'; there are aerial, ground"]),
+        ("not view = 'airial' and left > 3", ["no view is 'airial'; there are aerial, ground"]),
+        ("gender in ('female', 'men') or view != 'x'", ["no gender is 'men'; there are female, male", "no view is 'x'; there are aerial, ground"]),
+        ("view = 'aerial' and path like 'x%' and left = 12345", []),
+        ("path = 'x'", ["no path is 'x'; there are a/0000.jpg, a/0002.jpg, a/0004.jpg, a/0006.jpg, a/0008.jpg, a/0010.jpg, a/0012.jpg, a/0014.jpg, a/0016.jpg, a/0018.jpg, ..."]),
+    ],
+)  # fmt: skip
+def test_texts_that_nobody_has_are_told_with_those_that_there_are(text, lines):
+    assert unknown_values(parse(text, SCHEMA), ITEMS) == lines
+
+
+def test_an_attribute_with_the_name_of_a_column_is_told():
+    schema = schema_with(["height"])
+    with pytest.raises(UserError, match="height holds numbers; the attribute is person_height"):
+        parse("height = 'short'", schema)
+    with pytest.raises(UserError, match="left holds numbers$"):
+        parse("left = 'short'", schema)

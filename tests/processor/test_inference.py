@@ -130,8 +130,8 @@ def test_a_cache_and_attributes_named_in_an_untrusted_config_are_not_used(folder
     trained = load_run(run, device="cpu")
     features = trained.evaluator().encode(trained.model).views["aerial"]
     assert not untrusted.exists() and trained.args.image_cache == ""
-    assert len(trained.notes) == 3 and "unknown here: foo" in trained.notes[0]
-    assert "its image_cache is not trusted" in trained.notes[1]
+    assert len(trained.notes) == 2 and "unknown here: foo" in trained.notes[0]
+    assert "its attributes_file is not trusted" in trained.notes[1]  # it uses no cache
     cache, attributes_file = tmp_path / "cache", options().attributes_file
     trusted = load_run(run, device="cpu", image_cache=cache, attributes_file=attributes_file)
     assert torch.equal(trusted.evaluator().encode(trusted.model).views["aerial"], features)
@@ -159,5 +159,5 @@ def test_options_may_differ_from_configs_yaml(folder, trained, mini_copy):
 def test_a_folder_without_a_run_is_refused_in_one_line(folder, missing, tmp_path):
     run = shutil.copytree(folder, tmp_path / "run")
     (run / missing).unlink()
-    with pytest.raises(UserError, match=rf"{run / missing}: no such file; load_run takes the folder of a run .*$"):  # fmt: skip
+    with pytest.raises(UserError, match=rf"{run / missing}: no such file; give the folder of a run .*$"):  # fmt: skip
         load_run(run)

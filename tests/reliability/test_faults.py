@@ -277,7 +277,9 @@ def test_an_image_over_the_limit_is_refused_without_decoding(tmp_path, monkeypat
     Image.init()  # decoders that are loaded later may call `load`
     monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
     monkeypatch.setattr(Image.Image, "load", None)
-    with pytest.raises(UserError, match="large.png: .* 300x200 is over the limit of 50000 pixels"):
+    with pytest.raises(
+        UserError, match="large.png: .* 300x200 is over the limit of 50000 pixels. Make it smaller"
+    ):
         images.read_image(str(tmp_path / "large.png"))
 
 

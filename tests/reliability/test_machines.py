@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -115,6 +116,20 @@ def test_a_system_without_a_needed_module_gets_a_one_line_error(module):
     assert status == 2 and stderr == (
         f"error: {sys.platform} lacks {module}; this runs on Linux and macOS (on Windows, in WSL)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("raised", "stderr"),
+    [("KeyboardInterrupt", "interrupted\n"), ("ValueError('x')", "ValueError: x\n")],
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path, raised, stderr):
+    (tmp_path / "library.py").write_text(f"raise {raised}")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import utils, library"
+    status, printed = python(code)
+    if raised == "KeyboardInterrupt":
+        assert (status, printed) == (-signal.SIGINT, stderr)
+    else:  # a bug keeps its traceback
+        assert status == 1 and printed.startswith("Traceback") and printed.endswith(stderr)
 
 
 @as_root

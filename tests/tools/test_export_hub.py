@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image as PILImage
 
 import test as test_entry
 import tools.export as tool
 import train as train_entry
+from gallery.encode import load_encoder, run_encoder, weights_encoder
 from model.backbone import load_backbone
 from processor.inference import load_run
 from tests.helpers import SCRATCH, golden_clip, noise, options, run
@@ -62,11 +64,15 @@ def test_it_holds_no_classifier_no_queue_and_no_paths(trained, mini_root):
     assert sorted(f.name for f in hub.iterdir()) == ["README.md", "attributes.yaml", "config.json", "model.safetensors"]  # fmt: skip
 
 
-def test_test_py_evaluates_it_with_the_same_metrics(trained, mini_root, tmp_path, monkeypatch):
+def test_test_py_evaluates_it_with_the_same_metrics(
+    trained, mini_root, tmp_path, monkeypatch, capsys
+):
     folder, hub = trained
     shutil.copytree(hub, tmp_path / "hub")
     words = ("--config_file", tmp_path / "hub/config.json", "--checkpoint", tmp_path / "hub/model.safetensors")  # fmt: skip
     run(test_entry.main, monkeypatch, *words, "--root_dir", mini_root, "--num_workers", 0)
+    printed = capsys.readouterr()
+    assert "model.safetensors: cpu" in printed.out + printed.err  # and not "epoch None"
     written = [json.loads(p.read_text())["splits"] for p in (folder / "test_results.json", tmp_path / "hub/model_results.json")]  # fmt: skip
     assert written[0]["test"] == written[1]["test"]
 
@@ -119,6 +125,42 @@ def test_a_run_that_was_not_evaluated_says_so_and_a_path_is_left_out(tmp_path, m
     assert "was not evaluated" in card and "ViT-B/16" in card and "/home" not in card + written
     assert json.loads(written)["pretrain_choice"] == "ViT-B/16"
     assert not (tmp_path / "hub/attributes.yaml").exists()
+
+
+def test_a_card_of_others_is_never_replaced(tmp_path, monkeypatch):
+    config, hub = checkpoint_of(tmp_path, "ViT-B/16"), tmp_path / "hub"
+    hub.mkdir()
+    (hub / "README.md").write_text("a project of mine")
+    words = ("--config_file", config, "--hub", hub)
+    with pytest.raises(UserError, match="--hub .*hub: its README.md is not of an export"):
+        run(tool.main, monkeypatch, *words)
+    assert [path.name for path in hub.iterdir()] == ["README.md"]
+    (hub / "README.md").unlink()
+    run(tool.main, monkeypatch, *words)
+    card = (hub / "README.md").read_text()
+    run(tool.main, monkeypatch, *words)
+    assert not (hub / "README.new.md").exists()
+    (hub / "README.md").write_text("edited")
+    run(tool.main, monkeypatch, *words)
+    assert (hub / "README.md").read_text() == "edited"
+    assert (hub / "README.new.md").read_text() == card
+
+
+def test_a_gallery_is_made_with_it_by_its_folder_its_file_and_its_image_size(trained, tmp_path):
+    _, hub = trained
+    pictures = [PILImage.new("RGB", (20, 40), colour) for colour in ("red", "blue")]
+    expected = load_run(trained[0], device="cpu").encode_image(pictures)
+    for place in (hub, hub / "config.json"):
+        encoder = run_encoder(place, device="cpu")
+        assert torch.equal(encoder.encode_image(pictures), expected)
+        again = load_encoder({"encoder": encoder.about}, device="cpu")  # as find does
+        assert torch.equal(again.encode_image(pictures), expected)
+    vanilla = weights_encoder(str(hub), device="cpu", precision="fp32")
+    assert vanilla.about["img_size"] == [32, 16]
+    assert torch.equal(vanilla.encode_image(pictures), expected)
+    with pytest.raises(UserError, match="other.yaml: not the configs.yaml of a run"):
+        (tmp_path / "other.yaml").write_text("")
+        run_encoder(tmp_path / "other.yaml")
 
 
 def test_results_of_another_epoch_are_refused(trained, tmp_path, monkeypatch):
