@@ -3,7 +3,8 @@
 The name of a parameter decides its settings. If two rules set the same value, the later one wins:
 - `cross` in the name: lr * lr_factor;
 - `bias`: lr * bias_lr_factor, and weight_decay_bias as the weight decay;
-- `classifier` or `mlm_head`, or a name that begins with `head_`: lr * lr_factor.
+- `classifier` or `mlm_head`, or a name that begins with `head_`: lr * lr_factor;
+- `log_scale`, the learned temperature: no weight decay, as in TBPS-CLIP.
 `--layer_decay` then lowers the learning rate of an encoder's early layers, see `depth_below_top`.
 Parameters with equal settings share one group, so an update is a few fused kernel launches instead
 of one launch per parameter.
@@ -42,6 +43,8 @@ def settings_of(name: str, args: EasyDict, depth: int = 0) -> tuple[float, float
         lr, weight_decay = args.lr * args.bias_lr_factor, args.weight_decay_bias
     if "classifier" in name or "mlm_head" in name or name.startswith("head_"):
         lr = args.lr * args.lr_factor
+    if name == "log_scale":
+        weight_decay = 0.0
     return lr * args.layer_decay**depth, weight_decay
 
 

@@ -13,6 +13,13 @@ def test_settings_equal_the_original_for_every_parameter():
         assert settings_of(name, options()) == pytest.approx((lr, decay), rel=1e-9), name
 
 
+def test_new_layers_learn_faster_and_a_learned_temperature_does_not_decay():
+    args = options(lr_factor=100.0, weight_decay=0.1)
+    assert settings_of("head_tse_text.linear.bias", args) == (100 * args.lr, args.weight_decay_bias)
+    assert settings_of("head_simclr.0.weight", args) == (100 * args.lr, 0.1)
+    assert settings_of("log_scale", args) == (args.lr, 0.0)
+
+
 def test_parameters_with_equal_settings_share_a_group_and_each_is_in_one_group():
     names = golden()["optimizer_groups"]
     parameters = {name: torch.nn.Parameter(torch.ones(1)) for name in names}
