@@ -85,8 +85,8 @@ def add_lora(backbone: Backbone, args: EasyDict) -> None:
             for block in transformer.resblocks if args.lora_targets != "mlp" else ():
                 _open(block.attn)
             inject_adapter_in_model(config, transformer)
-            for update in (p for p in transformer.parameters() if p.requires_grad):
-                update.data = at_least_float32(update.data)  # also with --precision half
+    for layer in _adapted(backbone).values():
+        layer.cast_input_dtype_enabled = False  # to float32, which autocast would undo
     trained, total = count_weights(backbone)
     backbone.notes.append(
         f"LoRA of rank {args.lora_rank}: {trained:,} weights are trained in the encoders, beside "
@@ -220,8 +220,8 @@ def _updated(layer: Any, a: Tensor | None = None, b: Tensor | None = None) -> Te
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A, in the wider of their types."""
-    return weight + scale * (b @ a)
+    """W + scale * B A, in float32 (float64 for float64)."""
+    return at_least_float32(weight) + scale * (at_least_float32(b) @ at_least_float32(a))
 
 
 def _fit(weight: Tensor, a: Tensor, b: Tensor) -> bool:

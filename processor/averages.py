@@ -112,11 +112,12 @@ class EpochAverage(Average):
             self.epochs.append(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values, "epochs": self.epochs}
+        return {"values": self.values if self.epochs else {}, "epochs": self.epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state that `state_dict` cannot have returned."""
-        self.load_values(state["values"])
         if not all(type(epoch) is int for epoch in state["epochs"]):
             raise ValueError("the epochs of its average are not numbers")
         self.epochs = list(state["epochs"])
+        if self.epochs:
+            self.load_values(state["values"])

@@ -72,9 +72,8 @@ def test_updates_start_at_nothing_and_are_trained_alone_with_the_heads(targets, 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "half"])
 def test_merged_updates_compute_what_the_layers_compute(precision, clip_file):
     model = fill(adapted(clip_file, precision=precision))
-    assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {
-        torch.float64 if precision == "fp64" else torch.float32
-    }
+    dtype = {"fp32": torch.float32, "fp64": torch.float64, "half": torch.float16}[precision]
+    assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {dtype}
     apart, state = encoded(model), ModelState(model)
     with state.evaluated({}):
         torch.testing.assert_close(
@@ -84,14 +83,15 @@ def test_merged_updates_compute_what_the_layers_compute(precision, clip_file):
         saved = state.state_dict()
     torch.testing.assert_close(encoded(model), apart, rtol=0, atol=0)
     assert all(value.equal(model.state_dict()[name]) for name, value in saved.items())
-    # peft's own merging gives the same weights.
+    # peft's own merging gives the same weights (in half precision it rounds the update first).
     merged = merged_weights(model, {})
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             module.merge()
             torch.testing.assert_close(
-                merged[f"{name}.base_layer.weight"].to(module.weight.dtype), module.weight
-            )
+                merged[f"{name}.base_layer.weight"].to(dtype), module.weight,
+                **({"rtol": 2e-3, "atol": 2e-4} if precision == "half" else {}),
+            )  # fmt: skip
 
 
 def test_updates_are_merged_with_other_values_by_name(clip_file):
