@@ -271,16 +271,15 @@ def test_a_broken_gallery_image_is_reported_before_training(mini_copy, tmp_path,
 def test_an_image_over_the_limit_is_refused_without_decoding(tmp_path, monkeypatch):
     from PIL import Image
 
-    import datasets.images as images
+    from datasets.images import read_image
 
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     Image.init()  # decoders that are loaded later may call `load`
-    monkeypatch.setattr(images, "MAX_PIXELS", 50_000)
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(
         UserError, match="large.png: .* 300x200 is over the limit of 50000 pixels. Make it smaller"
     ):
-        images.read_image(str(tmp_path / "large.png"))
+        read_image(str(tmp_path / "large.png"), max_pixels=50_000)
 
 
 def test_a_format_that_starts_programs_is_refused(tmp_path):

@@ -519,7 +519,8 @@ def test_a_second_ctrl_c_ends_the_run_at_once(capfd):
 def test_kills_at_random_moments_change_nothing(mini_root, tmp_path, pytestconfig, tally):
     """SIGKILL, then the same command again with `--resume auto`, until it ends."""
     kills, rng = pytestconfig.getoption("kills"), random.Random(1)
-    overrides = {"num_epoch": 12, "save_period": "0.001min", "num_workers": 1, "keep_last": 2}
+    # A save after every step: otherwise the time decides which save is the one before the last.
+    overrides = {"num_epoch": 12, "save_period": "0.0001min", "num_workers": 1, "keep_last": 2}
     uninterrupted = start(flags(mini_root, tmp_path / "uninterrupted", **overrides))
     began = time.monotonic()
     uninterrupted.join()
