@@ -118,8 +118,9 @@ class AEAFIRM(nn.Module):
                 `pair_images` [B, 3, H, W]. `match2` needs `attributes` and, with two views,
                 `pair_attributes` [B, A]. `mlm` needs `masked_labels` [B, L], `masked_at` [X] (the
                 positions of masked tokens among the B * L), and `masked_ids` [B, L] unless
-                `caption_ids` are masked already. Losses with `images` need `NAME_images` [B, 3, H, W];
-                `sample/NAME` [B] are values of a `before_epoch`; `epochs` is `Inputs.epochs`.
+                `caption_ids` are masked already. Losses with `images` need `NAME_images` of the
+                shape of `images`. `sample/NAME` [B] are values of a `before_epoch`; `epochs` is
+                `Inputs.epochs`.
         """
         return self.losses(self.encode(batch, sentences=True), batch)
 
@@ -134,8 +135,8 @@ class AEAFIRM(nn.Module):
         """All outputs of the encoders that the losses need; row i depends on sample i only.
 
         Returns `image`, `pair` and `text` [B, D]; for `mlm` also `tokens` [B, N, D] of all views
-        and `masked` [B, L, D]; for further images their features [B, D] by name, and for losses with
-        `outputs` these, as "text/NAME", "image/NAME" and "pair/NAME".
+        and `masked` [B, L, D]; the features [B, D] of further images by name; and the losses'
+        `outputs`, as "text/NAME", "image/NAME" and "pair/NAME".
 
         Args:
             sentences: add the result of `encode_sentences`, whose rows belong to no sample.
