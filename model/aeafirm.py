@@ -188,6 +188,8 @@ class AEAFIRM(nn.Module):
         in_float32 = torch.autocast(device, enabled=False)
         with in_float32:
             inputs = self._gather_inputs(encoded, batch)
+            if inputs.learned_scale is not None:
+                inputs.log("temperature/learned", 1 / inputs.learned_scale)
         losses = {}
         for name in self.loss_names:
             row = self.rows[name]

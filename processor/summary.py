@@ -52,6 +52,10 @@ def describe(
     log.info(
         f"losses {args.loss_names}; {several}{device.type}, {args.precision}, seed {args.seed}"
     )
+    if args.ema:
+        log.info(
+            f"evaluations and best.pth have the moving average of the weights, --ema {args.ema:g}"
+        )
     if loader.num_workers < args.num_workers:
         each = " for each process" if processes.size > 1 else ""
         log.info(f"{loader.num_workers} loader processes{each}, since there are no more cores")

@@ -88,8 +88,8 @@ LOSSES: dict[str, Loss] = {
                 "and tse", any_of=("tal",), before_epoch=rde.divide, library="sklearn.mixture"),
     "nitc": Loss("TBPS-CLIP's InfoNCE with soft labels; mean of text-image pairs",
                  tbps.nitc_of_views),
-    "mvs": Loss("nitc also of another augmentation of the first view", any_of=("nitc",),
-                images=("second",)),
+    "mvs": Loss("makes nitc the mean of it and nitc of another augmentation of the first view",
+                any_of=("nitc",), images=("second",)),
     "ritc": Loss("TBPS-CLIP's reverse KL, sdm with bounded negatives; mean of text-image pairs",
                  tbps.ritc_of_views),
     "citc": Loss("TBPS-CLIP's cyclic loss, equal geometry of text and images; "
@@ -155,7 +155,8 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
         pairs: whether its samples have both views.
         attributes: whether its samples have attribute labels.
     """
-    one_view = [name for name, row in LOSSES.items() if row.compute and not row.pairs]
+    fitting = [n for n, row in LOSSES.items() if row.compute and (attributes or not row.attributes)]
+    one_view = [name for name in fitting if not LOSSES[name].pairs]
     for name in names:
         package = LOSSES[name].library.split(".")[0]
         if package and find_spec(package) is None:

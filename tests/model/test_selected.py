@@ -98,7 +98,9 @@ def test_a_learned_temperature_gets_a_gradient_and_stays_in_its_bounds():
     model = model_of("sdm", learn_temperature=True, temperature=0.05, min_temperature=0.04)
     fixed = model_of("sdm", temperature=0.05)
     batch = golden_batch()
-    loss = model(batch)["sdm"]
+    losses = model(batch)
+    assert losses["temperature/learned"].item() == pytest.approx(0.05)
+    loss = losses["sdm"]
     torch.testing.assert_close(loss, fixed(batch)["sdm"])
     loss.backward()
     assert model.log_scale.grad.abs() > 0
