@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import json
 import os
 import resource
@@ -97,6 +98,8 @@ def run_main(main: Callable[[], None]) -> None:
         _exit_with(str(stopped), STOPPED)
     except KeyboardInterrupt:
         _exit_with("interrupted", INTERRUPTED)
+    finally:
+        gc.freeze()  # else Python looks for cycles in all of torch before it exits: a second
 
 
 def _open_files_hint(error: Exception) -> str:
