@@ -16,6 +16,7 @@ import socket
 from pathlib import Path
 
 from gallery.milvus import FORM, STORE_HELP, store_option
+from gallery.store import read_manifest
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option, read_file
@@ -53,12 +54,15 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--max_requests {args.max_requests}: at least 1")
     if args.onnx and args.encoder:
         raise UserError("--onnx and --encoder: two encoders; give one of them")
+    if not 0 < args.port < 2**16:
+        raise UserError(f"--port {args.port}: must be 1 to 65535")
     password = read_password(args.password_file)
     if not is_loopback(args.host) and not password:
         raise UserError(
             f"--host {args.host}: others could see the gallery; give --password_file, or set "
             f"{PASSWORD}"
         )
+    read_manifest(args.gallery)
     listening = listen(args.host, args.port)  # before the model is loaded, which takes seconds
     from gallery.page import serve
     from gallery.service import Service
@@ -105,7 +109,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {host} --port {port}: {reason}; choose another") from None
+        raise UserError(
+            f"--host {host} --port {port}: {reason}; choose another, such as --port {port + 1}"
+        ) from None
     # For its connections too: without it, the end of a short answer comes 40 ms later.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

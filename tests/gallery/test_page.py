@@ -356,11 +356,16 @@ def test_only_a_password_opens_the_page_to_other_machines(tmp_path, monkeypatch)
     assert [commands_serve.is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org", "::")] == [True] * 3 + [False] * 3  # fmt: skip
 
 
-def test_a_port_in_use_is_said(tmp_path, monkeypatch):
+def test_a_port_in_use_is_said(service, tmp_path, monkeypatch):
+    folder = service.now().gallery.folder
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: Address already in use"):
+            run(search.main, monkeypatch, "serve", "--gallery", folder, "--port", port)
+        with pytest.raises(UserError, match="no gallery"):  # that is said first
             run(search.main, monkeypatch, "serve", "--gallery", tmp_path, "--port", port)
+    with pytest.raises(UserError, match="--port 99999: must be 1 to 65535"):
+        run(search.main, monkeypatch, "serve", "--gallery", folder, "--port", 99999)
 
 
 def test_connections_send_the_end_of_an_answer_at_once():
