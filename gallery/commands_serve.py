@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--host", default=LOOPBACK, metavar="ADDRESS",
         help="address to listen at, such as 0.0.0.0 for all of this machine's; other than the "
         f"default's it needs a password (default: {LOOPBACK}, this machine alone)")  # fmt: skip
-    add("--port", type=int, default=7860, metavar="INT", help="(default: 7860)")
+    add("--port", type=int, default=7860, metavar="INT", help="0: any free one (default: 7860)")
     add("--password_file", type=path_option, metavar="FILE",
         help=f"file whose first line is the password, of at least {LEAST} characters; or set the "
         f"environment variable {PASSWORD}")  # fmt: skip
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--max_requests {args.max_requests}: at least 1")
     if args.onnx and args.encoder:
         raise UserError("--onnx and --encoder: two encoders; give one of them")
-    if not 0 < args.port < 2**16:
-        raise UserError(f"--port {args.port}: must be 1 to 65535")
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port {args.port}: must be 0 to 65535")
     password = read_password(args.password_file)
     if not is_loopback(args.host) and not password:
         raise UserError(
@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> None:
 
     service = Service(args.gallery, args.encoder, args.device, args.store, args.onnx)
     host = f"[{args.host}]" if ":" in args.host else args.host
+    port = listening.getsockname()[1]
     count = len(service.now())
-    say(f"{args.gallery}: {count} people; http://{host}:{args.port} (Ctrl-C ends it)")
+    say(f"{args.gallery}: {count} people; http://{host}:{port} (Ctrl-C ends it)")
     if not count:
         say("nobody can be found yet: search.py index adds people, also while the page is open")
     if not is_loopback(args.host):

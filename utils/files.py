@@ -16,7 +16,9 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -26,6 +28,8 @@ from utils.errors import UserError
 from utils.text import visible
 
 PROJECT = Path(os.path.abspath(__file__)).parent.parent  # the folder of train.py
+# Seconds. A killed process holds its locks until the system has freed its memory.
+PATIENCE = 3.0
 # Errors of file systems that cannot sync a folder, or change the mode of a file.
 UNSUPPORTED = {
     errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM,
@@ -150,7 +154,7 @@ def lock(folder: Path, inherited: bool = False, name: str = "lock", wait: bool =
     """Lock a folder until the process ends. Returns the file descriptor that holds the lock.
 
     Logs a warning if the file system has no locks. Raises UserError if another process holds the
-    lock, or if the folder is not writable.
+    lock for longer than PATIENCE, or if the folder is not writable.
 
     Args:
         inherited: hold the lock until all child processes have ended too.
@@ -160,6 +164,12 @@ def lock(folder: Path, inherited: bool = False, name: str = "lock", wait: bool =
     descriptor = _open_nofollow(folder / name, os.O_RDWR)
     try:
         take = fcntl.flock if inherited else fcntl.lockf
+        deadline = time.monotonic() + PATIENCE
+        while not wait and time.monotonic() < deadline:
+            with suppress(BlockingIOError, PermissionError):
+                take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            time.sleep(0.05)
         take(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):

@@ -364,8 +364,17 @@ def test_a_port_in_use_is_said(service, tmp_path, monkeypatch):
             run(search.main, monkeypatch, "serve", "--gallery", folder, "--port", port)
         with pytest.raises(UserError, match="no gallery"):  # that is said first
             run(search.main, monkeypatch, "serve", "--gallery", tmp_path, "--port", port)
-    with pytest.raises(UserError, match="--port 99999: must be 1 to 65535"):
+    with pytest.raises(UserError, match="--port 99999: must be 0 to 65535"):
         run(search.main, monkeypatch, "serve", "--gallery", folder, "--port", 99999)
+
+
+def test_port_0_is_any_free_one_and_the_address_names_it(service, monkeypatch, capsys):
+    listened = []
+    monkeypatch.setattr(page, "serve", lambda service, listening, *_: listened.append(listening))
+    folder = service.now().gallery.folder
+    run(search.main, monkeypatch, "serve", "--gallery", folder, "--port", 0, "--device", "cpu")
+    with listened[0] as listening:
+        assert f"http://127.0.0.1:{listening.getsockname()[1]} (" in "".join(capsys.readouterr())
 
 
 def test_connections_send_the_end_of_an_answer_at_once():

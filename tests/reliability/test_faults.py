@@ -8,6 +8,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from processor.failures import explain_failures
 from processor.resume import read_state
 from processor.step import TrainStep
 from processor.trainer import Trainer
-from tests.helpers import options, read, run
+from tests.helpers import ROOT, options, read, run
 from tests.reliability.runs import (
     assert_same,
     assert_same_end,
@@ -360,6 +362,18 @@ def test_a_file_system_without_locks_gets_a_warning(inherited, tmp_path, monkeyp
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/lock: Not a directory"):
         lock(tmp_path / "file")
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+def test_the_lock_of_a_process_that_is_just_ending_is_waited_for(inherited, tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from utils.files import lock\n"
+        f"lock(Path(sys.argv[1]), {inherited}); print('locked', flush=True); time.sleep(0.5)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=-1)
+    assert child.stdout.readline() == b"locked\n"
+    os.close(lock(tmp_path, inherited))
+    child.communicate()
 
 
 def out_of_cpu_memory():
