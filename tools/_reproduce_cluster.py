@@ -28,7 +28,7 @@ from easydict import EasyDict
 from tqdm import tqdm
 
 from tools._reproduce_jobs import Job, code_version, read_record
-from tools._reproduce_runner import Runner, set_aside
+from tools._reproduce_runner import Runner, cpu_slots, gpu_slots, set_aside
 from utils.console import say
 from utils.errors import UserError
 from utils.files import PROJECT, read_file, write_atomically
@@ -92,7 +92,7 @@ class Submission:
         ]  # fmt: skip
         self.runner = runner = Runner(
             tqdm(disable=True),
-            [self.gpus] if self.gpus else [],
+            gpu_slots([self.gpus]) if self.gpus else cpu_slots(1),
             code_version(),
             launcher if self.processes > 1 else [],
         )

@@ -1,4 +1,4 @@
-"""Runs the jobs of reproduce.py: train.py and test.py as child processes, one job per GPU."""
+"""Runs the jobs of reproduce.py: train.py and test.py as child processes, some jobs at a time."""
 
 from __future__ import annotations
 
@@ -24,28 +24,40 @@ from utils.config import write_config
 from utils.console import say
 from utils.errors import UserError
 from utils.files import PROJECT, append, lock, write_atomically
+from utils.machine import cores
 from utils.metrics import METRICS
 from utils.text import visible
 
+Slots = Sequence[dict[str, str]]
+
+
+def gpu_slots(gpus: Sequence[str]) -> Slots:
+    """One job at a time on each of these values of CUDA_VISIBLE_DEVICES."""
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+
+
+def cpu_slots(count: int) -> Slots:
+    """So many jobs at a time, each with its share of the CPU cores."""
+    return [{"OMP_NUM_THREADS": str(max(1, cores() // count))} if count > 1 else {}] * count
+
 
 class Runner:
-    """Runs jobs, one at a time or one per GPU.
+    """Runs jobs, one at a time in each slot.
 
     Args:
         bar: counts epochs over all jobs.
-        gpus: values of CUDA_VISIBLE_DEVICES; one job at a time runs on each.
+        slots: environment variables of each: `gpu_slots` or `cpu_slots`.
         code: the present `code_version`.
         launcher: arguments of Python before the script: torchrun's, for several processes.
     """
 
     def __init__(
-        self, bar: tqdm, gpus: list[str], code: dict[str, str], launcher: Sequence[str] = ()
+        self, bar: tqdm, slots: Slots, code: dict[str, str], launcher: Sequence[str] = ()
     ) -> None:
         self.bar, self.code, self.launcher = bar, code, launcher
-        self.gpus: queue.Queue[str | None] = queue.Queue()
-        slots: list[str | None] = [*gpus]
-        for gpu in slots or [None]:
-            self.gpus.put(gpu)
+        self.slots: queue.Queue[dict[str, str]] = queue.Queue()
+        for slot in slots:
+            self.slots.put(slot)
         self.children: set[subprocess.Popen[str]] = set()
         self.locks: dict[Path, int] = {}
         self.stopping = False
@@ -54,7 +66,7 @@ class Runner:
         """Train or resume, evaluate each protocol's checkpoint, and save the metrics."""
         if self.stopping:
             return
-        gpu = self.gpus.get()
+        slot = self.slots.get()
         self.bar.set_postfix_str(job.label)
         begun = f"resumes after epoch {epochs_done(job)}" if job.last else "starts"
         say(visible(f"{job.label}: {begun}; {job.folder / 'console.txt'}"))
@@ -65,14 +77,14 @@ class Runner:
             job.args.output_dir = str(job.folder / "logs")
             write_config(config, job.args)
             resume = ["--resume", "--resume_ckpt_file", str(job.last)] if job.last else []
-            self._call(job, gpu, "train.py", "--config_file", str(config), *resume)
+            self._call(job, slot, "train.py", "--config_file", str(config), *resume)
             if job.last is None:
                 raise UserError(f"{job.folder}: train.py wrote no last.pth; run this command again")
             run = job.last.parent
             metrics = {}
             for protocol, file in CHECKPOINTS[job.args.val_dataset].items():
                 self._call(
-                    job, gpu, "test.py", "--config_file", str(run / "configs.yaml"),
+                    job, slot, "test.py", "--config_file", str(run / "configs.yaml"),
                     "--checkpoint", str(run / file), *command_line_only_arguments(job.args),
                 )  # fmt: skip
                 path = run / f"{stem(file)}_results.json"
@@ -98,7 +110,7 @@ class Runner:
         finally:
             if job.folder in self.locks:
                 os.close(self.locks.pop(job.folder))
-            self.gpus.put(gpu)
+            self.slots.put(slot)
 
     def _open(self, job: Job) -> None:
         """Make and lock the folder, and record the code; first set aside a job to be retrained."""
@@ -110,16 +122,15 @@ class Runner:
             text = json.dumps([*job.code, self.code], indent=2)
             write_atomically(job.folder / "code.json", lambda file: file.write(text.encode()))
 
-    def _call(self, job: Job, gpu: str | None, *command: str) -> None:
+    def _call(self, job: Job, slot: dict[str, str], *command: str) -> None:
         """Run a script to its end, with its output in console.txt. Raises UserError if it fails."""
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
         console = job.folder / "console.txt"
         line, epochs = "", epochs_done(job)
         log = append(console)
         try:
             child = subprocess.Popen(
-                [sys.executable, *self.launcher, *command], cwd=PROJECT, env=environment, text=True,
-                errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [sys.executable, *self.launcher, *command], cwd=PROJECT, env=os.environ | slot,
+                text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 pass_fds=[self.locks[job.folder]],
             )  # fmt: skip
             self.children.add(child)
@@ -159,17 +170,17 @@ def set_aside(job: Job) -> None:
     job.retrain = False
 
 
-def run_jobs(jobs: list[Job], gpus: list[str], code: dict[str, str]) -> None:
+def run_jobs(jobs: list[Job], slots: Slots, code: dict[str, str]) -> None:
     """Run the unfinished jobs, with one progress bar over their epochs."""
     waiting = [job for job in jobs if job.results is None]
     say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done already")
     total = sum(job.args.num_epoch for job in waiting)
     already = sum(epochs_done(job) for job in waiting)
     bar = tqdm(total=total, initial=already, unit="epoch", dynamic_ncols=True, disable=None)
-    runner = Runner(bar, gpus, code)
+    runner = Runner(bar, slots, code)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
-    with bar, ThreadPoolExecutor(max(1, len(gpus))) as pool:
+    with bar, ThreadPoolExecutor(len(slots)) as pool:
         try:
             list(pool.map(runner.run, waiting))
         except KeyboardInterrupt:

@@ -29,7 +29,7 @@ from easydict import EasyDict
 from tools._reproduce_cluster import Cluster, add_cluster_options, run_on_cluster
 from tools._reproduce_jobs import code_version, make_jobs, mark_other_code
 from tools._reproduce_output import plan, write_tables
-from tools._reproduce_runner import run_jobs
+from tools._reproduce_runner import cpu_slots, gpu_slots, run_jobs
 from tools._reproduce_table import TABLES, read_table
 from utils.command_line import parse_given
 from utils.console import say
@@ -63,6 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--ham", default="", type=expand,
         help="checkpoint of HAM, for the rows that start from it")  # fmt: skip
     add("--gpus", nargs="+", default=[], help="run one job at a time on each of these")
+    add("--jobs", type=int, default=1, metavar="INT",
+        help="without --gpus: jobs at a time, which share the cores (default: 1)")  # fmt: skip
     add("--strict", action="store_true", default=False,
         help="train jobs again that ran with other code")  # fmt: skip
     add("--dry_run", action="store_true", default=False,
@@ -83,6 +85,10 @@ def main() -> None:
     if len(set(given.seeds)) < len(given.seeds):
         seeds = " ".join(map(str, given.seeds))
         raise UserError(f"--seeds {seeds}: a seed twice is not a second sample; give each once")
+    if given.jobs < 1:
+        raise UserError(f"--jobs {given.jobs}: must be at least 1")
+    if given.jobs > 1 and (given.gpus or given.cluster):
+        raise UserError("--jobs: the number of jobs at a time follows from --gpus or --cluster")
     cluster = Cluster(given) if given.cluster else None
     table = read_table(given.table)
     changed = [f"{name} {options[name]}" for name in OTHER_JOBS if name in options]
@@ -96,7 +102,7 @@ def main() -> None:
         say(plan(jobs, left_out))
         return
     if cluster is None:
-        run_jobs(jobs, given.gpus, code)
+        run_jobs(jobs, gpu_slots(given.gpus) or cpu_slots(given.jobs), code)
     elif not run_on_cluster(jobs, cluster):
         return
     failed = [job for job in jobs if job.error]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def finish(monkeypatch):
         code = {"commit": f"commit of {sources}", "sources": sources}
         monkeypatch.setattr(tool, "code_version", lambda: code)
 
-        def call(runner, job, gpu, program, *words):
+        def call(runner, job, slot, program, *words):
             folder = job.folder / "logs/AGDataAttr/run"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "last.pth").write_bytes(b"")
@@ -106,8 +107,7 @@ def test_a_table_is_run_written_and_traced_to_single_captions(
 ):
     out = tmp_path / "out"
     path = table([{**ROWS[0], "options": {**ROWS[0]["options"], "val_dataset": "both"}}])
-    # Two GPU names: both seeds run at once.
-    assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--gpus", 0, 1) == 0
+    assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2, "--jobs", 2) == 0
     results = list(done(out).values())
     assert [r["seed"] for r in sorted(results, key=lambda r: r["seed"])] == [1, 2]
     shown = capsys.readouterr().out
@@ -139,6 +139,47 @@ def test_a_row_that_fails_is_reported_and_the_others_are_done(
     shown = capsys.readouterr().out
     assert "FAILED broken, seed 1: error: --loss_names supkl+dot: 'dot' needs match2" in shown
     assert "broken (1 failed)" in shown and [r["row"] for r in done(out).values()] == ["itc"]
+
+
+@pytest.mark.parametrize(
+    ("words", "slots"),
+    [
+        (("--gpus", "0", "1"), [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
+        (("--jobs", 2), [{"OMP_NUM_THREADS": "3"}] * 2),
+        (("--jobs", 9), [{"OMP_NUM_THREADS": "1"}] * 9),
+        ((), [{}]),
+    ],
+)
+def test_jobs_at_a_time_share_the_gpus_or_the_cores(
+    words, slots, table, mini_root, tmp_path, monkeypatch
+):
+    barrier, seen = threading.Barrier(len(slots), timeout=60), []
+
+    def call(runner, job, slot, *_):  # goes on when a job runs in each slot
+        seen.append(slot)
+        barrier.wait()
+        raise UserError("enough")
+
+    monkeypatch.setattr(Runner, "_call", call)
+    monkeypatch.setattr("tools._reproduce_runner.cores", lambda: 6)
+    seeds = range(1, len(slots) + 1)
+    given = arguments(table(ROWS[1:]), mini_root, tmp_path, "--seeds", *seeds, *words)
+    with pytest.raises((UserError, SystemExit)):
+        run(tool.main, monkeypatch, *given)
+    assert sorted(map(str, seen)) == sorted(map(str, slots))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--jobs", 0), "--jobs 0: must be at least 1"),
+        (("--jobs", 2, "--gpus", "0"), "--jobs: the number of jobs at a time follows from --gpus"),
+        (("--jobs", 2, "--cluster", "local"), "--jobs: the number .* or --cluster"),
+    ],
+)
+def test_jobs_that_cannot_be_are_refused(words, message, table, mini_root, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        run(tool.main, monkeypatch, *arguments(table(ROWS[1:]), mini_root, tmp_path, *words))
 
 
 def test_a_killed_table_resumes_to_the_same_metrics(table, mini_root, tmp_path, monkeypatch):
