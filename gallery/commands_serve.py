@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         )
     read_manifest(args.gallery)
     listening = listen(args.host, args.port)  # before the model is loaded, which takes seconds
-    from gallery.page import serve
+    from gallery.page_server import serve
     from gallery.service import Service
 
     service = Service(args.gallery, args.encoder, args.device, args.store, args.onnx)

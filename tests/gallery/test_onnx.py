@@ -13,10 +13,10 @@ import pytest
 
 import search
 import tools.export as export
-from gallery import page
 from gallery.engine_onnx import in_threads
 from gallery.frames import Chunk
 from gallery.onnx import ABOUT, OnnxEncoder
+from gallery.page_handlers import Handlers
 from gallery.service import Question, Service
 from gallery.store import MANIFEST, Gallery
 from tests.gallery.test_frames import make_video, picture
@@ -176,7 +176,7 @@ def test_the_page_asks_without_torch_and_has_no_heat_maps(galleries, folders):
     assert service.words(question) == []
     with pytest.raises(UserError, match="no such words"):
         service.heat(question, expected.hits[0].id, 0)
-    assert page.Handlers(service, []).warm(question, expected.hits[0].id) == gr.skip()
+    assert Handlers(service, []).warm(question, expected.hits[0].id) == gr.skip()
     code = """
 import sys
 sys.modules["torch"] = None
