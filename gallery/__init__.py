@@ -7,8 +7,12 @@
     encode     people to features and attributes, by a run or by vanilla weights
     onnx       the same without torch, by what tools/export.py --onnx wrote
     engine_*   reading and encoding side by side, with torch and without
-    indexing   what a run has to encode; parts of the gallery as they become ready
+    plan       what a run has to encode
+    indexing   encoded people to parts of the gallery, as they become ready
     store      the gallery's folder: what is kept, and how a second run changes it
+    manifest   its encoder, attributes and parts
+    parts      the files of a part
+    paths      files as the gallery names them
     where      the grammar of filters
     index      nearest features, by FAISS
     milvus     the same in a collection of Milvus

@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 from gallery import where
 from gallery.copies import Copy, delete_copy, stores
 from gallery.index import INDEX, remove_index
-from gallery.indexing import stored_path
+from gallery.manifest import MANIFEST, NEXT, read_manifest
 from gallery.milvus import FORM, STORE_HELP, store_option
-from gallery.store import MANIFEST, NEXT, Part, Store, below, is_unicode, read_manifest, writing
+from gallery.parts import Part
+from gallery.paths import below, is_unicode, stored_path
+from gallery.store import Store, writing
 from utils.console import say
 from utils.errors import UserError
 from utils.files import expand, path_option

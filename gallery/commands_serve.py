@@ -15,8 +15,8 @@ import os
 import socket
 from pathlib import Path
 
+from gallery.manifest import read_manifest
 from gallery.milvus import FORM, STORE_HELP, store_option
-from gallery.store import read_manifest
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option, read_file

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from gallery.indexing import stored_path
+from gallery.parts import Part
+from gallery.paths import below, stored_path
 from gallery.records import id_of
-from gallery.store import Part, Store, below
+from gallery.store import Store
 
 
 def make_relative(store: Store) -> None:

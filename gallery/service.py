@@ -35,13 +35,14 @@ from gallery.encoders import encoder_of
 from gallery.find import as_json
 from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
+from gallery.manifest import MANIFEST
 from gallery.onnx import OnnxEncoder
 from gallery.pictures import box_of, picture_of, whole_picture
 from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
 from gallery.records import column_of
 from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
-from gallery.store import MANIFEST, Gallery
+from gallery.store import Gallery
 from utils.console import say
 from utils.errors import UserError
 from utils.machine import cores

@@ -15,10 +15,11 @@ import search
 import tools.export as export
 from gallery.engine_onnx import in_threads
 from gallery.frames import Chunk
+from gallery.manifest import MANIFEST
 from gallery.onnx import ABOUT, OnnxEncoder
 from gallery.page_handlers import Handlers
 from gallery.service import Question, Service
-from gallery.store import MANIFEST, Gallery
+from gallery.store import Gallery
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run
 from tests.reliability.runs import train_small_run
