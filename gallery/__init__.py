@@ -21,7 +21,8 @@
     pictures   the picture of a hit: a file or a frame, and the box in it
     heatmap    why this one: where in a picture a sentence is seen
     sheet      hits as a picture or a page
-    page*      the search page: its components, what they do, their HTML, its server
+    page*      the search page: its components, what they do, their HTML, its server, and what a
+               visitor asks
     service    a gallery as the page asks it
     sent       a picture that a visitor of the page sends
     commands_* the commands of search.py

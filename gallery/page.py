@@ -16,7 +16,8 @@ import gradio as gr
 
 from gallery.page_handlers import EXAMPLES, Handlers, choices_of, example
 from gallery.page_html import TEMPLATES, part, sent_part
-from gallery.service import MAX_PAGE, Service
+from gallery.page_question import MAX_PAGE
+from gallery.service import Service
 from utils.files import PROJECT
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it makes a page

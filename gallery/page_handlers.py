@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 
 from gallery.page_html import heat_part, part, person_facts, problem, sent_part
+from gallery.page_question import Question, title
 from gallery.sent import Sent
-from gallery.service import Question, Service, title
+from gallery.service import Service
 from utils.errors import UserError
 from utils.text import visible
 

@@ -18,7 +18,8 @@ from gallery.frames import Chunk
 from gallery.manifest import MANIFEST
 from gallery.onnx import ABOUT, OnnxEncoder
 from gallery.page_handlers import Handlers
-from gallery.service import Question, Service
+from gallery.page_question import Question
+from gallery.service import Service
 from gallery.store import Gallery
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run
@@ -181,7 +182,8 @@ def test_the_page_asks_without_torch_and_has_no_heat_maps(galleries, folders):
     code = """
 import sys
 sys.modules["torch"] = None
-from gallery.service import Question, Service
+from gallery.page_question import Question
+from gallery.service import Service
 print(Service(sys.argv[1]).answer(Question("a man")).sure)
 """
     done = subprocess.run([sys.executable, "-c", code, galleries[1]], cwd=ROOT, capture_output=True)

@@ -18,8 +18,9 @@ import search
 from gallery import commands_serve, page_server
 from gallery.page import build
 from gallery.page_handlers import EXAMPLES, PAST, Handlers, example
+from gallery.page_question import MAX_HITS, MAX_SENTENCE, Question
 from gallery.sent import MAX_BYTES
-from gallery.service import MAX_HITS, MAX_SENTENCE, Question, Service
+from gallery.service import Service
 from gallery.store import Gallery
 from tests.gallery.conftest import NASTY, serving
 from tests.gallery.made import path_of
