@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--gallery {folder}: has nobody of these; nothing is deleted")
         # First, because it has the features too, in short codes.
         indexed = remove_index(folder / INDEX)
-        store.commit([part for part in parts if part is not None])
+        store.commit(parts)
         total = sum(part["rows"] for part in store.parts)
         say(visible(f"{folder}: {len(ids)} people deleted, {total} are left"))
         if indexed:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from gallery.frames import Chunk, Done
@@ -199,15 +198,11 @@ def _commit(store: Store, reports: Sequence[Report], replaced: dict[str, set[str
         if not paths:
             parts.append(part)
             continue
-        value_set = pa.array(sorted(paths), pa.string())
-        items, files = store.read(part, "items"), store.read(part, "files")
-        keep = ~pc.is_in(items["path"], value_set=value_set).to_numpy(zero_copy_only=False)
-        files = files.filter(pc.invert(pc.is_in(files["path"], value_set=value_set)))
-        new = store.rewritten(part, keep, items, files)
+        new = store.without(part, paths)
         rest = replaced.pop(part["name"]) - paths
         if new is not None and rest:
             replaced[new["name"]] = rest
         parts.append(new)
     new_parts = [report.part for report in reports if report.part is not None]
     if new_parts or len(parts) != len(store.parts) or touched:
-        store.commit([part for part in parts if part is not None] + new_parts)
+        store.commit([*parts, *new_parts])

@@ -84,30 +84,26 @@ def make_plan(found: Found, store: Store, how: Mapping[bool, str]) -> Plan:
 def apply_plan(plan: Plan, store: Store) -> dict[str, set[str]]:
     """Commit what needs no encoding: drop what is gone, change what is known of files. Returns, for
     each part, the paths in it that will be replaced."""
-    gone = pa.array(sorted(plan.gone), pa.string())
     changed = {done.job.path: done for done in plan.known}
     every = pa.array(sorted({*plan.gone, *changed, *plan.replaced}), pa.string())
     replaced: dict[str, set[str]] = {}
     parts: list[Part | None] = []
     for part in store.parts if len(every) else ():
-        tables = [store.read(part, kind, ["path"])["path"] for kind in ("items", "files")]
-        here = [column.filter(pc.is_in(column, value_set=every)) for column in tables]
+        columns = [store.read(part, kind, ["path"])["path"] for kind in ("items", "files")]
+        here = [column.filter(pc.is_in(column, value_set=every)) for column in columns]
         paths = {path for column in here for path in column.to_pylist()}
         if paths & plan.replaced:
             replaced[part["name"]] = paths & plan.replaced
         if not paths & (plan.gone | set(changed)):
             parts.append(part)
             continue
-        items, files = store.read(part, "items"), store.read(part, "files")
-        items, files = _with_facts(items, files, changed)
-        keep = ~pc.is_in(items["path"], value_set=gone).to_numpy(zero_copy_only=False)
-        files = files.filter(pc.invert(pc.is_in(files["path"], value_set=gone)))
-        new = store.rewritten(part, keep, items, files)
+        tables = _with_facts(store.read(part, "items"), store.read(part, "files"), changed)
+        new = store.without(part, plan.gone, *tables)
         parts.append(new)
         if part["name"] in replaced and new is not None:
             replaced[new["name"]] = replaced.pop(part["name"])
     if len(every):
-        store.commit([part for part in parts if part is not None])
+        store.commit(parts)
     return replaced
 
 
@@ -191,10 +187,7 @@ def _with_facts(
                 elif row[f"{name}_score"] == SURE:  # no longer a label; a guess needs the encoder
                     row |= {name: None, f"{name}_score": None}
         rows.append(row)
-    ended = [
-        Done(changed[path].job, changed[path].digest) for path in files["path"].to_pylist()
-        if path in changed
-    ]  # fmt: skip
+    ended = [changed[path] for path in files["path"].to_pylist() if path in changed]
     others = files.filter(
         pc.invert(pc.is_in(files["path"], value_set=pa.array(sorted(changed), pa.string())))
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gallery.manifest import MANIFEST, NEXT, read_manifest
 from gallery.parts import (
@@ -95,13 +96,18 @@ class Store:
     def parts(self) -> list[Part]:
         return self.manifest["parts"]
 
-    def commit(self, parts: Sequence[Part], **changes: Any) -> None:
+    def commit(self, parts: Sequence[Part | None], **changes: Any) -> None:
         """Make these the gallery's parts, and change other entries of the manifest; then delete the
         parts that are no longer in it. Raises UserError if the disk is full; then nothing has
-        changed."""
-        kept = {part["name"] for part in parts}
+        changed.
+
+        Args:
+            parts: None, as `rewritten` gives it, is left out.
+        """
+        new = [part for part in parts if part is not None]
+        kept = {part["name"] for part in new}
         old = [part["name"] for part in self.parts if part["name"] not in kept]
-        manifest = {**self.manifest, **changes, "parts": list(parts)}
+        manifest = {**self.manifest, **changes, "parts": new}
         text = json.dumps(manifest, indent=1).encode()
         write_atomically(self.folder / self.name, methodcaller("write", text))
         self.manifest = manifest
@@ -158,6 +164,21 @@ class Store:
             return None
         features = features_of(self.read(part, "features"))
         return write_part(self.folder, items.filter(pa.array(keep)), features[keep], files)
+
+    def without(
+        self,
+        part: Part,
+        paths: Iterable[str],
+        items: pa.Table | None = None,
+        files: pa.Table | None = None,
+    ) -> Part | None:
+        """As `rewritten`, without the people and the files of some paths."""
+        items = self.read(part, "items") if items is None else items
+        files = self.read(part, "files") if files is None else files
+        gone = pa.array(sorted(paths), pa.string())
+        keep = ~pc.is_in(items["path"], value_set=gone).to_numpy(zero_copy_only=False)
+        files = files.filter(pc.invert(pc.is_in(files["path"], value_set=gone)))
+        return self.rewritten(part, keep, items, files)
 
     def compacted(self) -> list[Part]:
         """The parts, with small ones joined: many small runs shall not leave many small files."""
