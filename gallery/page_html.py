@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gallery.query import Hit
+from gallery.records import clock
 from gallery.sent import MAX_BYTES, SIDE, Sent
 from gallery.service import Person
 from utils.errors import UserError
@@ -56,7 +57,7 @@ def person_facts(person: Person) -> list[tuple[str, str]]:
 def _facts(hit: Hit) -> list[str]:
     """What a card says of a hit."""
     facts = [hit.item[name] for name in ("view", "source", "camera") if hit.item[name]]
-    return facts + ([_time(hit.item)] if _time(hit.item) else [])
+    return [*facts, _time(hit.item)] if _time(hit.item) else facts
 
 
 def _name(hit: Hit) -> str:
@@ -66,6 +67,5 @@ def _name(hit: Hit) -> str:
 def _time(item: Mapping[str, Any]) -> str:
     """When an item was seen, in a video or by the picture's own time."""
     if item["frame_time"] is not None:
-        minutes, seconds = divmod(item["frame_time"], 60)
-        return f"{minutes:.0f}:{seconds:04.1f}"
+        return clock(item["frame_time"])
     return f"{item['taken']}" if item["taken"] is not None else ""

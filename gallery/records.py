@@ -48,6 +48,12 @@ def id_of(path: str, frame_time: float | None, box: Sequence[int] | None) -> int
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def clock(frame_time: float) -> str:
+    """A time in a video as minutes and seconds, such as 1:02.5."""
+    minutes, seconds = divmod(round(frame_time, 1), 60)
+    return f"{minutes:.0f}:{seconds:04.1f}"
+
+
 def column_of(attribute: str) -> str:
     """The column of an attribute: its name, or `person_height` if SCHEMA has that name itself."""
     taken = attribute in SCHEMA.names or attribute.removesuffix("_score") in SCHEMA.names
