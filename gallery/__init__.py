@@ -13,11 +13,15 @@
     manifest   its encoder, attributes and parts
     parts      the files of a part
     paths      files as the gallery names them
+    moved      a gallery whose root has changed
     where      the grammar of filters
     index      nearest features, by FAISS
     milvus     the same in a collection of Milvus
     copies     copies of a gallery in Milvus, and how they are made equal to it
+    encoders   the encoder that asks a gallery
     query      sentences and pictures to hits
+    rerank     the first hits ranked again
+    hits_table hits as a table
     pictures   the picture of a hit: a file or a frame, and the box in it
     heatmap    why this one: where in a picture a sentence is seen
     sheet      hits as a picture or a page
@@ -25,7 +29,8 @@
                visitor asks
     service    a gallery as the page asks it
     sent       a picture that a visitor of the page sends
-    commands_* the commands of search.py
+    find       the command that asks
+    commands_* the other commands of search.py
 
 Nothing here trains; of `processor` it uses `inference` alone.
 """

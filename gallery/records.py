@@ -20,10 +20,7 @@ Guesses = dict[str, tuple[list[str], list[float]]]  # by attribute: class and sc
 SCHEMA = pa.schema(
     [
         ("id", pa.int64()),  # `id_of`; stays the same when the gallery changes
-        (
-            "path",
-            pa.string(),
-        ),  # of the file, relative to the manifest's `root` if below it
+        ("path", pa.string()),  # of the file, relative to the manifest's `root` if below it
         ("frame_time", pa.float64()),  # seconds in a video; null for a picture
         ("left", pa.int32()),  # the person's box in pixels; null if the whole picture is the person
         ("top", pa.int32()),

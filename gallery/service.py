@@ -32,14 +32,23 @@ from datasets.thumbnails import cropped, thumbnail
 from gallery import where
 from gallery.copies import CopyIndex
 from gallery.encoders import encoder_of
-from gallery.find import as_json
 from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
 from gallery.manifest import MANIFEST
 from gallery.onnx import OnnxEncoder
 from gallery.page_question import MAX_HITS, Question, check, title
 from gallery.pictures import box_of, picture_of, whole_picture
-from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
+from gallery.query import (
+    COLLAPSE,
+    LOOKED,
+    UNWANTED,
+    Hit,
+    Search,
+    as_json,
+    combine,
+    find_hits,
+    sureness,
+)
 from gallery.records import column_of
 from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
@@ -51,8 +60,6 @@ from utils.machine import cores
 if TYPE_CHECKING:
     from gallery.encode import Encoder
 
-COLLAPSE = 0.95  # as `find` has it
-MINUS = -0.5  # weight of what is not wanted, as `find` has it
 MAX_CHOICES = 100  # values of a column that the page offers
 CACHED = 4096  # thumbnails in memory, 5 kB each
 CARD, CROP, WHOLE = (240, 320), (480, 640), (1280, 960)  # pixels, width and height at most
@@ -316,7 +323,7 @@ class Service:
         """The query's feature [D]."""
         if question.like is not None:
             return now.gallery.features[now.row(question.like)].astype(np.float32)
-        parts, sent = [(question.sentence, 1.0), (question.minus, MINUS)], question.sent
+        parts, sent = [(question.sentence, 1.0), (question.minus, -UNWANTED)], question.sent
         sentences = [text for text, _ in parts if text]
         weights = [weight for text, weight in parts if text]
         features: list[np.ndarray] = []
@@ -346,7 +353,7 @@ def _filter(question: Question, now: Snapshot) -> where.Filter | None:
             if view is None:
                 raise UserError("The view of this person is not known.")
             parts.append(where.Comparison("view", "!=", view))
-    return where.And(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+    return where.all_of(parts)
 
 
 @contextmanager
