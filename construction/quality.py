@@ -22,6 +22,7 @@ from PIL import Image
 from construction.recipe import Limit, Quality
 from construction.records import Candidate, Measure, Picture
 from datasets.images import BrokenImage, read_image
+from datasets.thumbnails import cropped
 from utils.files import add_to_hash
 
 SIZE = (128, 384)  # width and height at which sharpness is measured
@@ -55,13 +56,10 @@ def _measure(frame: Image.Image, found: Measure, picture: Picture, crops: Path) 
     """The measures of a picture in a frame; `found` has the frame's file and hash."""
     image, file, sha256 = frame, found.file, found.sha256
     if picture.box is not None:
-        left, top, width, height = picture.box
-        right, bottom = min(left + width, frame.width), min(top + height, frame.height)
-        left, top = max(left, 0), max(top, 0)
-        if left >= right or top >= bottom:
-            size = f"{frame.width}x{frame.height}"
-            return Measure(problem=f"the box {picture.box} is outside of the picture ({size})")
-        image = frame.crop((left, top, right, bottom))
+        try:
+            image = cropped(frame, picture.box)
+        except ValueError as error:
+            return Measure(problem=f"{error}")
         file = str(crops / picture.source / picture.name)
         sha256 = _write_crop(image, Path(file))
     grey = np.asarray(image.convert("L").resize(SIZE, Image.Resampling.BILINEAR))

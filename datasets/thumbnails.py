@@ -17,7 +17,8 @@ def cropped(image: PILImage.Image, box: tuple[int, int, int, int]) -> PILImage.I
     right, bottom = min(left + width, image.width), min(top + height, image.height)
     left, top = max(left, 0), max(top, 0)
     if left >= right or top >= bottom:
-        raise ValueError(f"the box {box} is outside of the picture")
+        size = f"{image.width}x{image.height}"
+        raise ValueError(f"the box {box} is outside of the picture ({size})")
     return image.crop((left, top, right, bottom))
 
 

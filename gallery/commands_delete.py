@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 from gallery import where
 from gallery.copies import Copy, delete_copy, stores
 from gallery.index import INDEX, remove_index
-from gallery.indexing import stored_path
+from gallery.manifest import MANIFEST, NEXT, read_manifest
 from gallery.milvus import FORM, STORE_HELP, store_option
-from gallery.store import MANIFEST, NEXT, Part, Store, below, is_unicode, read_manifest, writing
+from gallery.parts import Part
+from gallery.paths import below, is_unicode, stored_path
+from gallery.store import Store, writing
 from utils.console import say
 from utils.errors import UserError
 from utils.files import expand, path_option
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--gallery {folder}: has nobody of these; nothing is deleted")
         # First, because it has the features too, in short codes.
         indexed = remove_index(folder / INDEX)
-        store.commit([part for part in parts if part is not None])
+        store.commit(parts)
         total = sum(part["rows"] for part in store.parts)
         say(visible(f"{folder}: {len(ids)} people deleted, {total} are left"))
         if indexed:

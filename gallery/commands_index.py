@@ -15,22 +15,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from gallery.copies import Copy, stores
-from gallery.frames import import_av
-from gallery.indexing import Plan, ProgressLines, Report, apply_plan, encode_parts, make_plan
+from gallery.indexing import ProgressLines, Report, encode_parts
 from gallery.ingest import VIEWS, Found, add_boxes, add_dataset, add_pictures, add_videos
+from gallery.manifest import IDENTITY, MANIFEST, NEXT, libraries, new_manifest, read_manifest
 from gallery.milvus import FORM, STORE_HELP, MilvusError, check_installed, store_option
 from gallery.moved import make_relative
-from gallery.store import (
-    IDENTITY,
-    MANIFEST,
-    NEXT,
-    Store,
-    damaged_parts,
-    libraries,
-    new_manifest,
-    read_manifest,
-    writing,
-)
+from gallery.parts import damaged_parts
+from gallery.pictures import import_av
+from gallery.plan import Plan, apply_plan, make_plan
+from gallery.store import Store, writing
 from utils.console import process_rank
 from utils.errors import StoppedBySignal, UserError
 from utils.files import expand, path_option, write_atomically

@@ -15,8 +15,8 @@ import os
 import socket
 from pathlib import Path
 
+from gallery.manifest import read_manifest
 from gallery.milvus import FORM, STORE_HELP, store_option
-from gallery.store import read_manifest
 from utils.console import say
 from utils.errors import UserError
 from utils.files import path_option, read_file
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         )
     read_manifest(args.gallery)
     listening = listen(args.host, args.port)  # before the model is loaded, which takes seconds
-    from gallery.page import serve
+    from gallery.page_server import serve
     from gallery.service import Service
 
     service = Service(args.gallery, args.encoder, args.device, args.store, args.onnx)

@@ -28,8 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gallery.milvus import MAX_HITS, Milvus, MilvusError, field_of, split_store
+from gallery.parts import Part, features_of
 from gallery.records import schema_with
-from gallery.store import Gallery, Part, Store, features_of
+from gallery.store import Gallery, Store
 from gallery.where import Filter
 from utils.console import say
 from utils.documents import read_json_file

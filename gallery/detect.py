@@ -13,8 +13,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from gallery.frames import Chunk
-from gallery.ingest import Box
-from gallery.pictures import as_bytes
+from gallery.pictures import Box, as_bytes
 from gallery.records import id_of
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, suggest

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gallery.frames import Chunk
+from gallery.manifest import check_encoder
 from gallery.records import SURE, Guesses
-from gallery.store import check_encoder
 from model.weights import find_weights, parse_choice
 from processor.evaluator import encode_images
 from processor.inference import Picture, Run, load_pretrained, load_run, run_files

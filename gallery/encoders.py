@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gallery.manifest import check_encoder
 from gallery.onnx import OnnxEncoder
-from gallery.store import check_encoder
 from utils.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,7 +29,17 @@ from gallery.hits_table import hits_table
 from gallery.index import INDEX, open_index
 from gallery.milvus import FORM, STORE_HELP, store_option
 from gallery.onnx import OnnxEncoder
-from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
+from gallery.query import (
+    COLLAPSE,
+    LOOKED,
+    UNWANTED,
+    Hit,
+    Search,
+    as_json,
+    combine,
+    find_hits,
+    sureness,
+)
 from gallery.rerank import RERANKED, rerank
 from gallery.store import Gallery
 from utils.console import say
@@ -63,17 +72,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="only other views than that of the gallery's person whom --like names")  # fmt: skip
     add("--weight", nargs="+", type=float, default=[], metavar="WEIGHT",
         help="weights of the sentences, of --minus and of --like, in this order (default: 1, "
-        "0.5 for --minus)")  # fmt: skip
+        f"{UNWANTED} for --minus)")  # fmt: skip
     group = parser.add_argument_group("Hits")
     add = group.add_argument
     add("--where", default="", metavar="FILTER",
         help="only people for whom this holds, such as \"view = 'aerial' and left > 100\"; "
         "operators: = != < <= > >= in like, is null, and, or, not (columns: info)")  # fmt: skip
     add("--top", type=int, default=20, metavar="INT", help="number of hits (default: 20)")
-    add("--collapse", type=_cosine, default=0.95, metavar="COSINE|off",
+    add("--collapse", type=_cosine, default=COLLAPSE, metavar="COSINE|off",
         help="pictures of one video or folder, and of one view, camera and source, at most two "
         "seconds apart (by the video, by EXIF, or else by the files' times) and at least this near "
-        "each other, are one hit; off: the raw ranking (default: 0.95)")  # fmt: skip
+        f"each other, are one hit; off: the raw ranking (default: {COLLAPSE})")  # fmt: skip
     add("--rerank", action="store_true",
         help=f"rank the first {RERANKED} hits again by the neighbours that they share, which takes "
         "3 ms on one core, and 3 MB; the scores shown stay the cosines")  # fmt: skip
@@ -94,7 +103,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--gallery {args.gallery}: nobody is in it yet")
     pictures = [_picture(text, gallery) for text in args.like]
     part = _filter(args, gallery, pictures)
-    search = _search(args.store, gallery, part)  # before the model is loaded, which takes seconds
+    mask = None if part is None else where.to_mask(part, gallery.items)
+    # Before the model is loaded, which takes seconds.
+    search = _search(args.store, gallery, part, mask)
     needs_model = args.sentences or args.minus or any(p.row is None for p in pictures)
     encoder = None
     if needs_model:
@@ -111,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         args.collapse,
         rerank if args.rerank else None,
     )
-    for line in _lines(args, gallery, part, query_D, hits):
+    for line in _lines(args, gallery, mask, query_D, hits):
         say(line)
     if args.sheet and hits:
         _write_sheet(args, gallery, encoder, hits[: args.top])
@@ -237,7 +248,7 @@ def _filter(
             if item["view"] is None:
                 raise UserError(f"--other_view: the view of {item['id']} is not known")
             parts.append(where.Comparison("view", "!=", item["view"]))
-    return where.And(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+    return where.all_of(parts)
 
 
 def _query(
@@ -256,18 +267,20 @@ def _query(
         elif encoder:
             features.append(np.asarray(encoder.encode_image([picture.path]))[0])
     signs = [1] * len(args.sentences) + [-1] * len(args.minus) + [1] * len(pictures)
-    weights = args.weight or [0.5 if sign < 0 else 1.0 for sign in signs]
+    weights = args.weight or [UNWANTED if sign < 0 else 1.0 for sign in signs]
     signed = [sign * weight for sign, weight in zip(signs, weights, strict=True)]
     return combine(np.stack(features), signed)
 
 
-def _search(store: str | None, gallery: Gallery, part: where.Filter | None) -> Search:
-    """The search of `find_hits`, with a filter: in the gallery itself, or in its copy."""
+def _search(
+    store: str | None, gallery: Gallery, part: where.Filter | None, mask: np.ndarray | None
+) -> Search:
+    """The search of `find_hits` in the gallery itself, or in its copy, with a filter, which is
+    given as a mask too."""
     if store:
         from gallery.copies import CopyIndex
 
         return partial(CopyIndex(gallery, store).search, where=part)
-    mask = None if part is None else where.to_mask(part, gallery.items)
     index = open_index(gallery.items, gallery.features, gallery.folder / INDEX)
     return partial(index.search, mask=mask)
 
@@ -275,7 +288,7 @@ def _search(store: str | None, gallery: Gallery, part: where.Filter | None) -> S
 def _lines(
     args: argparse.Namespace,
     gallery: Gallery,
-    part: where.Filter | None,
+    mask: np.ndarray | None,
     query_D: np.ndarray,
     hits: list[Hit],
 ) -> list[str]:
@@ -286,15 +299,5 @@ def _lines(
     if not hits:
         return ["no hits: the filter keeps nobody"]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    mask = None if part is None else where.to_mask(part, gallery.items)
     sure = sureness(gallery.features, query_D, hits, mask)
     return [hits_table(shown, args.collapse is not None, width), str(sure)]
-
-
-def as_json(hit: Hit) -> dict[str, Any]:
-    """A hit as JSON holds it: rank, score and count, and the item's columns under their names."""
-    item = {
-        name: value.isoformat() if isinstance(value, datetime) else value
-        for name, value in hit.item.items()
-    }
-    return {"rank": hit.rank, "score": hit.score, "count": hit.count, "row": hit.row, "item": item}

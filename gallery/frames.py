@@ -17,8 +17,9 @@ from PIL import Image as PILImage
 
 from datasets.images import FORMATS, MAX_BYTES, MAX_PIXELS, read_image
 from datasets.shards import open_image
-from gallery.ingest import Box, Person
-from gallery.pictures import as_bytes
+from datasets.thumbnails import cropped
+from gallery.ingest import Person
+from gallery.pictures import as_bytes, import_av, turned
 from gallery.records import id_of
 from utils.errors import UserError
 from utils.files import open_file
@@ -141,13 +142,12 @@ class Reader:
             return
         for person in job.people:
             if person.box is not None:
-                area = inside(person.box, picture.width, picture.height)
-                if area is None:
-                    size = f"{picture.width}x{picture.height}"
-                    problems.append(f"the box {person.box} is outside of the picture ({size})")
-                else:
-                    crop = as_bytes(picture.crop(area), self.size)
-                    yield row_of(job, digest, person, taken=taken), crop
+                try:
+                    crop = cropped(picture, person.box)
+                except ValueError as error:
+                    problems.append(f"{error}")
+                    continue
+                yield row_of(job, digest, person, taken=taken), as_bytes(crop, self.size)
 
 
 def row_of(
@@ -168,13 +168,6 @@ def row_of(
         "view": person.view, "camera": person.camera, "source": person.source,
         "identity": person.identity, "labels": dict(person.labels),
     }  # fmt: skip
-
-
-def inside(box: Box, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of the part of a box that is in a picture; None if nothing is."""
-    left, top = max(box[0], 0), max(box[1], 0)
-    right, bottom = min(box[0] + box[2], width), min(box[1] + box[3], height)
-    return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def digest_of(path: str, is_video: bool = False) -> str:
@@ -230,20 +223,9 @@ def video_frames(path: str, every: float) -> Iterator[tuple[float, np.ndarray]]:
                 if time < steps * every - 1e-6:  # times are fractions, rounded
                     continue
                 steps = int((time + 1e-6) / every) + 1
-                pixels = frame.to_ndarray(format="rgb24")
-                turned = np.rot90(pixels, round(frame.rotation / 90) % 4)
-                yield round(time, 3), np.ascontiguousarray(turned)
+                yield round(time, 3), turned(frame)
     except (av.error.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path}: the video cannot be read: {reason}. Replace it, or convert it with ffmpeg."
         ) from None
-
-
-def import_av() -> Any:
-    """PyAV. Raises UserError if it is not installed."""
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise UserError("--videos needs PyAV: pip install -r requirements-search.txt") from None
-    return av

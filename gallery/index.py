@@ -220,10 +220,8 @@ def build(
     """Write an index of all items, and return its manifest.
 
     The vectors get the longest code that `memory` allows, and searches open as many clusters as a
-    recall at 50 of 0.95 needs. The manifest has the recall that was measured against `Exact`. Its
-    queries are sums of the features of random persons with random signs: like sentences, they are
-    about as far from every feature, so that their nearest ones lie in many clusters. A feature of
-    the gallery as a query would find its neighbours in the cluster where it is itself.
+    recall at 50 of 0.95 needs. The manifest has the recall that was measured against `Exact`, with
+    `mixed_queries`.
 
     Args:
         memory: bytes of the index.
@@ -244,10 +242,7 @@ def build(
         "version": VERSION, "build": name, "rows": count, "width": width, "factory": factory,
         "bytes": path.stat().st_size, "enlarge": enlarge, "nprobe": max(1, clusters // 64),
     }  # fmt: skip
-    random = np.random.default_rng(seed)
-    mixed_QMD = features[random.integers(0, count, (SAMPLE, MIXED))].astype(np.float32)
-    signs_QM = random.choice([-1, 1], (SAMPLE, MIXED))
-    queries_QD = unit(np.einsum("qm,qmd->qd", signs_QM, mixed_QMD)).astype(np.float32)
+    queries_QD = mixed_queries(features, SAMPLE, np.random.default_rng(seed))
     _, true_QK = Exact(features).search(queries_QD, RECALL_AT)
     opened = Approximate(features, path, np.arange(count), manifest)
     while True:  # each time a quarter more clusters
@@ -263,6 +258,16 @@ def build(
         if old.stem != name and len(old.stem) == len(name):
             old.unlink()
     return manifest
+
+
+def mixed_queries(features: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Queries [count, D] of unit length that measure recall: sums of the features of random persons
+    with random signs. Like sentences, they are about as far from every feature, so that their
+    nearest ones lie in many clusters. A feature of the gallery as a query would find its neighbours
+    in the cluster where it is itself."""
+    mixed_QMD = features[random.integers(0, len(features), (count, MIXED))].astype(np.float32)
+    signs_QM = random.choice([-1, 1], (count, MIXED))
+    return unit(np.einsum("qm,qmd->qd", signs_QM, mixed_QMD)).astype(np.float32)
 
 
 def _write(features: np.ndarray, factory: str, sample: int, path: Path, seed: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.records import Image
+from gallery.pictures import Box
 from utils.attributes import check_labels, read_attributes
 from utils.config import resolve
 from utils.documents import read_json_file
@@ -32,8 +33,6 @@ VIEWS = ("aerial", "ground")
 BOX = ("left", "top", "width", "height")
 LARGEST = 10**6  # pixels, of a box's side and place
 GONE = "people whose pictures are gone for good leave by search.py delete --path"
-
-Box = tuple[int, int, int, int]  # left, top, width, height in the upright picture, pixels
 
 
 class Person(NamedTuple):

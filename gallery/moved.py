@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from gallery.indexing import stored_path
+from gallery.parts import Part
+from gallery.paths import below, stored_path
+from gallery.pictures import box_of
 from gallery.records import id_of
-from gallery.store import Part, Store, below
+from gallery.store import Store
 
 
 def make_relative(store: Store) -> None:
@@ -32,10 +34,9 @@ def make_relative(store: Store) -> None:
                 if inside and (path := stored_path(row["path"], root)) not in relative:
                     row["path"] = path
                     if kind == "items":
-                        box = [row[side] for side in ("left", "top", "width", "height")]
-                        row["id"] = id_of(path, row["frame_time"], None if None in box else box)
+                        row["id"] = id_of(path, row["frame_time"], box_of(row))
             tables.append(pa.Table.from_pylist(rows, schema=table.schema))
         items, files = tables
         files = files.filter(pa.array(~below(files["path"], [root])))
         parts.append(store.rewritten(part, ~below(items["path"], [root]), items, files))
-    store.commit([part for part in parts if part is not None])
+    store.commit(parts)

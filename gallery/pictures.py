@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import open_file
 
 Picture = str | os.PathLike | PILImage.Image
-Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
+Box = tuple[int, int, int, int]  # left, top, width, height in the upright picture, pixels
 SAME_TIME = 1e-3  # seconds; an item's time is rounded
 
 
@@ -74,12 +74,7 @@ def frame_at(path: str, time: float) -> PILImage.Image:
 
     Raises UserError if there is none, or PyAV is not installed.
     """
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise UserError(
-            "pictures of videos need PyAV; pip install -r requirements-search.txt"
-        ) from None
+    av = import_av()
     try:
         open_file(path).close()  # a pipe would block the reader
         with av.open(path, metadata_errors="replace") as container:
@@ -91,10 +86,23 @@ def frame_at(path: str, time: float) -> PILImage.Image:
             container.seek(int((start + time) * av.time_base), backward=True)
             for frame in container.decode(stream):
                 if frame.time is not None and frame.time - start >= time - SAME_TIME:
-                    pixels = frame.to_ndarray(format="rgb24")
-                    turned = np.rot90(pixels, round(frame.rotation / 90) % 4)
-                    return PILImage.fromarray(np.ascontiguousarray(turned))
+                    return PILImage.fromarray(turned(frame))
         error = "the video is shorter"
     except (av.error.FFmpegError, OSError, ValueError, IndexError, StopIteration) as reason:
         error = f"{reason}" or type(reason).__name__
     raise BrokenImage(f"{path}: the frame at {time:g} s cannot be read: {error}")
+
+
+def turned(frame: Any) -> np.ndarray:
+    """A frame of PyAV, upright as the video's metadata says, [h, w, 3] uint8."""
+    pixels = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
+
+
+def import_av() -> Any:
+    """PyAV. Raises UserError if it is not installed."""
+    try:
+        import av
+    except ModuleNotFoundError:
+        raise UserError("videos need PyAV; pip install -r requirements-search.txt") from None
+    return av

@@ -15,6 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from gallery.index import unit
 from gallery.rerank import RERANKED
 from utils.errors import UserError
 
+UNWANTED = 0.5  # weight of what is not wanted, if none is given
+COLLAPSE = 0.95  # least cosine of near-duplicates, if none is given
 SECONDS = 2.0  # between pictures of a scene that may show one person as if once
 SAMPLE = 10_000  # items that tell the median score
 NEAR = 0.2  # of the way from the first score to the median: what fits about as well as the first
@@ -53,6 +56,15 @@ class Hit:
     score: float
     item: dict[str, Any]
     count: int
+
+
+def as_json(hit: Hit) -> dict[str, Any]:
+    """A hit as JSON holds it: rank, score and count, and the item's columns under their names."""
+    item = {
+        name: value.isoformat() if isinstance(value, datetime) else value
+        for name, value in hit.item.items()
+    }
+    return {"rank": hit.rank, "score": hit.score, "count": hit.count, "row": hit.row, "item": item}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,7 @@ Guesses = dict[str, tuple[list[str], list[float]]]  # by attribute: class and sc
 SCHEMA = pa.schema(
     [
         ("id", pa.int64()),  # `id_of`; stays the same when the gallery changes
-        (
-            "path",
-            pa.string(),
-        ),  # of the file, relative to the manifest's `root` if below it
+        ("path", pa.string()),  # of the file, relative to the manifest's `root` if below it
         ("frame_time", pa.float64()),  # seconds in a video; null for a picture
         ("left", pa.int32()),  # the person's box in pixels; null if the whole picture is the person
         ("top", pa.int32()),
@@ -46,6 +43,12 @@ def id_of(path: str, frame_time: float | None, box: Sequence[int] | None) -> int
     shown = f"{path}\0{frame_time}\0{None if box is None else list(box)}"
     digest = hashlib.sha256(shown.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def clock(frame_time: float) -> str:
+    """A time in a video as minutes and seconds, such as 1:02.5."""
+    minutes, seconds = divmod(round(frame_time, 1), 60)
+    return f"{minutes:.0f}:{seconds:04.1f}"
 
 
 def column_of(attribute: str) -> str:

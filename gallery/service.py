@@ -32,16 +32,27 @@ from datasets.thumbnails import cropped, thumbnail
 from gallery import where
 from gallery.copies import CopyIndex
 from gallery.encoders import encoder_of
-from gallery.find import as_json
 from gallery.index import INDEX, open_index
 from gallery.index import MANIFEST as INDEX_MANIFEST
+from gallery.manifest import MANIFEST
 from gallery.onnx import OnnxEncoder
+from gallery.page_question import MAX_HITS, Question, check, title
 from gallery.pictures import box_of, picture_of, whole_picture
-from gallery.query import LOOKED, Hit, Search, combine, find_hits, sureness
+from gallery.query import (
+    COLLAPSE,
+    LOOKED,
+    UNWANTED,
+    Hit,
+    Search,
+    as_json,
+    combine,
+    find_hits,
+    sureness,
+)
 from gallery.records import column_of
 from gallery.sent import Sent, decoded
 from gallery.sheet import sheet
-from gallery.store import MANIFEST, Gallery
+from gallery.store import Gallery
 from utils.console import say
 from utils.errors import UserError
 from utils.machine import cores
@@ -49,42 +60,11 @@ from utils.machine import cores
 if TYPE_CHECKING:
     from gallery.encode import Encoder
 
-MAX_SENTENCE = 300  # characters
-MAX_PAGE, MAX_HITS = 96, 960  # hits on a page, and on all pages of a question
-COLLAPSE = 0.95  # as `find` has it
-MINUS = -0.5  # weight of what is not wanted, as `find` has it
 MAX_CHOICES = 100  # values of a column that the page offers
 CACHED = 4096  # thumbnails in memory, 5 kB each
 CARD, CROP, WHOLE = (240, 320), (480, 640), (1280, 960)  # pixels, width and height at most
 COLUMNS = ("view", "source", "camera")  # that the page offers besides attributes
 NO_PICTURE = "There is no picture: its file was moved, deleted or damaged."
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a visitor asks.
-
-    Attributes:
-        choices: columns, and the value that each must have.
-        where: a filter of `gallery.where`.
-        sent: a picture; the hits are like it.
-        like: the id of an item; the hits are like it, and others than it.
-        other_view: with `like`, hits of other views alone.
-        count: hits on a page.
-        collapse: near-duplicates are one hit.
-        before: the questions that led to a `like`, each with its page; the last is the newest.
-    """
-
-    sentence: str = ""
-    minus: str = ""
-    choices: tuple[tuple[str, str], ...] = ()
-    where: str = ""
-    sent: Sent | None = None
-    like: int | None = None
-    other_view: bool = False
-    count: int = 24
-    collapse: bool = True
-    before: tuple[tuple[Question, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,7 +206,7 @@ class Service:
     def answer(self, question: Question, page: int = 0) -> Answer:
         """A page of hits. Raises UserError, for a visitor to read."""
         now = self.now()
-        _check(question, page)
+        check(question, page)
         part = _filter(question, now)
         query_D = self._query(question, now)
         mask = None if part is None else where.to_mask(part, now.gallery.items)
@@ -343,7 +323,7 @@ class Service:
         """The query's feature [D]."""
         if question.like is not None:
             return now.gallery.features[now.row(question.like)].astype(np.float32)
-        parts, sent = [(question.sentence, 1.0), (question.minus, MINUS)], question.sent
+        parts, sent = [(question.sentence, 1.0), (question.minus, -UNWANTED)], question.sent
         sentences = [text for text, _ in parts if text]
         weights = [weight for text, weight in parts if text]
         features: list[np.ndarray] = []
@@ -355,37 +335,6 @@ class Service:
         if sent.encoder != now.encoder.about["sha256"]:
             raise UserError("The gallery has another encoder now: choose the picture again.")
         return combine(np.stack([*features, sent.feature_D]), [*weights, 1.0])
-
-
-def title(question: Question, person: str = "") -> str:
-    """What was asked, in words.
-
-    Args:
-        person: what to call the person of `like`, instead of by the id.
-    """
-    if question.like is not None:
-        other = ", in other views" if question.other_view else ""
-        return f"more like {person or question.like}{other}"
-    wanted = [question.sentence] * bool(question.sentence) + ["like your picture"] * bool(
-        question.sent
-    )
-    return ", ".join(wanted) + (f", without {question.minus}" if question.minus else "")
-
-
-def _check(question: Question, page: int) -> None:
-    """Raise UserError for what a page may not ask."""
-    if question.like is None and question.sent is None and not question.sentence:
-        raise UserError("Say who is looked for, or add a picture.")
-    for text in (question.sentence, question.minus):
-        if len(text) > MAX_SENTENCE:
-            raise UserError(
-                f"The sentence has {len(text)} characters, and at most {MAX_SENTENCE} are read. "
-                "Shorten it."
-            )
-    if not 1 <= question.count <= MAX_PAGE:
-        raise UserError(f"A page has 1 to {MAX_PAGE} hits.")
-    if not 0 <= page * question.count < MAX_HITS:
-        raise UserError(f"At most {MAX_HITS} hits are shown. Use a filter.")
 
 
 def _filter(question: Question, now: Snapshot) -> where.Filter | None:
@@ -404,7 +353,7 @@ def _filter(question: Question, now: Snapshot) -> where.Filter | None:
             if view is None:
                 raise UserError("The view of this person is not known.")
             parts.append(where.Comparison("view", "!=", view))
-    return where.And(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+    return where.all_of(parts)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from PIL import ImageDraw, ImageFont, ImageOps
 
 from datasets.thumbnails import cropped, thumbnail
 from gallery.pictures import Box, box_of, whole_picture
+from gallery.records import clock
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.pages import render
@@ -139,8 +140,7 @@ def _facts(hit: Hit) -> list[str]:
     if item.get("taken") is not None:
         facts.append(f"{item['taken']}")
     if item.get("frame_time") is not None:
-        minutes, seconds = divmod(item["frame_time"], 60)
-        facts.append(f"at {minutes:.0f}:{seconds:04.1f}")
+        facts.append(f"at {clock(item['frame_time'])}")
     if hit.count > 1:
         facts.append(f"stands for {hit.count} pictures")
     return facts

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -112,6 +112,11 @@ def parse(text: str, schema: pa.Schema) -> Filter:
         schema: of the items; its strings, numbers and timestamps can be compared.
     """
     return _Parser(text, schema).parse()
+
+
+def all_of(parts: Sequence[Filter]) -> Filter | None:
+    """The filter that keeps what all of these keep; None if there is none."""
+    return And(tuple(parts)) if len(parts) > 1 else next(iter(parts), None)
 
 
 def to_text(part: Filter) -> str:

@@ -16,9 +16,12 @@ from tqdm import tqdm
 
 from gallery.encode import Encoder, encoded
 from gallery.engine_torch import chunk_loader
-from gallery.indexing import apply_plan, encode_parts, make_plan
+from gallery.indexing import encode_parts
 from gallery.ingest import Found, add_pictures
-from gallery.store import PARTS, Store, new_manifest
+from gallery.manifest import new_manifest
+from gallery.parts import PARTS
+from gallery.plan import apply_plan, make_plan
+from gallery.store import Store
 from processor.inference import Run
 from utils.distributed import SINGLE_PROCESS
 

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gallery.index import Approximate, Exact, build, faiss_library, open_index, recall_of, unit
+from gallery.index import (
+    Approximate,
+    Exact,
+    build,
+    faiss_library,
+    mixed_queries,
+    open_index,
+    recall_of,
+    unit,
+)
 
 PERSONS, WIDTH, LATENT, PICTURES = 1_000_000, 512, 64, 50
 HITS, QUERIES, ADDED = 50, 100, 1_000
@@ -23,8 +32,7 @@ def bench_search(once: Callable[[Callable[[], object]], float], repeat: int) -> 
     """Lines of the table. Searches whose times are to be compared are called in turn.
 
     The features lie in a file that is mapped. They are clustered: PICTURES of each person, which
-    differ from each other in LATENT directions, and a little in all others. Queries are sums of a
-    few of them with random signs, which are as far from all of them as sentences are.
+    differ from each other in LATENT directions, and a little in all others.
 
     Args:
         once: gives the seconds of a call.
@@ -45,9 +53,7 @@ def bench_search(once: Callable[[Callable[[], object]], float], repeat: int) -> 
         features = _features(folder / "features.npy", PERSONS + ADDED)
         some, items = features[:PERSONS], _items(PERSONS)
         random = np.random.default_rng(1)
-        mixed_QMD = some[random.integers(0, PERSONS, (QUERIES, 16))].astype(np.float32)
-        signs_QM = random.choice([-1, 1], mixed_QMD.shape[:2])
-        queries_QD = unit(np.einsum("qm,qmd->qd", signs_QM, mixed_QMD)).astype(np.float32)
+        queries_QD = mixed_queries(some, QUERIES, random)
         first = (queries_QD[:1], HITS)
         mask = random.random(PERSONS) < 0.01
 

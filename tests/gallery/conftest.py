@@ -9,7 +9,8 @@ import pytest
 from PIL import Image as PILImage
 
 import search
-from gallery import commands_serve, page
+from gallery import commands_serve, page_server
+from gallery.page import build
 from tests.helpers import run
 from tests.reliability.runs import train_small_run
 
@@ -41,7 +42,7 @@ def searched_copy(searched, tmp_path):
 def serving(service, password="", names=("127.0.0.1",)):
     """The address of a server of the page, in a thread."""
     listening = commands_serve.listen("127.0.0.1", 0)
-    server = page.server_of(page.app_of(page.build(service), password, names))
+    server = page_server.server_of(page_server.app_of(build(service), password, names))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

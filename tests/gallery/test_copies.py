@@ -11,9 +11,11 @@ from gallery import milvus as milvus_module
 from gallery import where
 from gallery.copies import STORES, Copy, CopyIndex, delete_copy, stores
 from gallery.index import Exact
+from gallery.manifest import new_manifest
 from gallery.milvus import Milvus, field_of, split_store, store_option
+from gallery.parts import FILES, write_part
 from gallery.records import schema_with
-from gallery.store import FILES, Gallery, Store, new_manifest, write_part, writing
+from gallery.store import Gallery, Store, writing
 from tests.gallery.made import ATTRIBUTES, made_features, made_items
 from utils.errors import UserError
 

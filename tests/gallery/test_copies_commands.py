@@ -7,7 +7,8 @@ from pymilvus.exceptions import MilvusException
 import search
 from gallery import commands_delete
 from gallery.copies import Copy, stores
-from gallery.service import Question, Service
+from gallery.page_question import Question
+from gallery.service import Service
 from gallery.store import Gallery, Store
 from tests.helpers import run
 from utils.errors import UserError

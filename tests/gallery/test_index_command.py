@@ -17,8 +17,10 @@ from gallery import engine_torch, indexing
 from gallery.copies import Copy
 from gallery.index import INDEX
 from gallery.indexing import ProgressLines
+from gallery.manifest import MANIFEST, NEXT
+from gallery.parts import part_file
 from gallery.records import id_of
-from gallery.store import MANIFEST, NEXT, Gallery, part_file, writing
+from gallery.store import Gallery, writing
 from tests.gallery.made import path_of
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run

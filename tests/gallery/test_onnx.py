@@ -13,12 +13,14 @@ import pytest
 
 import search
 import tools.export as export
-from gallery import page
 from gallery.engine_onnx import in_threads
 from gallery.frames import Chunk
+from gallery.manifest import MANIFEST
 from gallery.onnx import ABOUT, OnnxEncoder
-from gallery.service import Question, Service
-from gallery.store import MANIFEST, Gallery
+from gallery.page_handlers import Handlers
+from gallery.page_question import Question
+from gallery.service import Service
+from gallery.store import Gallery
 from tests.gallery.test_frames import make_video, picture
 from tests.helpers import ROOT, run
 from tests.reliability.runs import train_small_run
@@ -176,11 +178,12 @@ def test_the_page_asks_without_torch_and_has_no_heat_maps(galleries, folders):
     assert service.words(question) == []
     with pytest.raises(UserError, match="no such words"):
         service.heat(question, expected.hits[0].id, 0)
-    assert page.Handlers(service, []).warm(question, expected.hits[0].id) == gr.skip()
+    assert Handlers(service, []).warm(question, expected.hits[0].id) == gr.skip()
     code = """
 import sys
 sys.modules["torch"] = None
-from gallery.service import Question, Service
+from gallery.page_question import Question
+from gallery.service import Service
 print(Service(sys.argv[1]).answer(Question("a man")).sure)
 """
     done = subprocess.run([sys.executable, "-c", code, galleries[1]], cwd=ROOT, capture_output=True)

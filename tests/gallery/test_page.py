@@ -15,9 +15,12 @@ import pytest
 from PIL import Image as PILImage
 
 import search
-from gallery import commands_serve, page
+from gallery import commands_serve, page_server
+from gallery.page import build
+from gallery.page_handlers import EXAMPLES, PAST, Handlers, example
+from gallery.page_question import MAX_HITS, MAX_SENTENCE, Question
 from gallery.sent import MAX_BYTES
-from gallery.service import MAX_HITS, MAX_SENTENCE, Question, Service
+from gallery.service import Service
 from gallery.store import Gallery
 from tests.gallery.conftest import NASTY, serving
 from tests.gallery.made import path_of
@@ -35,7 +38,7 @@ def service(searched):
 
 @pytest.fixture(scope="module")
 def do(service):
-    return page.Handlers(service, list(service.now().choices()))
+    return Handlers(service, list(service.now().choices()))
 
 
 def event(**data):
@@ -110,12 +113,12 @@ def test_the_way_back_from_more_like_this(service, do):
     assert isinstance(nowhere[0], dict) and isinstance(nowhere[4], dict)  # nothing changes
     for _ in range(50):
         liker = do.act(liker[4], 0, second, event(do="like"))
-    assert len(liker[4].before) == page.PAST
+    assert len(liker[4].before) == PAST
 
 
 def test_an_answer_says_how_many_people_there_are_now(searched_copy, monkeypatch):
     service = Service(searched_copy, device="cpu")
-    do = page.Handlers(service, [])
+    do = Handlers(service, [])
     assert "26 people" in do.header()
     person = service.now().gallery.items["id"][0].as_py()
     run(search.main, monkeypatch, "delete", "--gallery", searched_copy, "--id", person)
@@ -257,7 +260,7 @@ def test_the_gallerys_changes_are_seen_at_once(searched_copy, monkeypatch, capsy
         service.person(hits[0].id)
     assert service.cards([hits[0].id]) == [""]
     kept = searched_copy.rename(f"{searched_copy}.old")
-    do = page.Handlers(service, [])
+    do = Handlers(service, [])
     for asked in (do.answer(question, 0), do.nothing("")):
         assert all("gallery" not in text for text in asked[3:] if isinstance(text, str))
     with pytest.raises(UserError, match=r"^The gallery cannot be read now. Ask again later.$"):
@@ -271,11 +274,11 @@ def test_a_gallery_without_anybody_says_so(searched_copy, monkeypatch):
     everybody = Gallery.open(searched_copy).items["id"].to_pylist()
     run(search.main, monkeypatch, "delete", "--gallery", searched_copy, "--id", *everybody)
     service = Service(searched_copy, device="cpu")
-    do = page.Handlers(service, list(service.now().choices()))
+    do = Handlers(service, list(service.now().choices()))
     assert do.columns == []
     for text in (do.ask(SENTENCE, "", "", 24, True, None)[3], do.start(), do.newest()[1]):
         assert "Nobody is in this gallery yet: python search.py index" in text
-    page.build(service)
+    build(service)
 
 
 def test_a_picture_that_has_vanished_leaves_a_placeholder_and_no_path(service, do, capsys):
@@ -322,7 +325,7 @@ def test_a_button_that_lies_finds_nobody(do, data):
     opened = do.look(None, event(**data))
     assert opened[0] is None and "no longer in the gallery" in opened[2]
     assert do.look(None, SimpleNamespace(_data="text"))[0] is None
-    assert page.example(event(example=str(data.get("id")))) in page.EXAMPLES
+    assert example(event(example=str(data.get("id")))) in EXAMPLES
 
 
 def test_files_to_save_have_the_hits_of_the_page(do):
@@ -370,7 +373,9 @@ def test_a_port_in_use_is_said(service, tmp_path, monkeypatch):
 
 def test_port_0_is_any_free_one_and_the_address_names_it(service, monkeypatch, capsys):
     listened = []
-    monkeypatch.setattr(page, "serve", lambda service, listening, *_: listened.append(listening))
+    monkeypatch.setattr(
+        page_server, "serve", lambda service, listening, *_: listened.append(listening)
+    )
     folder = service.now().gallery.folder
     run(search.main, monkeypatch, "serve", "--gallery", folder, "--port", 0, "--device", "cpu")
     with listened[0] as listening:
@@ -434,7 +439,7 @@ def test_many_askers_are_all_answered(served, monkeypatch, capsys):
 
 
 def test_a_page_with_a_password_is_closed_without_it(served, monkeypatch):
-    monkeypatch.setattr(page, "WRONG_SECONDS", 0)
+    monkeypatch.setattr(page_server, "WRONG_SECONDS", 0)
     ask = {"fn_index": 0, "data": [], "session_hash": "x"}
     with httpx.Client(base_url=served[1]) as client:
         assert "yellow dress" not in client.get("/").text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from gallery import page as gallery_page
+from gallery import page_server
 from gallery.sent import MAX_BYTES
 from gallery.service import Service
 from tests.gallery.conftest import serving
@@ -325,7 +325,7 @@ def test_a_changed_gallery_leaves_the_page_up(visit, searched_copy, monkeypatch)
 
 
 def test_a_password_is_asked_for(visit, service, monkeypatch):
-    monkeypatch.setattr(gallery_page, "WRONG_SECONDS", 0)
+    monkeypatch.setattr(page_server, "WRONG_SECONDS", 0)
     with serving(service, "a long password", ()) as url:
         page = visit(url)
         for password in ("wrong", "a long password"):

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 
 from datasets.images import BrokenImage
 from gallery.pictures import frame_at, picture_of
+from gallery.records import clock
 from gallery.sheet import sheet
 from utils.errors import UserError
 
@@ -209,3 +210,8 @@ def test_a_page_has_ids_and_breaks_names_between_their_pieces(root):
     assert sheet([one], root / "a.html", root) == []
     text = (root / "a.html").read_text()
     assert ">gate_<wbr>3/<wbr>0001-<wbr>a<wbr>.png<wbr></span><br>id 6110056214522409932<" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3, "0:03.0"), (59.94, "0:59.9"), (59.97, "1:00.0"), (3599.96, "60:00.0")])  # fmt: skip
+def test_a_time_in_a_video_has_less_than_60_seconds(seconds, text):
+    assert clock(seconds) == text

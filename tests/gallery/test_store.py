@@ -12,20 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from gallery import store as store_module
+from gallery.manifest import new_manifest, read_manifest
+from gallery.parts import FILES, Damaged, damaged_parts, part_file, write_part
+from gallery.paths import below
 from gallery.records import column_of, schema_with
-from gallery.store import (
-    FILES,
-    Damaged,
-    Gallery,
-    Store,
-    below,
-    damaged_parts,
-    new_manifest,
-    part_file,
-    read_manifest,
-    write_part,
-    writing,
-)
+from gallery.store import Gallery, Store, writing
 from tests.helpers import ROOT
 from utils.errors import UserError
 

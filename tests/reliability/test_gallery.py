@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from gallery.copies import Copy
-from gallery.store import MANIFEST, Gallery
+from gallery.manifest import MANIFEST
+from gallery.store import Gallery
 from tests.helpers import ROOT
 from tests.reliability.runs import forks, train_small_run
 from utils.errors import run_main
