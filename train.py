@@ -12,6 +12,15 @@ import utils  # noqa: F401  before torch is loaded
 
 # isort: split
 
+from utils.command_line import changed_options, parse_options
+from utils.errors import run_main
+
+DESCRIPTION = __doc__.split("\n")[0]
+if __name__ == "__main__":  # --help and wrong options end here: to import torch takes seconds
+    run_main(lambda: parse_options(description=DESCRIPTION))
+
+# isort: split
+
 from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
@@ -19,27 +28,24 @@ from model.build import build_training_model, check_batch_norm
 from model.losses.registry import check_losses, more_images, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.memory import memory_notes
-from processor.result_tables import best_table
 from processor.resume import read_state, resume
 from processor.step import TrainStep
-from processor.summary import describe, evaluation_commands
+from processor.summary import closing_lines, describe
 from processor.trainer import Trainer
 from solver.build import build_optimizer
 from utils import distributed
 from utils.attributes import check_labels, read_attributes
-from utils.command_line import changed_options, parse_options
 from utils.config import write_config
 from utils.devices import choose_precision
-from utils.errors import run_main
 from utils.interrupt import exit_on_signals
 from utils.machine import allow_open_files
 from utils.run_log import setup_logger
-from utils.runs import AVERAGED, CONFIG, open_run
+from utils.runs import CONFIG, open_run
 from utils.text import Multiline
 
 
 def main() -> None:
-    args = parse_options(description=__doc__.split("\n")[0])
+    args = parse_options(description=DESCRIPTION)
     # Check the input before the model is built and the run's folder is made.
     allow_open_files(args.num_workers)
     processes, device = distributed.start(args.device)
@@ -82,11 +88,7 @@ def main() -> None:
     if processes.is_rank_0:
         write_config(run_dir / CONFIG, args)
     best = trainer.train()
-
-    log.info(Multiline(best_table(best.by_split)))
-    files = [best.file(split) for split in best.by_split]
-    files += [run_dir / AVERAGED] if args.average_last else []
-    log.info(Multiline(evaluation_commands(run_dir / CONFIG, files, args)))
+    log.info(Multiline(closing_lines(best, run_dir, args)))
     distributed.finish()
 
 

@@ -18,12 +18,13 @@ from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
 from processor.averages import mean_of
-from processor.best import epoch_and_best
+from processor.best import Best, epoch_and_best
 from processor.evaluator import Evaluator
+from processor.result_tables import best_table
 from utils.command_line import command_line_only_arguments
 from utils.distributed import Processes
 from utils.metrics import Retrieval
-from utils.runs import LAST_EPOCH
+from utils.runs import AVERAGED, CONFIG, LAST_EPOCH
 from utils.text import visible
 
 
@@ -186,11 +187,12 @@ def compare_metrics(best: dict[str, Any], result: Retrieval) -> str:
     return f"training at epoch {best['epoch']}: {metrics}: {'equal' if same else 'DIFFERENT'}"
 
 
-def evaluation_commands(config: Path, checkpoints: Sequence[Path], args: EasyDict) -> str:
-    """The commands that evaluate a run's best checkpoints, one per line."""
-    lines = []
-    for path in checkpoints:
-        command = ["python", "test.py", "--config_file", str(config)]
+def closing_lines(best: Best, run_dir: Path, args: EasyDict) -> str:
+    """The table of a run's best epochs, and the commands that evaluate their checkpoints."""
+    lines = [best_table(best.by_split)]
+    files = [best.file(split) for split in best.by_split]
+    for path in files + [run_dir / AVERAGED] * bool(args.average_last):
+        command = ["python", "test.py", "--config_file", str(run_dir / CONFIG)]
         command += [] if path.name == "best.pth" else ["--checkpoint", str(path)]
         command += command_line_only_arguments(args)
         lines.append(visible(f"evaluate {path.name} with: {shlex.join(command)}"))

@@ -37,6 +37,25 @@ def test_entry_points_have_fewer_than_100_lines():
     assert max(lines.values()) < 100, lines
 
 
+def imported(*command: str) -> set[str]:
+    """Packages that a Python process imports."""
+    words = [sys.executable, "-X", "importtime", *command]
+    error = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stderr
+    return {line.rsplit("|")[-1].strip() for line in error.splitlines() if "import time:" in line}
+
+
+@pytest.mark.parametrize("entry_point", ["train.py", "test.py", "search.py"])
+@pytest.mark.parametrize("word", ["--help", "--unknown"])
+def test_help_and_wrong_options_are_told_before_torch_is_imported(entry_point, word):
+    modules = imported(entry_point, word)
+    assert "utils.command_line" in modules and "torch" not in modules
+
+
+def test_open_clip_imports_no_models_that_are_refused():
+    modules = imported("-c", "import model.backbone")
+    assert "open_clip" in modules and not {"timm", "transformers"} & modules
+
+
 def test_imports_keep_their_directions():
     result = lint(ROOT)
     assert result.returncode == 0, result.stdout

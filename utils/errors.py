@@ -61,7 +61,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], object]) -> None:
     """Run an entry point; turn a UserError into one line on stderr and exit status 2."""
     for name in ("stdout", "stderr"):  # the caller may have closed them (>&-)
         if getattr(sys, name) is None:
