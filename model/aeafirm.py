@@ -27,7 +27,7 @@ from model.losses.inputs import (
     add_losses,
     checked_scalar,
 )
-from model.losses.registry import LOSSES, more_images
+from model.losses.registry import LOSSES, check_backbone, more_images
 from utils.devices import at_least_float32
 from utils.distributed import SINGLE_PROCESS, Processes
 
@@ -42,6 +42,8 @@ class AEAFIRM(nn.Module):
         num_classes: training identities, for `id`.
         sentences: FIRM's sentence table; `match2` needs it.
         processes: each encodes a shard of the batch; the losses are those of the complete batch.
+
+    Raises UserError if a loss needs something that the backbone lacks.
     """
 
     atr_matching_head: MatchingHead  # if `match2` is named
@@ -57,6 +59,7 @@ class AEAFIRM(nn.Module):
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
+        check_backbone(loss_names, options.pretrain_choice, backbone.config.is_resnet)
         self.processes = processes
         self.base_model = backbone
         self.loss_names = tuple(loss_names)

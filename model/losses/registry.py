@@ -176,11 +176,23 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
             )
 
 
+def check_backbone(names: Sequence[str], choice: str, is_resnet: bool) -> None:
+    """Raise UserError if a loss needs something that the backbone of `--pretrain_choice` lacks."""
+    for name in names:
+        if LOSSES[name].attention and is_resnet:
+            raise UserError(
+                f"--loss_names: '{name}' needs a class token that attends to patches, which the "
+                f"ResNet of --pretrain_choice {choice} does not have; give a ViT, such as "
+                f"--pretrain_choice ViT-B/16, or leave {name} out"
+            )
+
+
 def losses_table() -> str:
     """The table of losses in Markdown, for docs/training.md."""
     lines = ["| name | what it is | needs |", "|---|---|---|"]
     for name, row in LOSSES.items():
         needs = ["both views"] * row.pairs + ["attributes"] * row.attributes
+        needs += ["a ViT"] * row.attention
         needs += [" or ".join(f"`{n}`" for n in row.any_of)] if row.any_of else []
         needs += ["one of " + ", ".join(f"`{n}`" for n in row.one_of)] if row.one_of else []
         lines.append(f"| `{name}` | {row.meaning} | {', '.join(needs)} |")
