@@ -404,7 +404,7 @@ def test_what_a_resnet_cannot_do_is_refused_before_data_and_weights_are_looked_f
     words = [*words.split(), "--root_dir", tmp_path, "--output_dir", tmp_path / "logs"]
     with pytest.raises(UserError, match=message):
         run(train_entry.main, monkeypatch, *words, "--pretrain_choice", choice)
-    with pytest.raises(UserError, match="--root_dir .*AG-ReID is missing"):
+    with pytest.raises(UserError, match="--root_dir .*AG-ReID and folder G2APS-AG are"):
         run(train_entry.main, monkeypatch, *words)
 
 
