@@ -14,6 +14,7 @@ from easydict import EasyDict
 from datasets.fingerprint import changes, fingerprint
 from datasets.heldout import HELDOUT
 from datasets.loaders import TrainLoader
+from datasets.noise import noise_note
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
@@ -43,6 +44,8 @@ def describe(
     )
     log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples{sizes}")
     warn(log, data)
+    if note := noise_note(data, args.noise_rate, args.noise_seed):
+        log.info(note)
     for i, split in enumerate(selecting_splits(args.val_dataset) or (LAST_EPOCH,)):
         protocol = Protocol(data, split, processes, args.finetune)
         log.info(f"{f'best_{split}.pth' if i else 'best.pth'} is {protocol}")
