@@ -128,8 +128,10 @@ class AEAFIRM(nn.Module):
         return self.losses(self.encode(batch, sentences=True), batch)
 
     def inputs(self, batch: dict[str, Any]) -> tuple[Inputs, Tensor]:
-        """What the losses get of a batch of all processes, and the indices of its samples [B]."""
-        encoded = self.encode(batch, sentences=True)
+        """What a loss's `before_epoch` gets of a batch of all processes, and the indices of its
+        samples [B]."""
+        rows = [row for row in self.rows.values() if row.before_epoch]
+        encoded = self.encode(batch, sentences=any(row.attributes for row in rows))
         with torch.autocast(encoded["text"].device.type, enabled=False):
             index_B = self._gather(batch, ("index",), batch)["index"]
             return self._gather_inputs(encoded, batch), index_B
@@ -148,7 +150,8 @@ class AEAFIRM(nn.Module):
         if "pair_images" in batch:
             images["pair"] = batch["pair_images"]
         views = tuple(images)
-        images |= {name: batch[f"{name}_images"] for name in self.more_images}
+        more = [name for name in self.more_images if f"{name}_images" in batch]
+        images |= {name: batch[f"{name}_images"] for name in more}
         together = torch.cat(list(images.values())) if len(images) > 1 else batch["images"]
         parts = self._encode_images(together).split(count)  # one encoder call
         by_name = dict(zip(images, parts, strict=True))
@@ -272,7 +275,7 @@ class AEAFIRM(nn.Module):
             pair_BD=features.get("pair"),
             pids_B=labels["pids"],
             labels=labels,
-            images={name: features[name] for name in self.more_images},
+            images={name: features[name] for name in self.more_images if name in features},
             outputs={name: features[name] for name in outputs},
             samples={name.removeprefix(SAMPLES): value for name, value in values.items()},
             sentence_SD=None if sentence_SD is None else at_least_float32(sentence_SD),

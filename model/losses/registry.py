@@ -48,7 +48,8 @@ class Loss:
     # --accum_steps, the loss gets it of all samples
     outputs: Callable[[Encoded], dict[str, Tensor]] | None = None
     after: Callable[[Inputs], None] | None = None  # runs after all losses of a step
-    # runs before each epoch, and gives values of the training samples [N] by name
+    # runs before each epoch, and gives values of the training samples [N] by name; of the further
+    # images and FIRM's sentences it sees those that its own row needs
     before_epoch: Callable[[BeforeEpoch], dict[str, Tensor]] | None = None
     # a second feature [B, E] for the ranking, and the option that is E: a model's score is the mean
     # of the cosines of its features
