@@ -24,7 +24,7 @@ if __name__ == "__main__":  # --help and wrong options end here: to import torch
 from datasets.fingerprint import fingerprint
 from datasets.loaders import train_loader
 from datasets.registry import read_dataset, selecting_splits
-from model.build import build_training_model, check_batch_norm
+from model.build import build_training_model, check_architecture, check_batch_norm
 from model.losses.registry import check_losses, more_images, needs_masked, parse_loss_names
 from processor.evaluator import Evaluator
 from processor.memory import memory_notes
@@ -52,6 +52,7 @@ def main() -> None:
     args = processes.from_rank_0(args)  # each may have found another run to resume
     args.precision = choose_precision(args.precision, device)
     losses = parse_loss_names(args.loss_names)
+    check_architecture(args, losses, processes)
     data = read_dataset(args)
     check_losses(losses, data.name, data.has_pairs, bool(data.attribute_classes))
     if "match2" in losses:

@@ -94,7 +94,7 @@ DATASETS: dict[str, DatasetSpec] = {
 def read_dataset(args: EasyDict) -> Data:
     """Read and check `--dataset_name` in `--root_dir`, with the splits that `--val_dataset` needs
     and the noise of `--noise_rate`. Raises UserError."""
-    data = _read_stored(args)
+    data = read_stored(args)
     wanted = selecting_splits(args.val_dataset)
     if HELDOUT in wanted:
         data = hold_out(data, args.heldout, args.heldout_seed)
@@ -112,7 +112,7 @@ def read_for_test(args: EasyDict) -> tuple[Data, list[str]]:
     try:
         return read_dataset(args), []
     except UserError as error:
-        data = _with_noise(_read_stored(args), args)
+        data = _with_noise(read_stored(args), args)
         return data, [f"the selection split is left out: {error}"]
 
 
@@ -120,7 +120,7 @@ def _with_noise(data: Data, args: EasyDict) -> Data:
     return exchange_captions(data, args.noise_rate, args.noise_seed) if args.noise_rate else data
 
 
-def _read_stored(args: EasyDict) -> Data:
+def read_stored(args: EasyDict) -> Data:
     """Read and check the data set with the splits that are on disk. Raises UserError."""
     name = args.dataset_name
     if name not in DATASETS:

@@ -73,8 +73,10 @@ def read_tbagpr(
         raise UserError(f"--root_dir {root}: no such folder; it must hold {_expected(sources)}")
     missing = [s.folder for s in sources if not exists(root / s.folder)]
     if missing:
+        folders = " and ".join(f"folder {name}" for name in missing)
         raise UserError(
-            f"--root_dir {root}: folder {missing[0]} is missing; expected {_expected(sources)}"
+            f"--root_dir {root}: {folders} {'are' if missing[1:] else 'is'} missing; expected "
+            f"{_expected(sources)}"
         )
     checks = EntryChecks()
     labels = _read_attributes(root / "attrs.json", checks) if attributes else None

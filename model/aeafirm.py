@@ -27,7 +27,7 @@ from model.losses.inputs import (
     add_losses,
     checked_scalar,
 )
-from model.losses.registry import LOSSES, more_images
+from model.losses.registry import LOSSES, check_backbone, more_images
 from utils.devices import at_least_float32
 from utils.distributed import SINGLE_PROCESS, Processes
 
@@ -42,6 +42,8 @@ class AEAFIRM(nn.Module):
         num_classes: training identities, for `id`.
         sentences: FIRM's sentence table; `match2` needs it.
         processes: each encodes a shard of the batch; the losses are those of the complete batch.
+
+    Raises UserError if a loss needs something that the backbone lacks.
     """
 
     atr_matching_head: MatchingHead  # if `match2` is named
@@ -57,6 +59,7 @@ class AEAFIRM(nn.Module):
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
+        check_backbone(loss_names, options.pretrain_choice, backbone.config.is_resnet)
         self.processes = processes
         self.base_model = backbone
         self.loss_names = tuple(loss_names)
@@ -125,8 +128,10 @@ class AEAFIRM(nn.Module):
         return self.losses(self.encode(batch, sentences=True), batch)
 
     def inputs(self, batch: dict[str, Any]) -> tuple[Inputs, Tensor]:
-        """What the losses get of a batch of all processes, and the indices of its samples [B]."""
-        encoded = self.encode(batch, sentences=True)
+        """What a loss's `before_epoch` gets of a batch of all processes, and the indices of its
+        samples [B]."""
+        rows = [row for row in self.rows.values() if row.before_epoch]
+        encoded = self.encode(batch, sentences=any(row.attributes for row in rows))
         with torch.autocast(encoded["text"].device.type, enabled=False):
             index_B = self._gather(batch, ("index",), batch)["index"]
             return self._gather_inputs(encoded, batch), index_B
@@ -145,7 +150,8 @@ class AEAFIRM(nn.Module):
         if "pair_images" in batch:
             images["pair"] = batch["pair_images"]
         views = tuple(images)
-        images |= {name: batch[f"{name}_images"] for name in self.more_images}
+        more = [name for name in self.more_images if f"{name}_images" in batch]
+        images |= {name: batch[f"{name}_images"] for name in more}
         together = torch.cat(list(images.values())) if len(images) > 1 else batch["images"]
         parts = self._encode_images(together).split(count)  # one encoder call
         by_name = dict(zip(images, parts, strict=True))
@@ -269,7 +275,7 @@ class AEAFIRM(nn.Module):
             pair_BD=features.get("pair"),
             pids_B=labels["pids"],
             labels=labels,
-            images={name: features[name] for name in self.more_images},
+            images={name: features[name] for name in self.more_images if name in features},
             outputs={name: features[name] for name in outputs},
             samples={name.removeprefix(SAMPLES): value for name, value in values.items()},
             sentence_SD=None if sentence_SD is None else at_least_float32(sentence_SD),

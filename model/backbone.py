@@ -116,26 +116,13 @@ class Backbone(open_clip.CLIP):
                 nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.text_projection, std=self.config.text_width**-0.5)
 
-    def enable_grad_checkpointing(self) -> None:
-        """Keep no activations inside the blocks; the backward pass computes them again.
-
-        Raises UserError for a ResNet.
-        """
-        if self.config.is_resnet:
-            raise UserError(
-                "--grad_checkpointing: open_clip's ResNets do not support it; leave it out"
-            )
-        self.set_grad_checkpointing(True)
-
     def compile_encoders(self) -> None:
         """Compile both encoders in place; names and values of the weights stay the same."""
         self.visual.compile()
         self.transformer.compile(dynamic=True)  # one compilation for captions of any length
 
     def keep_attention(self) -> None:
-        """Let `pooled_attention` know the last blocks. Raises UserError for a ResNet."""
-        if self.config.is_resnet:
-            raise UserError("a ResNet has no class token whose attention selects tokens; use a ViT")
+        """Let `pooled_attention` know the last blocks; those of a ViT."""
         for name in ("image", "text"):
             self._last_attention(name).register_forward_pre_hook(partial(self._keep, name))
 

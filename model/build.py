@@ -20,7 +20,7 @@ from model.aeafirm import AEAFIRM
 from model.backbone import Backbone, load_backbone
 from model.lora import add_lora, with_base
 from model.losses.firm import SentenceTable
-from model.losses.registry import LOSSES
+from model.losses.registry import LOSSES, check_backbone
 from model.weights import (
     NOT_IN_SHAPES,
     PREFIX,
@@ -136,6 +136,18 @@ def build_model(
     return model.double() if args.precision == "fp64" else model
 
 
+def check_architecture(
+    args: EasyDict, loss_names: Sequence[str], processes: Processes = SINGLE_PROCESS
+) -> None:
+    """Raise UserError if the architecture that `--pretrain_choice` names cannot have these losses
+    or options. It looks for no weights: those in a file without a model's name are refused by
+    `build_training_model`."""
+    config = config_from_choice(args.pretrain_choice)
+    if config and config.is_resnet:
+        check_backbone(loss_names, args.pretrain_choice, is_resnet=True)
+        refuse_for_resnet(args, processes)
+
+
 def build_training_model(
     args: EasyDict,
     loss_names: Sequence[str],
@@ -157,7 +169,7 @@ def build_training_model(
     if args.lora_rank:
         add_lora(model.base_model, args)
     if args.grad_checkpointing:
-        model.base_model.enable_grad_checkpointing()
+        model.base_model.set_grad_checkpointing(True)
     if args.compile:
         model.base_model.compile_encoders()
     return model
@@ -179,6 +191,16 @@ def refuse_for_resnet(args: EasyDict, processes: Processes) -> None:
             "not belong to a mean of weights; --ema averages both",
         ),
         (args.layer_decay < 1, "--layer_decay", "it counts blocks of a ViT; leave it out"),
+        (
+            args.grad_checkpointing,
+            "--grad_checkpointing",
+            "open_clip's ResNets do not support it; leave it out",
+        ),
+        (
+            args.lora_rank > 0,
+            "--lora_rank",
+            "a ResNet has no attention and MLP blocks to adapt; use a ViT",
+        ),
     ):
         if given:
             raise UserError(f"{flag}: {reason}")

@@ -59,13 +59,10 @@ class AdaptedAttention(SelfAttention):
 
 
 def add_lora(backbone: Backbone, args: EasyDict) -> None:
-    """Freeze a backbone, and add updates by the options `--lora_*`. They change nothing yet.
+    """Freeze a ViT, and add updates by the options `--lora_*`. They change nothing yet.
 
-    `--seed` gives their initial values. Raises UserError if peft is not installed, and for a
-    ResNet.
+    `--seed` gives their initial values. Raises UserError if peft is not installed.
     """
-    if backbone.config.is_resnet:
-        raise UserError("--lora_rank: a ResNet has no attention and MLP blocks to adapt; use a ViT")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:

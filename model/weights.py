@@ -32,6 +32,7 @@ from utils.checkpoint import load_checkpoint
 from utils.documents import read_json_file
 from utils.errors import UserError, suggest
 from utils.files import expand
+from utils.runs import HUB_CONFIG, HUB_WEIGHTS
 
 # By OpenAI's name, the name in open_clip.
 OPENAI_MODELS = {name: name for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")} | {
@@ -42,8 +43,6 @@ OPENAI_MODELS = {name: name for name in ("RN50", "RN101", "RN50x4", "RN50x16", "
 }
 WEIGHTS_CACHE = Path("~/.cache/clip")  # OpenAI's CLIP, IRRA and open_clip use it too
 PREFIX = "base_model."  # of the names of the backbone's weights in a checkpoint
-# A run in Hugging Face's habit, as tools/export.py --hub writes it.
-HUB_CONFIG, HUB_WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import copy
 from importlib import import_module
 from typing import Any
 
@@ -98,8 +99,13 @@ class SampleValues:
         dataset, config = self.loader.dataset, self.model.base_model.config
         sampler = RandomSampler(len(dataset), self.args.batch_size, self.args.seed, self.processes)
         sampler.set_epoch(epoch)
+        # Of the further images only those that the values need. Their random numbers are a sample's
+        # last ones, so the others stay the same.
+        needed = {image for row in self.rows for image in row.images}
+        reduced = copy(dataset)
+        reduced.more_numbers = {n: v for n, v in dataset.more_numbers.items() if n in needed}
         loader = TrainLoader(
-            dataset,
+            reduced,
             batch_sampler=sampler,
             collate_fn=self.loader.collate_fn,
             num_workers=self.loader.num_workers,

@@ -37,7 +37,7 @@ from datasets.records import Data
 from datasets.registry import read_for_test
 from datasets.transforms import convert_image, load_image
 from model.build import build_evaluation_model, build_model
-from model.weights import HUB_CONFIG, HUB_WEIGHTS, find_weights, is_hub, recorded_input
+from model.weights import find_weights, is_hub, recorded_input
 from processor.best import epoch_and_best
 from processor.evaluator import Evaluator, encode_images
 from utils.attributes import check_labels, read_attributes
@@ -50,10 +50,9 @@ from utils.documents import read_json_file
 from utils.errors import UserError
 from utils.files import expand
 from utils.options import OPTIONS
-from utils.runs import CONFIG
+from utils.runs import BEST, CONFIG, HUB_CONFIG, best_checkpoint, options_file
 
 Picture = str | os.PathLike | PILImage.Image
-BEST = "best.pth"
 
 
 class Run:
@@ -171,16 +170,10 @@ def run_files(place: str | Path, checkpoint: str = BEST) -> tuple[Path, Path]:
 
     Raises UserError if they are missing.
     """
-    place = Path(expand(str(place)))
-    config = place
-    if place.is_dir() or place.suffix not in (".yaml", ".yml", ".json"):
-        config = place / CONFIG
-        if not config.is_file() and (place / HUB_CONFIG).is_file():
-            config = place / HUB_CONFIG
-    elif place.is_file() and place.name not in (CONFIG, HUB_CONFIG):
-        raise UserError(f"{place}: not the {CONFIG} of a run; give that, or the run's folder")
-    weights = HUB_WEIGHTS if config.name == HUB_CONFIG and checkpoint == BEST else checkpoint
-    path = config.parent / weights
+    config = options_file(Path(expand(str(place))))
+    if config.is_file() and config.name not in (CONFIG, HUB_CONFIG):
+        raise UserError(f"{config}: not the {CONFIG} of a run; give that, or the run's folder")
+    path = best_checkpoint(config) if checkpoint == BEST else config.parent / checkpoint
     for file in (config, path):
         if not file.is_file():
             raise UserError(

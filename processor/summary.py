@@ -14,6 +14,7 @@ from easydict import EasyDict
 from datasets.fingerprint import changes, fingerprint
 from datasets.heldout import HELDOUT
 from datasets.loaders import TrainLoader
+from datasets.noise import noise_note
 from datasets.overlap import Overlap, overlap
 from datasets.records import Data
 from datasets.registry import selecting_splits
@@ -24,7 +25,7 @@ from processor.result_tables import best_table
 from utils.command_line import command_line_only_arguments
 from utils.distributed import Processes
 from utils.metrics import Retrieval
-from utils.runs import AVERAGED, CONFIG, LAST_EPOCH
+from utils.runs import AVERAGED, BEST, CONFIG, LAST_EPOCH
 from utils.text import visible
 
 
@@ -44,6 +45,8 @@ def describe(
     )
     log.info(f"{data.name}: {data.num_identities} identities, {len(data.train)} samples{sizes}")
     warn(log, data)
+    if note := noise_note(data, args.noise_rate, args.noise_seed):
+        log.info(note)
     for i, split in enumerate(selecting_splits(args.val_dataset) or (LAST_EPOCH,)):
         protocol = Protocol(data, split, processes, args.finetune)
         log.info(f"{f'best_{split}.pth' if i else 'best.pth'} is {protocol}")
@@ -193,7 +196,7 @@ def closing_lines(best: Best, run_dir: Path, args: EasyDict) -> str:
     files = [best.file(split) for split in best.by_split]
     for path in files + [run_dir / AVERAGED] * bool(args.average_last):
         command = ["python", "test.py", "--config_file", str(run_dir / CONFIG)]
-        command += [] if path.name == "best.pth" else ["--checkpoint", str(path)]
+        command += [] if path.name == BEST else ["--checkpoint", str(path)]
         command += command_line_only_arguments(args)
         lines.append(visible(f"evaluate {path.name} with: {shlex.join(command)}"))
     return "\n".join(lines)

@@ -387,6 +387,27 @@ def test_mistakes_are_reported_before_a_run_folder_is_made(mini_root, tmp_path, 
         check("--device cuda: torch finds no usable GPU here", device="cuda")
 
 
+@pytest.mark.parametrize("choice", ["RN50", "RN50@rn.pt", "RN50/yfcc15m"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--loss_names tal+tse", "'tse' needs a class token .*--pretrain_choice RN50.* leave tse"),
+        ("--accum_steps 2", "--accum_steps: a ResNet"),
+        ("--grad_checkpointing", "--grad_checkpointing: open_clip's ResNets do not support it"),
+        ("--lora_rank 4", "--lora_rank: a ResNet has no attention"),
+    ],
+)
+def test_what_a_resnet_cannot_do_is_refused_before_data_and_weights_are_looked_for(
+    choice, words, message, tmp_path, monkeypatch
+):
+    """There are none; and a ViT gets as far as the data."""
+    words = [*words.split(), "--root_dir", tmp_path, "--output_dir", tmp_path / "logs"]
+    with pytest.raises(UserError, match=message):
+        run(train_entry.main, monkeypatch, *words, "--pretrain_choice", choice)
+    with pytest.raises(UserError, match="--root_dir .*AG-ReID and folder G2APS-AG are"):
+        run(train_entry.main, monkeypatch, *words)
+
+
 def test_a_finetuning_file_of_which_nothing_fits_is_refused(mini_root, tmp_path, monkeypatch):
     torch.save({"model": {"backbone.weight": torch.ones(3)}}, tmp_path / "x.pth")
     assert_refused("nothing fits: none of its 1 weights", monkeypatch, mini_root, tmp_path / "logs",

@@ -24,7 +24,7 @@ from easydict import EasyDict
 from torch import Tensor
 
 from model.aeafirm import AEAFIRM
-from model.weights import HUB_CONFIG, HUB_WEIGHTS, parse_choice
+from model.weights import parse_choice
 from processor.results import check_metrics, read_results, stem
 from tools._report_runs import percentages
 from utils.documents import read_json_file
@@ -32,6 +32,7 @@ from utils.errors import UserError
 from utils.files import PROJECT, read_file, write_atomically
 from utils.metrics import SHOWN
 from utils.options import MAY_DIFFER, OPTIONS
+from utils.runs import HUB_CONFIG, HUB_WEIGHTS
 from utils.tables import in_markdown, markdown
 
 ATTRIBUTES, CARD, NEW_CARD = "attributes.yaml", "README.md", "README.new.md"

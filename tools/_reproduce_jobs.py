@@ -19,6 +19,7 @@ from typing import Any
 
 from easydict import EasyDict
 
+from datasets.registry import read_stored
 from processor.best import epoch_and_best
 from processor.history import HISTORY, read_history
 from processor.results import CHECKPOINTS
@@ -124,10 +125,11 @@ def make_jobs(
 ) -> tuple[list[Job], dict[str, str]]:
     """All jobs of a table, and the reason for each row that cannot run.
 
-    `options` apply to all rows. Raises UserError for a row whose options contradict each other.
+    `options` apply to all rows. Raises UserError for a row whose options contradict each other, and
+    for weights that cannot be read.
     """
     jobs, left_out = [], {}
-    data = hash_folder(Path(given.root_dir))
+    data, hashes = hash_folder(Path(given.root_dir)), _weights(table, given)
     for row in table.rows:
         needed = row.get("needs", "")
         if row.get("published_only"):
@@ -139,7 +141,7 @@ def make_jobs(
         weights = ""
         if needed:
             values["finetune"] = getattr(given, needed)
-            weights = file_hash(Path(values["finetune"]), f"--{needed}")
+            weights = hashes[needed]
         for seed in given.seeds:
             name = f"{slug(row['name'])}-seed{seed}"
             try:
@@ -151,6 +153,43 @@ def make_jobs(
             folder = job_folder(prefix, args, [data, weights, sentences])
             jobs.append(Job(row["name"], seed, args, folder))
     return jobs, left_out
+
+
+def _weights(table: Table, given: EasyDict) -> dict[str, str]:
+    """The hashes of the given files of WEIGHTS that rows need. Raises UserError that names all
+    files that cannot be read."""
+    hashes, problems = {}, []
+    for name in dict.fromkeys(row["needs"] for row in table.rows if "needs" in row):
+        try:
+            if path := getattr(given, name):
+                hashes[name] = file_hash(Path(path), f"--{name}")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return hashes
+
+
+def check_data(jobs: list[Job], all_needed: bool) -> str:
+    """One line about the data sets of unfinished jobs that are missing or malformed, or "".
+
+    Raises UserError with this line if none of these jobs has its data, or with `all_needed` if one
+    of them does not.
+    """
+    problems: dict[str, str] = {}  # by data set; "" if there is none
+    for job in jobs:
+        if job.results or job.args.dataset_name in problems:
+            continue
+        try:
+            read_stored(job.args)
+            problems[job.args.dataset_name] = ""
+        except UserError as error:
+            problems[job.args.dataset_name] = str(error)
+    # Several names of a data set, such as AGData and AGSGData, may have the same problem.
+    line = "; ".join(dict.fromkeys(filter(None, problems.values())))
+    if line and (all_needed or all(problems.values())):
+        raise UserError(line)
+    return line
 
 
 def job_folder(prefix: Path, args: EasyDict, content: list[Any]) -> Path:

@@ -27,7 +27,7 @@ import utils  # noqa: F401  before torch is loaded
 from easydict import EasyDict
 
 from tools._reproduce_cluster import Cluster, add_cluster_options, run_on_cluster
-from tools._reproduce_jobs import code_version, make_jobs, mark_other_code
+from tools._reproduce_jobs import check_data, code_version, make_jobs, mark_other_code
 from tools._reproduce_output import plan, write_tables
 from tools._reproduce_runner import cpu_slots, gpu_slots, run_jobs
 from tools._reproduce_table import TABLES, read_table
@@ -98,6 +98,8 @@ def main() -> None:
     code = code_version()
     if note := mark_other_code(jobs, code, given.strict):
         say(visible(note))
+    if note := check_data(jobs, all_needed=given.dry_run):
+        say(visible(f"warning: jobs without their data will fail: {note}"))
     if given.dry_run:
         say(plan(jobs, left_out))
         return

@@ -20,7 +20,19 @@ from utils.errors import UserError, suggest
 from utils.files import PROJECT, expand
 from utils.option_type import Option
 from utils.options import GROUPS, MAY_DIFFER, OPTIONS
-from utils.runs import CONFIG, LAST, differing_options, is_named, refuse_if_in_use, run_folders
+from utils.runs import (
+    BEST,
+    CONFIG,
+    HUB_CONFIG,
+    HUB_WEIGHTS,
+    LAST,
+    best_checkpoint,
+    differing_options,
+    is_named,
+    options_file,
+    refuse_if_in_use,
+    run_folders,
+)
 
 # test.py accepts these options, and reads the others from the run's configs.yaml.
 TEST_OPTIONS = (
@@ -84,23 +96,29 @@ def parse_test_options(
     parser = _build_parser([OPTIONS[name] for name in names], description)
     parser.add_argument(
         "--config_file",
-        metavar="YAML",
+        metavar="RUN",
         type=expand,
         required=True,
-        help="configs.yaml of the run to evaluate",
+        help=f"folder of the run to evaluate or of tools/export.py --hub, or its {CONFIG} or "
+        f"{HUB_CONFIG}",
     )
     parser.add_argument(
         "--checkpoint",
         metavar="PTH",
         type=expand,
-        help="checkpoint (default: best.pth next to --config_file)",
+        help=f"checkpoint (default: {BEST}, or {HUB_WEIGHTS}, next to the file of options)",
     )
     extra(parser)
     given = vars(parser.parse_args(argv))
     known = (*TEST_OPTIONS, *_CHECKPOINT_OPTIONS)
     tool_options = {name: given.pop(name) for name in list(given) if name not in known}
-    config_file = Path(given.pop("config_file"))
-    checkpoint = Path(given.pop("checkpoint", None) or config_file.parent / "best.pth")
+    config_file = options_file(Path(given.pop("config_file")))
+    check(
+        config_file.exists(),
+        f"{config_file}: no such file; --config_file takes the folder of a run or of "
+        "tools/export.py --hub, or the file of options in it",
+    )
+    checkpoint = Path(given.pop("checkpoint", None) or best_checkpoint(config_file))
     args, notes = options_of_run(config_file, given if images else {**given, "image_cache": ""})
     return EasyDict(args, **tool_options), checkpoint, notes
 

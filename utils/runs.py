@@ -20,7 +20,9 @@ from utils.files import lock, remove_unfinished
 if TYPE_CHECKING:
     from utils.distributed import Processes
 
-LAST, AVERAGED, CONFIG = "last.pth", "averaged.pth", "configs.yaml"
+LAST, AVERAGED, BEST, CONFIG = "last.pth", "averaged.pth", "best.pth", "configs.yaml"
+# A run in Hugging Face's habit, as tools/export.py --hub writes it.
+HUB_CONFIG, HUB_WEIGHTS = "config.json", "model.safetensors"
 # Suffix of a TensorBoard file: 1 for a new run, 2 after its first resume, and so on.
 EVENTS = ".{:05d}"
 LAST_EPOCH = "last"  # in place of the split that selected a checkpoint, if none did
@@ -82,6 +84,20 @@ def open_run(args: EasyDict, processes: Processes) -> Path:
         lock(folder)
         remove_unfinished(folder)
     return processes.from_rank_0(folder)
+
+
+def options_file(place: Path) -> Path:
+    """The file of options of a run: `place`, or that in the folder `place` of a run or of
+    tools/export.py --hub. It need not exist."""
+    if place.is_file() or (place.suffix in (".yaml", ".yml", ".json") and not place.is_dir()):
+        return place
+    hub = place / HUB_CONFIG
+    return hub if hub.is_file() and not (place / CONFIG).is_file() else place / CONFIG
+
+
+def best_checkpoint(config: Path) -> Path:
+    """The best checkpoint of a run, next to its file of options."""
+    return config.with_name(HUB_WEIGHTS if config.name == HUB_CONFIG else BEST)
 
 
 def refuse_if_in_use(runs: Iterable[Path]) -> None:

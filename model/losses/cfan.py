@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.losses.aea import elastic_kl
 from model.losses.inputs import Encoded, Inputs, ModuleConfig, add_losses, apply_reduction
 from model.losses.irra import sdm
 from model.losses.layers import Float32Linear
 from model.losses.mlm import cross_modal_parts, cross_modal_tokens
+
+BLOCK = 2**20  # numbers of `membership` at a time: 4 MiB
 
 
 def cda(
@@ -122,13 +126,23 @@ def membership(queries_BKD: Tensor, feature_BD: Tensor, network: nn.Module) -> T
     """How much query k of sample i belongs to the feature of sample j, in [0, 1], [B, B, K].
 
     The mean over the channels of exp(-(1 - q t)^2 / (2 v^2)), of the normalised query q and feature
-    t, where v = exp(network(t)), 1e-6 at least. Needs B * B * K * D numbers at a time.
+    t, where v = exp(network(t)), 1e-6 at least. Of these B * B * K * D numbers, BLOCK (or those of
+    one sample's queries) are there at a time, also in the backward pass.
     """
     queries_BKD, feature_BD = (F.normalize(x, dim=-1) for x in (queries_BKD, feature_BD))
     # 1 / v^2 by its logarithm: v itself may overflow, and then its gradient is NaN.
     slope_BD = (-2 * network(feature_BD).clamp(min=math.log(1e-6))).exp() / -2
-    distance_BBKD = 1 - queries_BKD[:, None] * feature_BD[None, :, None]
-    return (distance_BBKD.square() * slope_BD[None, :, None]).exp().mean(dim=-1)
+
+    def of_block(queries_bKD: Tensor) -> Tensor:
+        distance_bBKD = 1 - queries_bKD[:, None] * feature_BD[None, :, None]
+        return (distance_bBKD.square() * slope_BD[None, :, None]).exp().mean(dim=-1)
+
+    rows = max(1, BLOCK // (feature_BD.numel() * queries_BKD.shape[1]))
+    if rows >= len(queries_BKD):
+        return of_block(queries_BKD)
+    # The backward pass computes each block again: none of their numbers are kept for it.
+    once_more = partial(checkpoint, of_block, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([once_more(block) for block in queries_BKD.split(rows)])
 
 
 def fta(

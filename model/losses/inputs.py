@@ -136,7 +136,8 @@ class BeforeEpoch:
         evaluate: computes values of every training sample. It takes a function of `Inputs` that
             gives values [B] of a batch by name, calls it for batches of `--batch_size` random
             samples, in evaluation mode and without gradients, and returns the values [N] in the
-            order of the samples, float32 on the CPU.
+            order of the samples, float32 on the CPU. `Inputs.images` and `sentence_SD` are there
+            only if the loss's own row needs them.
         noisy_N: which samples `--noise_rate` gave another caption, bool; for the log alone. None
             without that option.
         say: writes a line to the log.

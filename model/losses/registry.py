@@ -48,7 +48,8 @@ class Loss:
     # --accum_steps, the loss gets it of all samples
     outputs: Callable[[Encoded], dict[str, Tensor]] | None = None
     after: Callable[[Inputs], None] | None = None  # runs after all losses of a step
-    # runs before each epoch, and gives values of the training samples [N] by name
+    # runs before each epoch, and gives values of the training samples [N] by name; of the further
+    # images and FIRM's sentences it sees those that its own row needs
     before_epoch: Callable[[BeforeEpoch], dict[str, Tensor]] | None = None
     # a second feature [B, E] for the ranking, and the option that is E: a model's score is the mean
     # of the cosines of its features
@@ -176,11 +177,23 @@ def check_losses(names: Sequence[str], dataset: str, pairs: bool, attributes: bo
             )
 
 
+def check_backbone(names: Sequence[str], choice: str, is_resnet: bool) -> None:
+    """Raise UserError if a loss needs something that the backbone of `--pretrain_choice` lacks."""
+    for name in names:
+        if LOSSES[name].attention and is_resnet:
+            raise UserError(
+                f"--loss_names: '{name}' needs a class token that attends to patches, which the "
+                f"ResNet of --pretrain_choice {choice} does not have; give a ViT, such as "
+                f"--pretrain_choice ViT-B/16, or leave {name} out"
+            )
+
+
 def losses_table() -> str:
     """The table of losses in Markdown, for docs/training.md."""
     lines = ["| name | what it is | needs |", "|---|---|---|"]
     for name, row in LOSSES.items():
         needs = ["both views"] * row.pairs + ["attributes"] * row.attributes
+        needs += ["a ViT"] * row.attention
         needs += [" or ".join(f"`{n}`" for n in row.any_of)] if row.any_of else []
         needs += ["one of " + ", ".join(f"`{n}`" for n in row.one_of)] if row.one_of else []
         lines.append(f"| `{name}` | {row.meaning} | {', '.join(needs)} |")

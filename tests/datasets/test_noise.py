@@ -9,7 +9,7 @@ import torch
 from datasets.compact import TrainSamples
 from datasets.fingerprint import changes, fingerprint
 from datasets.loaders import train_loader
-from datasets.noise import exchange_captions
+from datasets.noise import exchange_captions, noise_note
 from datasets.records import Data, Gallery, Image, Split, TrainSample
 from datasets.text import tokenize
 from tests.datasets.test_compact import lines
@@ -49,11 +49,11 @@ def test_that_fraction_of_the_samples_exchange_their_captions(rate):
     assert data.noisy is None and [s.caption for s in data.train] == [s.caption for s in data_of(100).train]  # fmt: skip
     for before, after in zip(data.train, noisy.train, strict=True):
         assert replace(after, caption=before.caption) == before
-    note = (
+    assert noise_note(noisy, rate, 3) == (
         f"--noise_rate {rate}, --noise_seed 3: {number} of 100 training samples have exchanged "
         f"captions, {expected.sum()} of them now one of another identity"
     )
-    assert noisy.warnings == ["before", note] and data.warnings == ["before"]
+    assert noise_note(data, rate, 3) == "" and noisy.warnings == ["before"]
     assert noisy.splits is data.splits
 
 
@@ -76,7 +76,7 @@ def test_columns_give_the_same_samples_and_stay_columns():
 
 def test_of_one_identity_no_caption_is_wrong():
     noisy = exchange_captions(data_of(30, per_identity=30), 0.9, 0)
-    assert not noisy.noisy.any() and "0 of them now one of another" in noisy.warnings[-1]
+    assert not noisy.noisy.any() and "0 of them now one of another" in noise_note(noisy, 0.9, 0)
 
 
 @pytest.mark.parametrize(("count", "rate"), [(10, 0.1), (10, 0.14), (1, 0.9)])

@@ -204,8 +204,11 @@ def test_missing_and_malformed_files_are_refused_with_their_names(mini_copy, tmp
         UserError, match="--root_dir .*nowhere: no such folder; it must hold AG-ReID"
     ):
         read_tbagpr(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="folder AG-ReID is missing"):
-        read_tbagpr(tmp_path)
+    with pytest.raises(UserError, match="folder AG-ReID and folder G2APS-AG are missing"):
+        read_tbagpr(tmp_path / "mini/AG-ReID")
+    with pytest.raises(UserError, match="folder G2APS-AG is missing"):
+        (tmp_path / "one/AG-ReID").mkdir(parents=True)
+        read_tbagpr(tmp_path / "one")
     (mini_copy / VAL).write_text('{"captions": [')
     with pytest.raises(UserError, match=f"{VAL}: malformed JSON: .*line 1"):
         read_tbagpr(mini_copy)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.losses import cfan
 from model.losses.cfan import (
     cda,
     cda_of_views,
@@ -13,6 +14,7 @@ from model.losses.cfan import (
 )
 from model.losses.inputs import Inputs
 from model.losses.irra import sdm
+from processor.memory import PeakMemory
 from solver.build import settings_of
 from tests.helpers import baseline_features, baselines, filled, noise, options
 
@@ -160,6 +162,37 @@ def test_gradients_reach_queries_features_and_the_network():
     inputs = [x.requires_grad_() for x in fta_inputs()]
     fta(*inputs, PIDS, 5.0, net).backward()
     assert all(x.grad.any() for x in (*inputs, *net.parameters()))
+
+
+def gradients_in_blocks(block, inputs, net, monkeypatch):
+    """Memberships and the gradients of `fta`, with this many numbers at a time; and the most bytes
+    that are there at once."""
+    monkeypatch.setattr(cfan, "BLOCK", block)
+    values = [x.detach().requires_grad_() for x in (*inputs, *net.parameters())]
+    weights = dict(zip(("0.weight", "0.bias", "2.weight", "2.bias"), values[4:], strict=True))
+
+    def of(x):
+        return torch.func.functional_call(net, weights, (x,))
+
+    with PeakMemory() as memory:
+        pids = torch.arange(len(inputs[0])) // 2
+        fta(*values[:4], pids, 5.0, of).backward()
+        member = membership(values[0].detach(), values[2].detach(), net)
+    return member, [x.grad for x in values], memory.peak
+
+
+def test_memberships_in_blocks_are_the_same_with_a_fraction_of_the_memory(monkeypatch):
+    """Of blocks of one, several and all samples; the last block may be smaller."""
+    count, queries, dim = 32, 4, 32
+    inputs = [noise((count, queries, dim), j) for j in (0, 1)]
+    inputs += [noise((count, dim), j) for j in (2, 3)]
+    of_sample = queries * count * dim
+    whole = gradients_in_blocks(count * of_sample, inputs, network(dim), monkeypatch)
+    assert whole[2] > 3 * 4 * count * of_sample
+    for block in (1, 5 * of_sample):
+        member, gradients, peak = gradients_in_blocks(block, inputs, network(dim), monkeypatch)
+        assert member.equal(whole[0]) and peak < whole[2] / 3
+        torch.testing.assert_close(gradients, whole[1], rtol=1e-4, atol=1e-8)
 
 
 def test_queries_summarise_each_sample_alone_and_not_its_padding():

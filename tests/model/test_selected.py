@@ -90,7 +90,9 @@ def test_an_evaluation_has_the_scores_of_the_training_and_refuses_weights_withou
 def test_a_resnet_has_no_tokens_to_select(tmp_path):
     torch.save(Backbone(RESNET, (96, 32)).state_dict(), tmp_path / "rn.pt")
     args = options(pretrain_choice=str(tmp_path / "rn.pt"), loss_names="tal+tse")
-    with pytest.raises(UserError, match="a ResNet has no class token whose attention"):
+    with pytest.raises(
+        UserError, match="'tse' needs a class token .* ResNet of --pretrain_.*rn.pt"
+    ):
         build_model(args, ["tal", "tse"], num_classes=0)
 
 

@@ -5,28 +5,36 @@ import logging
 import pytest
 import torch
 
+from datasets import loaders
 from datasets.loaders import train_loader
 from model.build import build_training_model
 from model.losses import rde
 from model.losses.inputs import BeforeEpoch
-from model.losses.registry import LOSSES, Loss, check_losses
+from model.losses.registry import LOSSES, Loss, check_losses, more_images
 from processor.before_epoch import SampleValues
 from tests.helpers import SCRATCH, options, read
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
+FURTHER = ("nitc", "mvs", "simclr", "match2", "dot")
 
 
-def sample_values(mini_root, monkeypatch, before_epoch, **values):
-    """`SampleValues` of a loss that has this `before_epoch`."""
-    row = Loss("under development", lambda inputs: inputs.text_BD.sum(), before_epoch=before_epoch)
+def sample_values(mini_root, monkeypatch, before_epoch, others=(), needs=None, **values):
+    """`SampleValues` of a loss that has this `before_epoch`, beside others. `needs`: of its row."""
+    row = Loss("under development", lambda inputs: inputs.text_BD.sum(), before_epoch=before_epoch,
+               **(needs or {}))  # fmt: skip
     monkeypatch.setitem(LOSSES, "mine", row)
+    names = ["mine", *others]
     args = options(
-        **SCRATCH, loss_names="mine", dataset_name="AGDataAttr", img_size=[32, 16], **values
+        **SCRATCH,
+        loss_names="+".join(names),
+        dataset_name="AGDataAttr",
+        img_size=[32, 16],
+        **values,
     )
     data = read("AGDataAttr", mini_root)
-    loader = train_loader(data, args, CPU)
-    model = build_training_model(args, ["mine"], data.num_identities)
+    loader = train_loader(data, args, CPU, more_images=more_images(names))
+    model = build_training_model(args, names, data.num_identities)
     return SampleValues(model, loader, args, CPU, logging.getLogger()), data
 
 
@@ -62,6 +70,36 @@ def test_values_are_computed_once_for_an_epoch_and_kept_in_a_checkpoint(mini_roo
     assert calls == [0, 1] and samples.values["chance"].equal(state["values"]["chance"])
     with pytest.raises(ValueError, match="'chance' are not one for each training sample"):
         samples.load_state_dict({"epoch": 0, "values": {"chance": torch.zeros(3)}})
+
+
+@pytest.mark.parametrize("image", [None, "second"])
+def test_the_pass_makes_only_the_further_images_and_sentences_that_its_values_need(
+    image, mini_root, monkeypatch
+):
+    """Its values are to the bit those of a run without further images, and no random numbers of the
+    training move."""
+    made, augment = [], loaders.augment
+    monkeypatch.setattr(loaders, "augment", lambda name, *a: made.append(name) or augment(name, *a))
+
+    def before_epoch(context):
+        def of(inputs):
+            assert set(inputs.images) == ({image} if image else set())
+            assert inputs.sentence_SD is None
+            return {"cosine": (inputs.unit["text"] * inputs.unit["image"]).sum(dim=1)}
+
+        return context.evaluate(of)
+
+    needs = {"images": (image,)} if image else {}
+    with_more, _ = sample_values(mini_root, monkeypatch, before_epoch, FURTHER, needs, batch_size=5)
+    streams = torch.get_rng_state(), with_more.model.generator.get_state()
+    with_more.prepare(0, lambda: None)
+    assert set(made) == {"", "pair"} | ({image} if image else set())
+    assert streams[0].equal(torch.get_rng_state())
+    assert streams[1].equal(with_more.model.generator.get_state())
+    assert "second_uniform" in next(iter(with_more.loader))  # the training makes them
+    plain, _ = sample_values(mini_root, monkeypatch, before_epoch, (), needs, batch_size=5)
+    plain.prepare(0, lambda: None)
+    assert plain.values["cosine"].equal(with_more.values["cosine"])
 
 
 def test_a_mixture_finds_planted_noise_and_leaves_samples_without_a_loss_out():

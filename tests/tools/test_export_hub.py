@@ -64,13 +64,14 @@ def test_it_holds_no_classifier_no_queue_and_no_paths(trained, mini_root):
     assert sorted(f.name for f in hub.iterdir()) == ["README.md", "attributes.yaml", "config.json", "model.safetensors"]  # fmt: skip
 
 
+@pytest.mark.parametrize("place", ["hub", "hub/config.json"])
 def test_test_py_evaluates_it_with_the_same_metrics(
-    trained, mini_root, tmp_path, monkeypatch, capsys
+    place, trained, mini_root, tmp_path, monkeypatch, capsys
 ):
     folder, hub = trained
     shutil.copytree(hub, tmp_path / "hub")
-    words = ("--config_file", tmp_path / "hub/config.json", "--checkpoint", tmp_path / "hub/model.safetensors")  # fmt: skip
-    run(test_entry.main, monkeypatch, *words, "--root_dir", mini_root, "--num_workers", 0)
+    words = ("--config_file", tmp_path / place, "--root_dir", mini_root, "--num_workers", 0)
+    run(test_entry.main, monkeypatch, *words)
     printed = capsys.readouterr()
     assert "model.safetensors: cpu" in printed.out + printed.err  # and not "epoch None"
     written = [json.loads(p.read_text())["splits"] for p in (folder / "test_results.json", tmp_path / "hub/model_results.json")]  # fmt: skip

@@ -450,9 +450,46 @@ def test_a_row_with_other_weights_needs_their_option(table, mini_root, tmp_path)
     (tmp_path / "ham.pth").write_bytes(b"other")
     (other, _), _ = make_jobs(read_table(str(table(rows))), given, {})
     assert other.folder != ham.folder
-    given.ham += "x"
-    with pytest.raises(UserError, match=r"ham.pthx: No such file or directory \(--ham\)"):
+    given.ham, given.mllm4text = given.ham + "x", "none.pth"
+    both = r"none.pth: No such file or directory \(--mllm4text\); .*ham.pthx: No such .* \(--ham\)"
+    with pytest.raises(UserError, match=both):
         make_jobs(read_table(str(table(rows))), given, {})
+    make_jobs(read_table(str(table(ROWS[1:]))), given, {})  # no row needs them
+
+
+def test_all_data_sets_that_are_missing_are_named_before_a_job_starts(
+    table, rendered, tmp_path, monkeypatch, capsys, finish
+):
+    """Twice the same data set is named once. What can run does, unless it is --dry_run."""
+    out, trained = tmp_path / "out", []
+    names = ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid", "AGData", "AGSGData")
+    rows = [{"name": n, "options": {"dataset_name": n, "loss_names": "itc"}} for n in names]
+    (tmp_path / "data").mkdir()
+    words = (monkeypatch, table(rows), tmp_path / "data", out, "--seeds", 1)
+    finish("one", trained=trained)
+    missing = [
+        rf"--root_dir \S+/data: expected {name}/\S+ and {name}/imgs/ there"
+        for name in ("CUHK-PEDES", "ICFG-PEDES", "RSTPReid")
+    ]
+    sources = (
+        "--root_dir \\S+/data: folder AG-ReID and folder G2APS-AG are missing; expected \\S+ \\S+"
+    )
+    with pytest.raises(UserError, match=f"^{'; '.join([*missing, sources])}$"):
+        reproduce(*words)
+    (tmp_path / "data/ICFG-PEDES").symlink_to(rendered("ICFG-PEDES"))
+    some = f"{missing[0]}; {missing[2]}; {sources}"
+    with pytest.raises(UserError, match=f"^{some}$"):
+        reproduce(*words, "--dry_run")
+    assert not trained and not out.exists()
+    reproduce(*words)
+    assert re.search(
+        f"warning: jobs without their data will fail: {some}\n", capsys.readouterr().out
+    )
+    trained.clear()
+    shutil.rmtree(next(out.glob("small/cuhk*")))
+    with pytest.raises(UserError, match=f"^{missing[0]}$"):  # finished jobs need no data
+        reproduce(*words)
+    assert not trained
 
 
 def test_the_documents_name_every_table_and_the_rows_of_the_fields():

@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import pytest
 import yaml
@@ -134,6 +135,22 @@ def test_evaluation_reads_configs_of_the_original_with_tuple_tags_and_unknown_ke
     assert args.img_size == [384, 128] and args.milestones == [20, 50] and args.root_dir == "there"
     assert checkpoint == tmp_path / "best.pth"
     assert notes == [f"{path}: ignored, unknown here: foo"]
+
+
+def test_evaluation_finds_options_and_checkpoint_in_the_folder_of_a_run_or_of_an_export(tmp_path):
+    words = ["--config_file", str(tmp_path)]
+    for place, file in (("", "configs.yaml"), ("x", "x/configs.yaml"), ("x.yaml", "x.yaml")):
+        with pytest.raises(
+            UserError, match=f"^{tmp_path / file}: no such file; --config_file takes"
+        ):
+            parse_test_options(["--config_file", str(tmp_path / place)])
+    (tmp_path / "config.json").write_text('{"lr": 0.5}')
+    args, checkpoint, _ = parse_test_options(words)
+    assert args.lr == 0.5 and checkpoint == tmp_path / "model.safetensors"
+    assert parse_test_options([*words, "--checkpoint", "x.pth"])[1] == Path("x.pth")
+    (tmp_path / "configs.yaml").write_text("lr: 0.25")
+    args, checkpoint, _ = parse_test_options(words)
+    assert args.lr == 0.25 and checkpoint == tmp_path / "best.pth"
 
 
 def test_evaluation_refuses_options_of_training(tmp_path):
