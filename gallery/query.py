@@ -157,8 +157,8 @@ def groups_of(
     A hit joins the first group of which all of this holds: its best hit has a cosine of at least
     `threshold` with it; one of its hits is of the same video or folder, and of the same view,
     camera and source, at most SECONDS away (by the time in the video, or when the picture was
-    taken, or, if that is not known, when its file was written); none is in the same picture or of
-    another identity.
+    taken), or, if no time is known, in a copy of the same file; none is in the same picture or of
+    another identity. When a file was written does not count: a folder is copied in a moment.
     """
     groups: list[list[int]] = []
     by_scene: defaultdict[object, list[list[int]]] = defaultdict(list)
@@ -211,7 +211,7 @@ def _scene(item: dict[str, Any]) -> tuple[object, float]:
     folder = os.path.dirname(item["path"])
     if item["taken"] is not None:
         return ("taken", folder, *place), item["taken"].timestamp()
-    return ("written", folder, *place), item["mtime_ns"] / 1e9
+    return ("copies", item["digest"], *place), 0.0
 
 
 def _frame(item: dict[str, Any]) -> tuple[str, float | None]:
