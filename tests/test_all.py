@@ -380,6 +380,10 @@ def test_mistakes_are_reported_before_a_run_folder_is_made(mini_root, tmp_path, 
     check("needs attribute labels; AGData has none", dataset_name="AGData")
     check("--dataset_name TBAGPR: unknown", dataset_name="TBAGPR")
     check(
+        "--min_temperature 0.05 is above --temperature 0.02",
+        learn_temperature=True, min_temperature=0.05, temperature=0.02,
+    )  # fmt: skip
+    check(
         "nowhere.yaml: No such file or directory .--attributes_file", attributes_file="nowhere.yaml"
     )
     check("none.pth: no such file", finetune=tmp_path / "none.pth")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from datasets.registry import read_dataset
 from processor.results import CHECKPOINTS
@@ -18,6 +17,7 @@ from tools._reproduce_pairs import comparison
 from tools._reproduce_table import Table
 from tools.bench import measured_step
 from utils.console import say
+from utils.errors import UserError
 from utils.files import write_atomically
 from utils.metrics import METRICS, SHOWN, with_rsum
 from utils.tables import (
@@ -149,14 +149,18 @@ def plan(jobs: list[Job], left_out: dict[str, str]) -> str:
     rows = []
     per_epoch: dict[str, list[float]] = {}  # hours by a step's median, minimum and maximum
     total = [0.0] * 3
-    for job in tqdm(jobs, desc="measure steps", leave=False, disable=None):
+    for job in jobs:
         left = 0 if job.results else job.args.num_epoch - epochs_done(job)
         state = f"resumes after epoch {epochs_done(job)}" if left and job.last else "to run"
         state = "done" if job.results else "to evaluate" if not left else state
         if left and job.row not in per_epoch:
             data = read_dataset(job.args)
             steps = -(-len(data.train) // job.args.batch_size)
-            seconds = measured_step(job.args, data.has_pairs)
+            say(f"measuring steps of {job.row}: on a CPU this may take minutes", sys.stderr)
+            try:
+                seconds = measured_step(job.args, data.has_pairs)
+            except UserError as error:
+                raise UserError(f"row {job.row}: {error}") from None
             per_epoch[job.row] = [steps * one / 3600 for one in seconds]
         hours = [left * one for one in per_epoch[job.row]] if left else [0.0] * 3
         total = [a + b for a, b in zip(total, hours, strict=True)]

@@ -98,6 +98,11 @@ def check_training(args: EasyDict) -> None:
         f"--lora_rank {args.lora_rank} --pretrain_choice scratch: random weights are no base to "
         "update; give a checkpoint with --finetune",
     )
+    check(
+        not args.learn_temperature or args.min_temperature <= args.temperature,
+        f"--min_temperature {args.min_temperature:g} is above --temperature {args.temperature:g}, "
+        "from which --learn_temperature starts; lower it, or raise the temperature",
+    )
     if args.precision == "half" and args.optimizer != "SGD":
         # Below fp16's smallest number Adam's second moment is 0. The update is then
         # lr * gradient / eps instead of about lr: a hundred times lr at this limit.

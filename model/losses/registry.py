@@ -119,9 +119,11 @@ def parse_loss_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split("+")]
     for name in names:
         if name not in LOSSES:
+            hint = suggest(name.lower(), LOSSES)
+            if not name.isidentifier():  # such as "sdm,id,mlm", or nothing after a +
+                hint = " Names are joined by +, as in sdm+id+mlm."
             raise UserError(
-                f"--loss_names {text}: unknown loss '{name}'.{suggest(name, LOSSES)} "
-                f"Known: {', '.join(LOSSES)}"
+                f"--loss_names {text}: unknown loss '{name}'.{hint} Known: {', '.join(LOSSES)}"
             )
         if names.count(name) > 1:
             raise UserError(f"--loss_names {text}: '{name}' is named twice")

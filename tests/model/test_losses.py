@@ -178,7 +178,13 @@ def test_the_papers_recipe_and_the_default_are_accepted():
     ("text", "dataset_has", "message"),
     [
         ("supkI", {}, r"unknown loss 'supkI'. Did you mean 'supkl'\? Known: supkl"),
-        ("", {}, "unknown loss ''"),
+        ("", {}, "unknown loss ''. Names are joined by +"),
+        (
+            "sdm,id,mlm",
+            {},
+            r"unknown loss 'sdm,id,mlm'. Names are joined by \+, as in sdm\+id\+mlm",
+        ),
+        ("SDM+id", {}, "unknown loss 'SDM'. Did you mean 'sdm'"),
         ("sdm+sdm", {}, "'sdm' is named twice"),
         ("sdm+queue", {}, "'queue' needs supkl or supitc too"),
         ("match2", {}, "'match2' needs exactly one of dot, cat"),

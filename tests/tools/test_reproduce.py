@@ -371,10 +371,19 @@ def test_a_dry_run_lists_jobs_with_hours_and_what_is_left_out(
 ):
     rows = [ROWS[0], {"name": "from MLLM4Text-ReID", "needs": "mllm4text"}]
     run(tool.main, monkeypatch, *arguments(table(rows), mini_root, tmp_path / "out", "--seeds", 1, "--dry_run"))  # fmt: skip
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
     assert "to run" in shown and "needs --mllm4text" in shown and "hours of training" in shown
+    assert f"measuring steps of {ROWS[0]['name']}" in progress
     assert len(re.findall(r"[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)", shown)) == 2  # a job, and all
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_names_the_row_whose_losses_cannot_work_together(
+    table, mini_root, tmp_path, monkeypatch
+):
+    path = table([{"name": "no TAL", "options": {"loss_names": "ccd"}}])
+    with pytest.raises(UserError, match="row no TAL: --loss_names ccd: 'ccd' needs tal too"):
+        run(tool.main, monkeypatch, *arguments(path, mini_root, tmp_path / "out", "--dry_run"))
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda p: p.stem)
