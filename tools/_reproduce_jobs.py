@@ -28,7 +28,7 @@ from utils.attributes import read_attributes
 from utils.checkpoint import load_checkpoint
 from utils.config import read_yaml, resolve
 from utils.documents import load_json
-from utils.errors import UserError
+from utils.errors import UserError, suggest
 from utils.files import PROJECT, add_to_hash, read_file
 from utils.metrics import METRICS
 from utils.options import MAY_DIFFER, OPTIONS, SAME_RESULTS
@@ -129,6 +129,13 @@ def make_jobs(
     for weights that cannot be read.
     """
     jobs, left_out = [], {}
+    names = [row["name"] for row in table.rows]
+    for name in given.rows:
+        if name not in names:
+            raise UserError(
+                f"--rows: {table.name} has no row '{name}'.{suggest(name, names)} Rows: "
+                f"{', '.join(names)}"
+            )
     data, hashes = hash_folder(Path(given.root_dir)), _weights(table, given)
     for row in table.rows:
         needed = row.get("needs", "")
@@ -142,6 +149,7 @@ def make_jobs(
         if needed:
             values["finetune"] = getattr(given, needed)
             weights = hashes[needed]
+        of_row = []
         for seed in given.seeds:
             name = f"{slug(row['name'])}-seed{seed}"
             try:
@@ -151,7 +159,11 @@ def make_jobs(
             sentences = [list(vars(a).values()) for a in read_attributes(args.attributes_file)]
             prefix = Path(given.output_dir, table.name, name)
             folder = job_folder(prefix, args, [data, weights, sentences])
-            jobs.append(Job(row["name"], seed, args, folder))
+            of_row.append(Job(row["name"], seed, args, folder))
+        if given.rows and row["name"] not in given.rows:
+            of_row = [job for job in of_row if job.results]
+            left_out |= {} if of_row else {row["name"]: "not in --rows"}
+        jobs += of_row
     return jobs, left_out
 
 
@@ -311,7 +323,8 @@ def mark_other_code(jobs: list[Job], now: dict[str, str], strict: bool) -> str:
     then = "they are trained again" if strict else "--strict trains them again"
     versions = f"{', '.join(commits) or 'modified'}; now {now['commit']}"
     versions = re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}", r"\1", versions)  # as git shortens them
-    return f"{len(others)} of {len(jobs)} jobs ran with other code ({versions}): {then}"
+    count = f"{len(others)} of {len(jobs)}"
+    return f"{count} jobs ran, at least in part, with other code ({versions}): {then}"
 
 
 def epochs_logged(job: Job) -> int:

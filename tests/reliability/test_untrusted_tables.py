@@ -104,7 +104,7 @@ def test_an_option_that_the_tool_sets_is_refused_in_a_row(table, mini_root, tmp_
     attempt("1", "a row with options: {seed: 7}", "ignored", error.value)
     rows = [{"name": "x", "options": {"warmup_epochs": 9}}]
     args = argparse.Namespace(
-        root_dir=mini_root, seeds=[1], output_dir=tmp_path, mllm4text="", ham=""
+        root_dir=mini_root, seeds=[1], output_dir=tmp_path, mllm4text="", ham="", rows=[]
     )
     with pytest.raises(UserError, match="small, row x: --warmup_epochs 9 must be less"):
         make_jobs(read_table(str(table(rows=rows))), args, {})

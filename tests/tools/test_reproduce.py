@@ -61,6 +61,7 @@ def jobs_of(table, root, out="x", seeds=(1,), **options):
         "output_dir": str(out),
         "mllm4text": "",
         "ham": "",
+        "rows": [],
     }
     jobs, _ = make_jobs(read_table(str(table)), argparse.Namespace(**given), options)
     return jobs
@@ -204,6 +205,20 @@ def test_a_killed_table_resumes_to_the_same_metrics(table, mini_root, tmp_path, 
     assert "resumed after" in console
 
 
+def test_rows_that_are_named_are_trained_and_the_others_stay(
+    table, mini_root, tmp_path, monkeypatch, capsys, finish
+):
+    trained, out, path = [], tmp_path / "out", table(ROWS)
+    finish("one", trained=trained)
+    first, second = (row["name"] for row in ROWS[:2])
+    assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, "--rows", second) == 0
+    assert trained == [second] and "not in --rows" in capsys.readouterr().out
+    assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, "--rows", first) == 0
+    assert trained == [second, first] and "not in --rows" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"--rows: small has no row 'itx'. Did you mean '{second}'"):
+        run(tool.main, monkeypatch, *arguments(path, mini_root, out, "--rows", "itx"))
+
+
 def test_other_data_options_or_seeds_make_other_jobs(table, mini_root, mini_copy, tmp_path):
     def keys(root, *more, **options):
         return [job.folder.name for job in jobs_of(path, root, *more, **options)]
@@ -249,7 +264,7 @@ def test_other_code_keeps_finished_jobs_with_a_note_and_strict_trains_them_again
     assert reproduce(monkeypatch, path, mini_root, out, "--seeds", 1, 2) == 0
     shown = capsys.readouterr().out
     assert shown.count("other code") == 1 and len(trained) == 4
-    assert ("2 of 4 jobs ran with other code (commit of one; now commit of two): "
+    assert ("2 of 4 jobs ran, at least in part, with other code (commit of one; now commit of two): "
             "--strict trains them again") in shown  # fmt: skip
     codes = [[v["sources"] for v in r["code"]] for r in done(out).values()]
     assert sorted(codes) == [["one"], ["one"], ["two"], ["two"]]
@@ -452,7 +467,7 @@ def test_a_row_with_other_weights_needs_their_option(table, mini_root, tmp_path)
     rows = [{**ROWS[1], "name": n, "needs": n} for n in WEIGHTS] + ROWS[1:]
     (tmp_path / "ham.pth").write_bytes(b"weights")
     given = argparse.Namespace(root_dir=str(mini_root), seeds=[1], output_dir="x", mllm4text="",
-                               ham=str(tmp_path / "ham.pth"))  # fmt: skip
+                               rows=[], ham=str(tmp_path / "ham.pth"))  # fmt: skip
     (ham, itc), left_out = make_jobs(read_table(str(table(rows))), given, {})
     assert ham.args.finetune == given.ham and itc.args.finetune == ""
     assert left_out == {"mllm4text": "needs --mllm4text, a checkpoint of MLLM4Text-ReID"}
