@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--table", required=True, type=expand, help=f"{names}, or a YAML file")
     add("--root_dir", required=True, type=expand, help="folder that holds the data set")
     add("--rows", nargs="+", default=[], metavar="NAME",
-        help="train only these rows; of others the table has what is done (default: all)")  # fmt: skip
+        help="train only these; the other rows have what is done (default: all)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[1, 2, 3],
         help="train each row with each seed (default: 1 2 3)")  # fmt: skip
     add("--output_dir", default="logs/reproduce", type=expand,
