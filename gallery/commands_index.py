@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from gallery.onnx import OnnxEncoder
 
 BROKEN = "broken.json"  # in the gallery: what could not be read
-SHOWN = 5  # broken files in the log
+SHOWN = 5  # broken files, or folders without files, in the log
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -303,6 +304,22 @@ def _planned(
     }  # fmt: skip
     shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     log.info(f"{args.gallery}: files: {shown or 'none'}")
+    if plan.away:
+        words = ["--gallery", str(args.gallery), "--path", *sorted(plan.away)[:SHOWN]]
+        more = " ..." if len(plan.away) > SHOWN else ""
+        log.warning(
+            f"{args.gallery}: {sum(plan.away.values())} people stay though their folders have no "
+            "files now: a disk may be away; if they are gone for good: python search.py delete "
+            f"{shlex.join(words)}{more}"
+        )
+    if plan.moved:
+        now, once = plan.moved[0]
+        log.warning(
+            f"{args.gallery}: {len(dict(plan.moved))} new files have the content of files that are "
+            f"gone, but whose people stay, such as {now}, once {once}: if they have moved, give "
+            "--root, where the gallery's paths begin now, or take the old ones out with search.py "
+            "delete --path"
+        )
     return store, plan, apply_plan(plan, store)
 
 

@@ -240,19 +240,28 @@ def _lines(path: str, option: str) -> Iterator[str]:
 
 def _walk(found: Found, root: str, suffixes: tuple[str, ...], named: str) -> Iterator[str]:
     """Files with these suffixes in a folder and those below it, in order; hidden ones are left out,
-    since macOS writes such files beside pictures. Raises UserError if the folder cannot be
-    listed."""
+    since macOS writes such files beside pictures. Links to folders come last, and no folder comes
+    twice. Raises UserError if the folder cannot be listed."""
 
     def fail(error: OSError) -> None:
         if error.filename == root:
             raise UserError(f"{named}: {error.strerror}")
         found.broken.append((str(error.filename), error.strerror or str(error)))
 
-    for folder, folders, files in os.walk(root, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield os.path.join(folder, name)
+    # Those that hold the folder are left out too: a link up to one would be a loop.
+    visited = {str(parent) for parent in Path(os.path.realpath(root)).parents}
+    tops = [root]
+    for top in tops:  # grows
+        for folder, folders, files in os.walk(top, onerror=fail):
+            if (real := os.path.realpath(folder)) in visited:
+                folders.clear()
+                continue
+            visited.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            tops += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+            for name in sorted(files):
+                if name.lower().endswith(suffixes) and not name.startswith("."):
+                    yield os.path.join(folder, name)
 
 
 def _csv(path: Path, _: float) -> Iterator[tuple[str, Person]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,9 @@ class Plan:
         known: files whose features stay, but of whose people or file something else has changed;
             with the file's digest.
         unchanged: number of files with nothing to do.
+        away: people who stay, by the folder that has no files now.
+        moved: (new path, old path) of new files with the content of files that are gone, but are
+            not below what was given; the people of both are in the gallery.
     """
 
     jobs: list[Job] = field(default_factory=list)
@@ -45,6 +49,8 @@ class Plan:
     gone: set[str] = field(default_factory=set)
     known: list[Done] = field(default_factory=list)
     unchanged: int = 0
+    away: Counter[str] = field(default_factory=Counter)
+    moved: list[tuple[str, str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -65,16 +71,35 @@ def make_plan(found: Found, store: Store, how: Mapping[bool, str]) -> Plan:
                 plan.broken.append((path, status))
             else:
                 jobs.append(_job(file, path, *status, how[file.is_video]))
-        known = _known_files(store, _stored_roots(found.roots, root))
+        roots = _stored_roots(found.roots, root)
+        known = _known_files(store, roots)
         listed = {job.path for job in jobs}
+        named = {stored_path(file, root) for file in found.files}
         absent = [path for path in known if path not in listed]
         places = [os.path.join(root, path) for path in absent]
         column = pa.chunked_array([pa.array(absent, pa.string())])
         boxed = below(column, _stored_roots(found.boxed, root))
+        there = [job.file for job in jobs]
+        missing: dict[str, str] = {}  # by path, the place
         for path, gone, in_boxed in zip(absent, threads.map(_is_gone, places), boxed, strict=True):
             request = known[path][FILE_COLUMNS.index("request")] if known[path] else ""
-            if gone or (in_boxed and BOXES in request):
+            if in_boxed and BOXES in request and path not in named:
                 plan.gone.add(path)
+            elif gone:
+                missing[path] = os.path.join(root, path)
+            if not gone:
+                there.append(os.path.join(root, path))
+        away = _away(missing, there, found.roots)
+        new = [job for job in jobs if job.path not in known]
+        for job, path in _moved(store, new, roots, set(away), threads):
+            if path in away:
+                del away[path]
+            else:
+                plan.moved.append((job.file, os.path.join(root, path)))
+        plan.gone |= set(missing) - set(away)
+        for part in store.parts if away else ():
+            paths = store.read(part, "items", ["path"])["path"].to_pylist()
+            plan.away.update(away[path] for path in paths if path in away)
         digests = threads.map(lambda job: _digest_if_needed(job, known.get(job.path)), jobs)
         for job, digest in zip(jobs, digests, strict=True):
             _compare(plan, job, known.get(job.path), digest)
@@ -144,10 +169,73 @@ def _digest_if_needed(job: Job, known: tuple[Any, ...] | None) -> str:
     """The digest of a file of the same size with another time; "" for others."""
     if not known or known[0] != job.size or known[1] == job.mtime_ns:
         return ""
+    return _digest(job)
+
+
+def _digest(job: Job) -> str:
+    """The digest of a file; "" if it cannot be read."""
     try:
         return digest_of(job.file, job.is_video)
     except (OSError, UserError):
         return ""  # reading it reports why
+
+
+def _away(missing: Mapping[str, str], there: Iterable[str], roots: Sequence[str]) -> dict[str, str]:
+    """For each missing file (path: place) in a folder that has no files now, also not below it,
+    that folder: the uppermost such one, but none above the roots. Its disk may be away."""
+    alive = {"/"}
+    for file in there:
+        folder = _folder(file)
+        while folder not in alive:
+            alive.add(folder)
+            folder = os.path.dirname(folder)
+    away = {}
+    for path, place in missing.items():
+        folder = _folder(place)
+        if folder not in alive:
+            while folder not in roots and (above := os.path.dirname(folder)) not in alive:
+                folder = above
+            away[path] = folder
+    return away
+
+
+def _folder(path: str) -> str:
+    """The folder of a file, or of the tar that it is in."""
+    member = split_member(path)
+    return os.path.dirname(path if member is None else member.tar)
+
+
+def _moved(
+    store: Store,
+    new: Sequence[Job],
+    roots: Sequence[str],
+    away: set[str],
+    threads: ThreadPoolExecutor,
+) -> list[tuple[Job, str]]:
+    """New files with the content of files that are gone, with the paths of these: of those in
+    `away`, and of those that are not below the roots. Only files of equal size are read."""
+    sizes = pa.array(sorted({job.size for job in new}), pa.int64())
+    old: list[tuple[str, int, str]] = []  # path, size, digest
+    for part in store.parts if new else ():
+        files = store.read(part, "files")
+        files = files.filter(pc.is_in(files["size"], value_set=sizes))
+        inside = below(files["path"], roots)
+        columns = (files[name].to_pylist() for name in ("path", "size", "digest"))
+        for row, is_inside in zip(zip(*columns, strict=True), inside, strict=True):
+            if row[0] in away or not is_inside:
+                old.append(row)
+    places = (os.path.join(store.manifest["root"], path) for path, _, _ in old)
+    old = [row for row, gone in zip(old, threads.map(_is_gone, places), strict=True) if gone]
+    paths = defaultdict(list)
+    for path, _, digest in old:
+        paths[digest].append(path)
+    old_sizes = {size for _, size, _ in old}
+    read = [job for job in new if job.size in old_sizes]
+    return [
+        (job, path)
+        for job, digest in zip(read, threads.map(_digest, read), strict=True)
+        for path in paths.pop(digest, ())
+    ]
 
 
 def _known_files(store: Store, roots: Sequence[str]) -> dict[str, tuple[Any, ...]]:

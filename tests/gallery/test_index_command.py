@@ -142,6 +142,75 @@ def test_a_folder_that_is_missing_or_cannot_be_listed_loses_nobody(
     assert entry == {"path": str(photos / "more"), "reason": "Permission denied"}
 
 
+@pytest.mark.parametrize("is_missing", [False, True], ids=["empty", "missing"])
+def test_people_of_a_folder_without_pictures_stay_with_a_line_until_they_are_deleted(
+    is_missing, index, photos, tmp_path, monkeypatch, capsys
+):
+    (photos / "more/deep").mkdir()
+    picture(photos / "more/deep/8.jpg", seed=8)
+    before = by_path(index("--images", photos))
+    (photos / "more").rename(tmp_path / "away")
+    if not is_missing:
+        (photos / "more/deep").mkdir(parents=True)  # where nothing is mounted
+    (photos / "0.jpg").unlink()
+    capsys.readouterr()
+    after = by_path(index("--images", photos))
+    assert sorted(set(before) - set(after)) == ["0.jpg"]
+    shown = capsys.readouterr().out
+    assert shown.count("stay") == 1 and "3 people stay though their folders" in shown
+    assert f"delete --gallery {tmp_path / 'gallery'} --path {photos / 'more'}\n" in shown
+    run(search.main, monkeypatch, "delete", "--gallery", tmp_path / "gallery", "--path", photos / "more")  # fmt: skip
+    capsys.readouterr()
+    assert len(index("--images", photos).items) == 3
+    assert "stay" not in capsys.readouterr().out
+
+
+def test_a_folder_that_is_there_again_is_unchanged_and_loses_single_pictures(
+    index, photos, tmp_path, read_files
+):
+    before = by_path(index("--images", photos))
+    (photos / "more").rename(tmp_path / "away")
+    index("--images", photos)
+    (tmp_path / "away").rename(photos / "more")
+    (photos / "more/4.jpg").unlink()
+    after = by_path(index("--images", photos))
+    assert sorted(set(before) - set(after)) == ["more/4.jpg"] and read_files[1:] == [[], []]
+
+
+def test_people_of_boxes_stay_while_the_folder_of_their_pictures_is_away(index, photos, tmp_path):
+    (tmp_path / "b.csv").write_text("path,left,top,width,height\n0.jpg,0,0,30,40\nmore/4.jpg,0,0,9,9\n")  # fmt: skip
+    words = ("--images", photos, "--boxes", tmp_path / "b.csv")
+    before = by_path(index(*words))
+    (photos / "more").rename(tmp_path / "away")
+    assert by_path(index(*words)) == before
+    (tmp_path / "b.csv").write_text("path,left,top,width,height\n0.jpg,0,0,30,40\n")
+    assert sorted(by_path(index(*words))) == ["0.jpg"]
+
+
+def test_a_folder_that_was_renamed_below_the_named_one_is_not_there_twice(index, photos, capsys):
+    index("--images", photos)
+    (photos / "more").rename(photos / "renamed")
+    capsys.readouterr()
+    after = by_path(index("--images", photos))
+    assert sorted(after)[-2:] == ["renamed/4.jpg", "renamed/5.jpg"] and len(after) == 6
+    shown = capsys.readouterr().out
+    assert "2 gone" in shown and "stay" not in shown
+
+
+def test_pictures_that_have_moved_out_of_what_is_named_are_told(index, photos, tmp_path, capsys):
+    index("--images", photos)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(photos, moved)
+    index("--images", moved)  # the old ones are there too
+    assert "have the content" not in capsys.readouterr().out
+    shutil.rmtree(moved)
+    photos.rename(tmp_path / "again")
+    assert len(index("--images", tmp_path / "again").items) == 18
+    shown = capsys.readouterr().out
+    assert "6 new files have the content of files that are gone" in shown
+    assert "give --root" in shown and "delete --path" in shown
+
+
 def test_nothing_to_index_leaves_no_gallery(index, photos, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/a.md").write_text("mine")

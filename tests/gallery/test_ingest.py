@@ -42,6 +42,20 @@ def test_pictures_come_from_folders_files_and_lists_and_hidden_ones_stay_out(tmp
     assert [(f.file, f.is_video) for f in videos.files.values()] == [(f"{tmp_path}/a/v.mp4", True)]
 
 
+def test_links_to_folders_are_followed_and_each_folder_comes_once(tmp_path):
+    touch(tmp_path, "top/z/1.jpg", "disk/2.jpg", "disk/deep/3.jpg", "4.jpg")
+    for link, folder in (
+        ("top/a", "z"), ("top/b", "../disk"), ("top/c", "../disk/deep"), ("top/z/loop", ".."),
+        ("disk/loop", "."), ("top/up", "../.."), ("top/lost", "nowhere"), ("top/.hidden", "../disk"),
+    ):  # fmt: skip
+        (tmp_path / link).symlink_to(folder)
+    found = Found()
+    add_pictures(found, [str(tmp_path / "top")], None)
+    names = ["z/1.jpg", "b/2.jpg", "b/deep/3.jpg"]
+    assert list(found.files) == [f"{tmp_path}/top/{name}" for name in names]
+    assert not found.broken
+
+
 def test_boxes_of_a_csv_file_with_view_camera_and_identity(tmp_path):
     touch(tmp_path, "in/1.jpg", "in/2.jpg")
     (tmp_path / "boxes.csv").write_text(
