@@ -84,15 +84,15 @@ def run(args: argparse.Namespace) -> None:
         for name in map(str, args.identity or args.path or args.id or ()):
             if ids and name not in matched:
                 say(visible(f"{folder}: has nobody of {name}"))
-        if args.dry_run:
-            total = sum(part["rows"] for part in store.parts)
-            say(visible(f"{folder}: {len(ids)} of {total} people would be deleted"))
-            return
-        for copy in copies:
+        for copy in () if args.dry_run else copies:
             if count := copy.drop(store, ids):
                 say(visible(f"{copy.address}: {count} people left it who were in it alone"))
         if not ids:
             raise UserError(f"--gallery {folder}: has nobody of these; nothing is deleted")
+        if args.dry_run:
+            total = sum(part["rows"] for part in store.parts)
+            say(visible(f"{folder}: {len(ids)} of {total} people would be deleted"))
+            return
         # First, because it has the features too, in short codes.
         indexed = remove_index(folder / INDEX)
         store.commit(parts)

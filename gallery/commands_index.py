@@ -17,14 +17,24 @@ from tqdm import tqdm
 
 from gallery.copies import Copy, stores
 from gallery.indexing import ProgressLines, Report, encode_parts
-from gallery.ingest import VIEWS, Found, add_boxes, add_dataset, add_pictures, add_videos
+from gallery.ingest import (
+    VIEWS,
+    Found,
+    Missing,
+    add_boxes,
+    add_dataset,
+    add_pictures,
+    add_videos,
+)
 from gallery.manifest import IDENTITY, MANIFEST, NEXT, libraries, new_manifest, read_manifest
 from gallery.milvus import FORM, STORE_HELP, MilvusError, check_installed, store_option
 from gallery.moved import make_relative
+from gallery.onnx import is_export
 from gallery.parts import damaged_parts
+from gallery.paths import below, stored_path
 from gallery.pictures import import_av
 from gallery.plan import Plan, apply_plan, make_plan
-from gallery.store import Store, writing
+from gallery.store import Gallery, Store, writing
 from utils.console import process_rank
 from utils.errors import StoppedBySignal, UserError
 from utils.files import expand, path_option, write_atomically
@@ -39,6 +49,9 @@ if TYPE_CHECKING:
 
 BROKEN = "broken.json"  # in the gallery: what could not be read
 SHOWN = 5  # broken files, or folders without files, in the log
+
+
+GONE = "people whose pictures are gone for good leave by search.py delete --path"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +186,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--img_size: a run has its own; only with --pretrain_choice")
     if args.config_file and not os.path.exists(args.config_file):
         raise UserError(f"--config_file {args.config_file}: no such file or folder")
+    if args.config_file and is_export(args.config_file):
+        raise UserError(
+            f"--config_file {args.config_file}: an export in ONNX; give it with --onnx instead"
+        )
     if args.checkpoint != "best.pth" and not args.config_file:
         raise UserError(f"--checkpoint {args.checkpoint}: one of a run; only with --config_file")
     if args.onnx and args.detect:
@@ -247,6 +264,16 @@ def _differences(encoder: Encoder | OnnxEncoder, manifest: Mapping[str, Any]) ->
 def _found(args: argparse.Namespace) -> Found:
     """Everything that the options name. Raises UserError."""
     found = Found()
+    try:
+        _add_sources(found, args)
+    except Missing as error:
+        if _has_people_of(args.gallery, error.path):
+            raise UserError(f"{error}; {GONE}") from None
+        raise
+    return found
+
+
+def _add_sources(found: Found, args: argparse.Namespace) -> None:
     if args.dataset_name:
         attributes = args.attributes_file or OPTIONS["attributes_file"].default
         add_dataset(found, args.dataset_name, args.root_dir, args.split, attributes, args.view)
@@ -255,7 +282,17 @@ def _found(args: argparse.Namespace) -> Found:
     else:
         add_pictures(found, args.images, args.view)
     add_videos(found, args.videos, args.view)
-    return found
+
+
+def _has_people_of(folder: Path, path: str) -> bool:
+    """Whether there is a gallery that has people of a picture, a video or a folder."""
+    try:
+        gallery = Gallery.open(folder, features=False)
+    except UserError:
+        return False
+    root = gallery.manifest["root"]
+    kept = "" if path == root else stored_path(path, root)
+    return bool(below(gallery.items["path"], [kept, path]).any())
 
 
 def _planned(

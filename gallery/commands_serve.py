@@ -111,7 +111,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port}: {reason}; choose another, such as --port {port + 1}"
+            f"--host {host} --port {port}: {reason}; choose another; --port 0 is any free one"
         ) from None
     # For its connections too: without it, the end of a short answer comes 40 ms later.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gallery.manifest import check_encoder
-from gallery.onnx import OnnxEncoder
+from gallery.onnx import OnnxEncoder, is_export
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ def encoder_of(
     """The encoder that asks a gallery: where `run` or `onnx` say, or else where the manifest does.
     Raises UserError, also if it is not the one that made the gallery."""
     about = manifest["encoder"]
+    if run and is_export(run):
+        raise UserError(f"--encoder {run}: an export in ONNX; give it with --onnx instead")
     folder = onnx or (None if run else about.get("onnx"))
     if not onnx:
         _check_place(about, run)
@@ -45,5 +47,10 @@ def _check_place(about: Mapping[str, Any], run: str | Path | None) -> None:
     else:
         place, mend = about["onnx"], "--onnx FOLDER"
     if place and not os.path.exists(place):
-        known = f"--encoder {run}: not there" if run else f"{place}: the encoder was moved"
-        raise UserError(f"{known}; say where the gallery's encoder is now: {mend}")
+        if run:
+            raise UserError(
+                f"--encoder {run}: no such file or folder; {about['name']} made the gallery"
+            )
+        raise UserError(
+            f"{place}: the encoder was moved; say where the gallery's encoder is now: {mend}"
+        )

@@ -148,8 +148,9 @@ def _write_sheet(
     say(f"wrote {visible(args.sheet)}", sys.stderr)  # with --json, stdout has lines of JSON alone
     if missing:
         text = (
-            f"{len(missing)} of {len(hits)} hits have no picture there: {missing[0]}; if the "
-            "pictures were moved, give --root at the next index"
+            f"{len(missing)} of {len(hits)} hits have no picture there: "
+            f"{missing[0].removesuffix(' Replace the file.').removesuffix('.')}; if the pictures "
+            "were moved, give --root at the next index"
         )
         say(visible(text), sys.stderr)
 

@@ -32,7 +32,18 @@ VIDEOS = (
 VIEWS = ("aerial", "ground")
 BOX = ("left", "top", "width", "height")
 LARGEST = 10**6  # pixels, of a box's side and place
-GONE = "people whose pictures are gone for good leave by search.py delete --path"
+
+
+class Missing(UserError):
+    """What is to be indexed is not there.
+
+    Attributes:
+        path: absolute.
+    """
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class Person(NamedTuple):
@@ -205,7 +216,7 @@ def _listed(
         if _is_folder(path, named):
             files = _walk(found, path, suffixes, named)
             if (first := next(files, None)) is None:
-                raise UserError(f"{named}: no {' '.join(suffixes)} is in this folder; {GONE}")
+                raise Missing(f"{named}: no {' '.join(suffixes)} is in this folder", path)
             yield from ((file, os.path.basename(path)) for file in chain([first], files))
         elif not path.lower().endswith(suffixes):
             other = "--videos" if suffixes is PICTURES else "--images"
@@ -222,8 +233,9 @@ def _is_folder(path: str, named: str) -> bool:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-    quoted = "leave out the quotes around * and ?, for the shell" if set("*?") & set(path) else GONE
-    raise UserError(f"{named}: {reason}; {quoted}")
+    if set("*?") & set(path):
+        reason = f"{reason}; leave out the quotes around * and ?, for the shell"
+    raise Missing(f"{named}: {reason}", path)
 
 
 def _lines(path: str, option: str) -> Iterator[str]:
@@ -233,9 +245,14 @@ def _lines(path: str, option: str) -> Iterator[str]:
             for line in file:
                 if text := line.strip():
                     yield os.path.join(os.path.dirname(path), expand(text))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} @{path}: not readable as a list of paths: {reason}") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{option} @{path}: not a text in UTF-8; after @ comes a list of paths, one a line"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{option} @{path}: not readable as a list of paths: {error.strerror}"
+        ) from None
 
 
 def _walk(found: Found, root: str, suffixes: tuple[str, ...], named: str) -> Iterator[str]:
@@ -294,11 +311,12 @@ def _coco(path: Path, min_score: float) -> Iterator[tuple[str, Person]]:
         content = read_json_file(path)
     except UserError as error:
         raise UserError(f"--boxes {error}") from None
-    parts = [_of_type(content, dict, path, "an object").get(name) for name in
-             ("images", "categories", "annotations")]  # fmt: skip
-    if not all(isinstance(part, list) for part in parts):
+    names = ("images", "categories", "annotations")
+    parts = [_of_type(content, dict, path, "an object").get(name) for name in names]
+    if missing := [n for n, part in zip(names, parts, strict=True) if not isinstance(part, list)]:
         raise UserError(
-            f"--boxes {path}: not COCO's form: lists of images, categories, annotations"
+            f"--boxes {path}: not COCO's form, which has lists of {', '.join(names)}; missing: "
+            f"{', '.join(missing)}"
         )
     images, categories, annotations = parts
     try:

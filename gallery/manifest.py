@@ -99,7 +99,10 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not the manifest of a gallery: {error}") from None
+        mend = f"if {folder} is a gallery, delete the whole folder and index again"
+        if name == NEXT:
+            mend = "delete this file, and give index --reencode again"
+        raise UserError(f"{path}: not the manifest of a gallery: {error}; {mend}") from None
     return manifest
 
 

@@ -139,6 +139,15 @@ def _providers(runtime: Any, device: str) -> list[str]:
     return ["CPUExecutionProvider"] if device == "cpu" else known
 
 
+def is_export(place: str | Path) -> bool:
+    """Whether a folder is one of tools/export.py --onnx, and none of a run."""
+    if not (Path(place) / ABOUT).is_file():
+        return False
+    from utils.runs import options_file  # not above: it needs easydict, and a search does not
+
+    return not options_file(Path(place)).exists()
+
+
 def _read_about(folder: Path) -> dict[str, Any]:
     path = folder / ABOUT
     if not path.is_file():

@@ -88,7 +88,8 @@ class Handlers:
             like = self.service.cards([] if question.like is None else [question.like])
         except UserError as error:
             return self.nothing(problem(error))
-        note = "The filters keep nobody." if len(self.service.now()) else NOBODY
+        why = "".join(f" {line[0].upper()}{visible(line[1:])}." for line in found.unknown)
+        note = f"The filters keep nobody.{why}" if len(self.service.now()) else NOBODY
         bar = [
             gr.Row(visible=bool(found.hits)), gr.Button(interactive=page > 0),
             gr.Button(interactive=found.more),

@@ -97,7 +97,7 @@ def app_of(page: gr.Blocks, password: str = "", names: Sequence[str] = ()) -> Gu
 
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None), page, path="/", footer_links=[], run_history=False,
-        auth=right if password else None, auth_message="Any name will do; the password counts.",
+        auth=right if password else None, auth_message="Type any name, and the password.",
         allowed_paths=[], blocked_paths=["/"], show_error=False, max_file_size=0, ssr_mode=False,
         enable_monitoring=False, pwa=False, mcp_server=False, theme=THEME,
         css_paths=[STYLES], i18n=gr.I18n(en=SPOKEN),

@@ -31,6 +31,7 @@ SECONDS = 2.0  # between pictures of a scene that may show one person as if once
 SAMPLE = 10_000  # items that tell the median score
 NEAR = 0.2  # of the way from the first score to the median: what fits about as well as the first
 LOOKED = 64  # hits that are looked at for that, at least
+FEWEST = 20  # people, among whom docs/search.md measured how often the first hit is right
 NEXT = 256  # hits from a hit on, among which its near-duplicates are counted
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # [Q, D], k: scores, rows
@@ -78,13 +79,17 @@ class Sureness:
             of them are not known.
         people: whether `near` counts people.
         more: whether all hits that were looked at are near, so that there may be more.
+        few: whether fewer than FEWEST people were searched.
     """
 
     near: int
     people: bool
     more: bool
+    few: bool
 
     def __str__(self) -> str:
+        if self.few:
+            return "too few people were searched to say how sure the first hit is"
         if self.near == 1:
             return "the first hit stands out: no other comes near it"
         whom = "people who" if self.people else "hits that"
@@ -200,7 +205,9 @@ def sureness(
     identities = [hit.item["identity"] for hit in near]
     people = None not in identities
     count = len(set(identities)) if people else len(near)
-    return Sureness(count, people, len(near) == len(hits) >= LOOKED)
+    different = {hit.id if hit.item["identity"] is None else hit.item["identity"] for hit in hits}
+    few = len(hits) < LOOKED and len(different) < FEWEST
+    return Sureness(count, people, len(near) == len(hits) >= LOOKED, few)
 
 
 def _scene(item: dict[str, Any]) -> tuple[object, float]:

@@ -75,12 +75,14 @@ class Answer:
         page: from 0.
         more: whether there is a next page.
         sure: on the first page, how much the first hit stands out.
+        unknown: if there are no hits, texts that a filter asks for and nobody has.
     """
 
     hits: list[Hit]
     page: int
     more: bool
     sure: str
+    unknown: list[str]
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ class Service:
         if hits and page == 0:
             sure = str(sureness(now.gallery.features, query_D, hits, mask))
         more = len(hits) > last and last < MAX_HITS
-        return Answer(hits[first:last], page, more, sure)
+        unknown = where.unknown_values(part, now.gallery.items) if part and not hits else []
+        return Answer(hits[first:last], page, more, sure, unknown)
 
     def cards(self, identifiers: Sequence[int]) -> list[str]:
         """A thumbnail of each item as a data URL; "" for pictures that cannot be read."""

@@ -195,7 +195,7 @@ def _png(shown: Sequence[Shown], query: str) -> bytes:
     wide = sum(SIZES[kind][0] for kind in kinds) + GAP * (len(kinds) - 1)
     columns = max(1, min(len(shown), (PAGE - MARGIN) // (wide + MARGIN)))
     width = max(2 * MARGIN + 420, MARGIN + columns * (wide + MARGIN))
-    title, text, small = (ImageFont.load_default(size) for size in (21, 16, 13))
+    title, text, small = map(_font, (21, 16, 13))
     heading = _wrapped(query, title, width - 2 * MARGIN, 4) + [_title(shown)]
     tall = SIZES["picture"][1] + 5 * LINE + MARGIN
     top = MARGIN + 28 * len(heading) + GAP
@@ -234,10 +234,26 @@ def _png(shown: Sequence[Shown], query: str) -> bytes:
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
+def _font(size: int) -> Font:
+    """DejaVu Sans if the system has it: Pillow's own font has the letters of English alone."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except (OSError, ImportError):
+        return ImageFont.load_default(size)
+
+
+def _drawable(text: str, font: Font) -> str:
+    """Text as `visible` shows it; characters that the font lacks are escaped too."""
+    text = visible(text)
+    box = bytes(font.getmask("\uffff"))  # is no character: what a font draws for those it lacks
+    lacks = {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
+    return "".join(c.encode("unicode_escape").decode() if c in lacks else c for c in text)
+
+
 def _wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
     """Text in at most `most` lines of at most `width` pixels; what is left over ends in "..."."""
     lines: list[str] = []
-    words = visible(text).split()
+    words = _drawable(text, font).split()
     while words and len(lines) < most:
         count = len(words)
         while count > 1 and font.getlength(" ".join(words[:count])) > width:
@@ -258,7 +274,7 @@ def _start(text: str, font: Font, width: int) -> str:
 
 def _ending(text: str, font: Font, width: int) -> str:
     """As much of the end of a name as fits."""
-    text = visible(text)
+    text = _drawable(text, font)
     while font.getlength(text) > width:
         text = "..." + text.removeprefix("...")[1:]
     return text

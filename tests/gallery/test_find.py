@@ -83,7 +83,7 @@ def test_the_table_says_where_hits_are_and_how_much_the_first_stands_out(find, g
     assert [cell.strip() for cell in lines[1].split("|")[1:-1]] == [
         "rank", "score", "id", "path", "view", "source", "pictures"
     ]  # fmt: skip
-    assert len(lines) == 8 and lines[-1].startswith("the first hit ")
+    assert len(lines) == 8 and "the first hit" in lines[-1]
     assert lines[-1] == find(SENTENCE)[-1]  # whatever --top
     assert any(path in lines[3] for path in gallery.items["path"].to_pylist())
     assert "pictures" not in find(SENTENCE, "--collapse", "off")[1]
@@ -140,7 +140,8 @@ def test_a_sheet_of_pictures_that_were_moved_says_so(folder, tmp_path, monkeypat
     words = ("find", SENTENCE, "--top", "3", "--sheet", tmp_path / "a.html", "--gallery", gallery)
     run(search.main, monkeypatch, *words)
     told = capsys.readouterr().err
-    assert "3 of 3 hits have no picture there: /gone/" in told and "--root" in told
+    assert "3 of 3 hits have no picture there: /gone/" in told
+    assert "cannot be read: No such file or directory; if the pictures were moved, give --r" in told
 
 
 def test_more_like_the_path_that_the_table_shows(as_json, gallery):
@@ -158,11 +159,17 @@ def test_an_encoder_that_was_moved_is_asked_for_by_its_option(
     manifest = json.loads(path.read_text())
     manifest["encoder"]["folder"] = str(gone)
     path.write_text(json.dumps(manifest))
-    for words in ((), ("--encoder", gone)):
-        with pytest.raises(
-            UserError, match=r"gone: .*the gallery's encoder is now: --encoder FOLD"
-        ):
-            run(search.main, monkeypatch, *command, *words, "--gallery", gallery)
+    with pytest.raises(UserError, match="gone: .*the gallery's encoder is now: --encoder FOLDER"):
+        run(search.main, monkeypatch, *command, "--gallery", gallery)
+    name = manifest["encoder"]["name"]
+    with pytest.raises(UserError, match=f"--encoder {gone}: no such .*; {name} made the gallery$"):
+        run(search.main, monkeypatch, *command, "--gallery", gallery, "--encoder", gone)
+    gone.mkdir()
+    (gone / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match=f"--encoder {gone}: an export in ONNX; .* with --onnx"):
+        run(search.main, monkeypatch, *command, "--gallery", gallery, "--encoder", gone)
+    with pytest.raises(UserError, match=f"--config_file {gone}: an export in ONNX; .* with --onnx"):
+        run(search.main, monkeypatch, "index", "--images", "x", "--config_file", gone, "--gallery", gallery)  # fmt: skip
     if command[0] == "find":
         run(search.main, monkeypatch, *command, "--encoder", trained, "--gallery", gallery)
         assert "the first hit" in capsys.readouterr().out

@@ -115,8 +115,10 @@ def test_a_folder_that_is_missing_or_cannot_be_listed_loses_nobody(
 ):
     before = by_path(index("--images", photos))
     photos.rename(tmp_path / "away")
-    with pytest.raises(UserError, match="--images .*photos: No such file or directory"):
+    with pytest.raises(UserError, match="photos: No such file or directory; .* delete --path"):
         index("--images", photos)
+    with pytest.raises(UserError, match="--images .*/gone: No such file or directory$"):
+        index("--images", tmp_path / "gone")  # nobody of it is in the gallery
     photos.mkdir()  # the place of a disk that is not mounted
     with pytest.raises(UserError, match="--images .*photos: no .jpg .* is in this folder"):
         index("--images", photos)
@@ -358,6 +360,16 @@ def test_a_stopped_run_keeps_what_it_has_and_the_next_one_goes_on(
         assert len(read_files[-1]) == 2  # a batch of four was encoded before
 
 
+def test_a_broken_manifest_needs_a_gallery_made_anew_as_the_message_says(index, photos, tmp_path):
+    before, folder = by_path(index("--images", photos)), tmp_path / "gallery"
+    (folder / "manifest.json").write_text("{")
+    for more in ((), ("--repair",), ("--reencode",)):
+        with pytest.raises(UserError, match="if .*/gallery is a gallery, delete the whole folder"):
+            index("--images", photos, *more)
+    shutil.rmtree(folder)
+    assert by_path(index("--images", photos)) == before
+
+
 def test_damage_is_repaired_by_encoding_again(index, photos, tmp_path, read_files):
     gallery = index("--images", photos)
     (part,) = gallery.manifest["parts"]
@@ -492,8 +504,9 @@ def test_a_deletion_names_who_is_not_there_and_a_dry_run_deletes_nobody(
         assert len(Gallery.open(tmp_path / "gallery").items) == left
         assert ("1 of 6 people would be deleted" in shown) == bool(more)
     assert before[0] not in Gallery.open(tmp_path / "gallery").items["id"].to_pylist()
-    with pytest.raises(UserError, match="has nobody of these"):
-        run(search.main, monkeypatch, "delete", *words[:2], "--identity", "caf\udce9")
+    for more in ((), ("--dry_run",)):
+        with pytest.raises(UserError, match="has nobody of these"):
+            run(search.main, monkeypatch, "delete", *words[:2], "--identity", "caf\udce9", *more)
 
 
 def test_progress_is_logged_where_there_is_no_terminal(caplog):

@@ -81,6 +81,13 @@ def test_chosen_values_filter(service):
     assert service.answer(nobody).hits == []
 
 
+def test_a_text_of_a_filter_that_nobody_has_is_told_with_those_that_there_are(service, do):
+    where = ("view = 'Air'", "view = 'aerial' and id = 1")
+    told = [do.ask(SENTENCE, "", w, 6, True, None, *[""] * len(do.columns))[3] for w in where]
+    assert "nobody. No view is &#39;Air&#39;; there are aerial, ground." in told[0]
+    assert "nobody.<" in told[1]
+
+
 def test_more_like_this_leaves_the_person_out_and_can_ask_for_other_views(service):
     aerial = service.answer(Question(SENTENCE, where="view = 'aerial'")).hits[0]
     alike = service.answer(Question(like=aerial.id, collapse=False, count=96)).hits
@@ -363,7 +370,9 @@ def test_a_port_in_use_is_said(service, tmp_path, monkeypatch):
     folder = service.now().gallery.folder
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port}: Address already in use"):
+        with pytest.raises(
+            UserError, match=f"--port {port}: Address already in use.*; --port 0 is"
+        ):
             run(search.main, monkeypatch, "serve", "--gallery", folder, "--port", port)
         with pytest.raises(UserError, match="no gallery"):  # that is said first
             run(search.main, monkeypatch, "serve", "--gallery", tmp_path, "--port", port)
@@ -444,6 +453,7 @@ def test_a_page_with_a_password_is_closed_without_it(served, monkeypatch):
     with httpx.Client(base_url=served[1]) as client:
         assert "yellow dress" not in client.get("/").text
         assert client.get("/config").status_code == 401
+        assert "Type any name, and the password." in client.get("/").text
         assert client.post("/gradio_api/queue/join", json=ask).status_code == 401
         assert client.get("/gradio_api/queue/data?session_hash=x").status_code == 401
         wrong = client.post("/login", data={"username": "me", "password": "a wrong password"})

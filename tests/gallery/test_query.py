@@ -8,7 +8,17 @@ import pyarrow as pa
 import pytest
 
 from gallery.index import Exact, unit
-from gallery.query import LOOKED, NEAR, SAMPLE, Hit, combine, find_hits, groups_of, sureness
+from gallery.query import (
+    FEWEST,
+    LOOKED,
+    NEAR,
+    SAMPLE,
+    Hit,
+    combine,
+    find_hits,
+    groups_of,
+    sureness,
+)
 from gallery.rerank import RERANKED
 from processor.inference import load_run
 from tests.gallery.made import made_features, made_items
@@ -175,6 +185,9 @@ def with_median(median, count=9):
     return np.array([[median - 0.3], [median], [1.0]], np.float32).repeat(count, axis=0), vectors(1)
 
 
+FAR = [Hit(-n, -n, n, 0.0, {"identity": f"far {n}"}, 1) for n in range(1, FEWEST)]
+
+
 @pytest.mark.parametrize(
     ("hits", "text"),
     [
@@ -190,7 +203,24 @@ def with_median(median, count=9):
 )  # fmt: skip
 def test_what_is_a_fifth_of_the_way_to_the_median_below_the_first_fits_about_as_well(hits, text):
     features, query_D = with_median(0.4)
+    hits = [*hits, *FAR[: LOOKED - len(hits)]]
     assert str(sureness(features, query_D, hits)) == f"the first hit {text}"
+
+
+@pytest.mark.parametrize(
+    ("hits", "few"),
+    [
+        (hits_of((0.9, "a")), True),
+        (hits_of(*[(0.9, "a")] * 40), True),  # one person
+        (hits_of(*[(0.9 - 0.01 * n, None) for n in range(FEWEST - 1)]), True),
+        (hits_of(*[(0.9 - 0.01 * n, None) for n in range(FEWEST)]), False),
+        (hits_of(*[(0.9 - 0.01 * n, f"{n}") for n in range(FEWEST)]), False),
+        (hits_of(*[(0.9, "a")] * LOOKED), False),  # others were not looked at
+    ],
+)
+def test_of_few_people_nothing_is_said_of_how_sure_the_first_hit_is(hits, few):
+    text = str(sureness(*with_median(0.4), hits))
+    assert (text == "too few people were searched to say how sure the first hit is") == few
 
 
 def test_the_median_is_that_of_what_was_searched():

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+from PIL import ImageFont
 
 from datasets.images import BrokenImage
 from gallery.pictures import frame_at, picture_of
 from gallery.records import clock
-from gallery.sheet import sheet
+from gallery.sheet import _ending, _font, _wrapped, sheet
 from utils.errors import UserError
 
 HOSTILE = """ "'><script>x</script><b onload=y> {{ 7 * 7 }} \x1b \u202e \ud800 &amp;"""
@@ -133,6 +134,25 @@ def test_a_png_is_a_grid_of_the_crops_in_their_order(root):
     assert sum(cells, []) == [(RED, BLUE, GREEN)[n % 3] for n in range(12)]
     sheet(listed, root / "b.png", root, query="somebody " * 60)
     assert (root / "a.png").read_bytes() == (root / "b.png").read_bytes()
+
+
+def test_a_png_escapes_what_its_font_lacks():
+    own = ImageFont.load_default(16)
+    assert _wrapped("ein Gürtel 中", own, 999, 1) == [r"ein G\xfcrtel \u4e2d"]
+    assert _ending("a/ü.jpg", own, 999) == r"a/\xfc.jpg"
+
+
+def test_a_png_takes_a_font_with_more_letters_if_there_is_one(monkeypatch):
+    asked, wider = [], ImageFont.load_default(9)
+    monkeypatch.setattr(ImageFont, "truetype", lambda *words: asked.append(words) or wider)
+    assert _font(16) is wider and asked == [("DejaVuSans.ttf", 16)]
+
+    def none(*_):
+        raise OSError("cannot open resource")
+
+    monkeypatch.setattr(ImageFont, "load_default", lambda size: size)
+    monkeypatch.setattr(ImageFont, "truetype", none)
+    assert _font(16) == 16
 
 
 def test_no_hits_make_an_empty_sheet(root):

@@ -212,7 +212,7 @@ def test_a_second_process_cannot_write(store):
         ({"parts": [{"name": "0" * 16, "rows": 10**9, "sha256": dict.fromkeys(("items", "features", "files"), "0" * 64)}]}, "not the manifest"),
         ({"encoder": {}}, "not the manifest of a gallery: 'sha256'"),
         ({"attributes": {"a": [1]}}, "its attributes"),
-        ({"parts": 3}, "not the manifest"),
+        ({"parts": 3}, "not the manifest .*; if .* is a gallery, delete the whole folder and index"),
     ],
 )  # fmt: skip
 def test_a_wrong_manifest_is_refused(changes, message, store):
