@@ -30,6 +30,7 @@ from model.losses.inputs import (
 from model.losses.registry import LOSSES, check_backbone, more_images
 from utils.devices import at_least_float32
 from utils.distributed import SINGLE_PROCESS, Processes
+from utils.errors import UserError
 
 
 class AEAFIRM(nn.Module):
@@ -185,6 +186,7 @@ class AEAFIRM(nn.Module):
 
         With several processes, each calls this with its own shard. `batch["counts"]` has the
         number of samples of each process. All get the same losses, those of the complete batch.
+        Raises UserError if no loss uses the temperature that `--learn_temperature` learns.
 
         Args:
             encoded: the result of `encode`, with that of `encode_sentences`.
@@ -207,6 +209,11 @@ class AEAFIRM(nn.Module):
                 loss = self._mean_over_processes(loss, batch)
             weight = self.options[row.weight] if row.weight else 1.0
             losses[name] = weight * checked_scalar(loss, name)
+        if inputs.learned_scale is not None and not inputs.scale_is_used:
+            raise UserError(
+                f"--learn_temperature: no loss of {'+'.join(self.loss_names)} has this temperature; "
+                "leave the option out"
+            )
         for row in self.rows.values():
             if row.after:
                 row.after(inputs)

@@ -135,7 +135,7 @@ GROUPS: dict[str, list[Option]] = {
             help="softmax temperature of all similarities"),
         Option("learn_temperature", bool, False,
             help="learn the temperature, from --temperature on; losses with a temperature of their "
-                 "own (tal, trl, tse, simclr) keep it"),
+                 "own (tal, trl, tse, simclr) keep it; not for these alone"),
         Option("min_temperature", float, 0.01, gt=0,
             help="--learn_temperature: the lowest one; 0.01 is a scale of 100, as in CLIP"),
         Option("cmt_depth",   int,   4, ge=1, le=64,

@@ -84,6 +84,7 @@ class Inputs:
     modules: Mapping[str, Any] = field(default_factory=dict)
     options: EasyDict = field(default_factory=EasyDict)  # all options by name
     learned_scale: Tensor | None = None  # 1 / temperature with --learn_temperature
+    scale_is_used: bool = False  # whether a loss has asked for `scale`
     epochs: float = 0.0  # that are done: 1.5 in the middle of the second epoch
     # for losses that use random numbers; saved in checkpoints
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -97,6 +98,7 @@ class Inputs:
     @property
     def scale(self) -> float | Tensor:
         """1 / temperature: losses multiply similarities by it."""
+        self.scale_is_used = True
         if self.learned_scale is not None:
             return self.learned_scale
         return 1 / self.options.temperature

@@ -1,6 +1,7 @@
 """What losses take from the encoders besides features: attention, features for the ranking."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -94,6 +95,13 @@ def test_a_resnet_has_no_tokens_to_select(tmp_path):
         UserError, match="'tse' needs a class token .* ResNet of --pretrain_.*rn.pt"
     ):
         build_model(args, ["tal", "tse"], num_classes=0)
+
+
+@pytest.mark.parametrize("losses", ["tal", "tal+tse"])
+def test_a_temperature_that_no_loss_would_learn_is_refused(losses):
+    model = model_of(losses, learn_temperature=True)
+    with pytest.raises(UserError, match=f"no loss of {re.escape(losses)} has this temperature"):
+        model(golden_batch())
 
 
 def test_a_learned_temperature_gets_a_gradient_and_stays_in_its_bounds():
