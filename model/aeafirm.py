@@ -211,8 +211,8 @@ class AEAFIRM(nn.Module):
             losses[name] = weight * checked_scalar(loss, name)
         if inputs.learned_scale is not None and not inputs.scale_is_used:
             raise UserError(
-                f"--learn_temperature: no loss of {'+'.join(self.loss_names)} has this temperature; "
-                "leave the option out"
+                f"--learn_temperature: no loss of {'+'.join(self.loss_names)} has this "
+                "temperature; leave the option out"
             )
         for row in self.rows.values():
             if row.after:
